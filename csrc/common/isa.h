@@ -1,0 +1,39 @@
+// Which instruction set the CPU kernels use. Chosen once when the library loads; a test may force a lesser one.
+#pragma once
+
+#include <atomic>
+
+namespace engine {
+
+enum class Isa : int {
+    portable = 0,  // plain C++: always works, on every processor
+    avx2 = 1,      // AVX2, FMA, F16C, BMI1/2
+    avx512 = 2,    // AVX-512 F, BW, DQ, VL with VNNI, VBMI, VBMI2
+};
+
+// The best that this processor has.
+Isa best_isa();
+
+extern std::atomic<int> active_isa;
+
+inline Isa isa() { return static_cast<Isa>(active_isa.load(std::memory_order_relaxed)); }
+
+}  // namespace engine
+
+// A function compiled for an instruction set. A lambda does not inherit it (GCC), so that a parallel loop calls a free
+// function which carries it. A generic `inline` body without one, called from such a function, is compiled for it.
+#if defined(__x86_64__)
+#define ENGINE_X86 1
+#if defined(ENGINE_EMULATE_AVX512)  // a test build: the 512-bit intrinsics are plain functions (tests/native/)
+#define ENGINE_AVX512 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#else
+#define ENGINE_AVX512                                                                                        \
+    __attribute__((target(                                                                                   \
+        "avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,bmi2," \
+        "popcnt,lzcnt,prefer-vector-width=512")))
+#endif
+#define ENGINE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#else
+#define ENGINE_X86 0
+#endif
+#define ENGINE_INLINE inline __attribute__((always_inline))

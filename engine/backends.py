@@ -1,0 +1,105 @@
+"""Loads the native libraries and Triton kernels, and knows why one is missing.
+
+A library that is not there (no compiler when the package was built) is a fact that :func:`status` tells; a library
+that is there and does not load is an error with its name.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+CPU_VARIANTS = ("portable", "avx2", "avx512")  # in the order of csrc/common/isa.h
+TRITON_KERNELS: tuple[str, ...] = ()  # modules of engine.kernels, each owning the CUDA key of the op of its name
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """One backend: its name, whether it serves ops, and why not or with what."""
+
+    name: str
+    active: bool
+    detail: str
+
+
+def _library(stem: str) -> Path | None:
+    """The built library `engine/<stem>*.so`, or the file that `ENGINE<STEM>_LIBRARY` names (a sanitized build, say)."""
+    override = os.environ.get(f"ENGINE{stem.upper()}_LIBRARY")
+    if override:
+        return Path(override)
+    return next(iter(sorted(Path(__file__).parent.glob(f"{stem}.*so"))), None)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        torch.ops.load_library(str(path))
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"engine: the native library {path.name} is installed but does not load: {error}") from error
+
+
+def _start() -> tuple[list[Status], ctypes.CDLL | None]:
+    found, cpu = [], None
+    path = _library("_cpu")
+    if path is None:
+        found.append(Status("cpu", False, "not built: no C++ compiler was found when the package was installed"))
+    else:
+        cpu = _load(path)
+        best = CPU_VARIANTS[cpu.engine_best_isa()]
+        found.append(Status("cpu", True, f"{path.name}, best instruction set {best}"))
+
+    gpu, path = torch.cuda.is_available(), _library("_cuda")
+    if path is None:
+        found.append(Status("cuda", False, "not built: no nvcc was found when the package was installed"))
+    elif not gpu:
+        found.append(Status("cuda", False, f"{path.name} is built; no GPU is visible to torch"))
+    else:
+        _load(path)
+        found.append(Status("cuda", True, f"{path.name} on {torch.cuda.get_device_name()}"))
+
+    if importlib.util.find_spec("triton") is None:
+        found.append(Status("triton", False, "not installed"))
+    elif not gpu:
+        found.append(Status("triton", False, "installed; no GPU is visible to torch"))
+    else:
+        for kernel in TRITON_KERNELS:
+            importlib.import_module(f"engine.kernels.{kernel}").register()
+        found.append(Status("triton", True, f"{len(TRITON_KERNELS)} kernels on {torch.cuda.get_device_name()}"))
+    return found, cpu
+
+
+_status, _cpu = _start()
+
+
+def status() -> list[Status]:
+    """Every backend, active or not, with the reason."""
+    return list(_status)
+
+
+def cpu_variants() -> tuple[str, ...]:
+    """The instruction sets this processor can run the CPU kernels with, worst first; empty without the library."""
+    return CPU_VARIANTS[: _cpu.engine_best_isa() + 1] if _cpu else ()
+
+
+def cpu_variant() -> str:
+    """The instruction set in use, or "reference" without the library."""
+    return CPU_VARIANTS[_cpu.engine_active_isa()] if _cpu else "reference"
+
+
+@contextlib.contextmanager
+def force_cpu_variant(name: str) -> Iterator[None]:
+    """Runs the CPU kernels by instruction set `name` (one of :func:`cpu_variants`), in every thread, while it lasts."""
+    if name not in cpu_variants():
+        raise ValueError(f"engine: CPU variant: expected one of {', '.join(cpu_variants()) or 'none'}, got {name!r}")
+    assert _cpu is not None
+    before = _cpu.engine_active_isa()
+    _cpu.engine_set_isa(CPU_VARIANTS.index(name))
+    try:
+        yield
+    finally:
+        _cpu.engine_set_isa(before)

@@ -1,0 +1,69 @@
+"""Where an op's parts are registered with PyTorch: schema, reference, fake, gradient.
+
+A native kernel needs no word here: a library that registers one for `CPU` or `CUDA` takes over from the reference,
+which stays as the default for every other device and for :func:`engine.reference_mode`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LIBRARY = torch.library.Library("engine", "DEF")
+REFERENCES: dict[str, Callable] = {}
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Defines `engine::<schema>` and returns its overload.
+
+    Without `backward` the op refuses gradients: asking for one raises, naming the op.
+    """
+    name = schema[: schema.index("(")]
+    qualified = f"engine::{name}"
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    REFERENCES[name] = reference
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+
+    def refuse(ctx: object, *grads: object) -> None:
+        raise RuntimeError(f"engine.ops.{name} has no gradient; call it under torch.no_grad() or on detached tensors")
+
+    torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.engine, name).default
+
+
+def explained_by(check: Callable) -> Callable:
+    """Decorates an op's public function: when its kernel refuses, `check` (same arguments) says why, with its type.
+
+    Kernels check for safety alone, tersely, as the call must stay short; what a user reads is written once, in `check`.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError:
+                check(*args, **kwargs)
+                raise
+
+        return call
+
+    return decorate
+
+
+class reference_mode(TorchDispatchMode):  # noqa: N801 (used as `with engine.reference_mode():`)
+    """Context manager in which every engine op runs by its plain PyTorch reference, on any device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: D105
+        if func.namespace == "engine":
+            return REFERENCES[func._schema.name.removeprefix("engine::")](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
