@@ -60,10 +60,10 @@ def explained_by(check: Callable) -> Callable:
     return decorate
 
 
-class reference_mode(TorchDispatchMode):  # noqa: N801 (used as `with engine.reference_mode():`)
+class reference_mode(TorchDispatchMode):
     """Context manager in which every engine op runs by its plain PyTorch reference, on any device."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: D105
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "engine":
             return REFERENCES[func._schema.name.removeprefix("engine::")](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

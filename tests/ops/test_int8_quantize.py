@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import MATRICES
 
 import engine
 from engine.ops._check import FLOAT_DTYPES
 from engine.ops._library import REFERENCES
-from shapes import MATRICES
 
 reference = REFERENCES["int8_quantize"]
 
