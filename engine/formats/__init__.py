@@ -1,1 +1,13 @@
-"""TODO."""
+"""Compressed weights: each format holds the tensors that its kernel reads, and nothing else.
+
+Every format has `from_dense(weight, ...)`, `to_dense()`, `linear(x, bias)`, `nbytes`, `shape`, `sparsity`,
+`label`, `check()` and the class attribute `TENSORS` (the names of its tensors, optional ones included).
+"""
+
+from engine.formats.bitmap import Bitmap
+from engine.formats.csr import Csr
+from engine.formats.dense_int8 import DenseInt8
+
+Format = Bitmap | Csr | DenseInt8
+
+__all__ = ["Bitmap", "Csr", "DenseInt8", "Format"]

@@ -1,1 +1,5 @@
-"""TODO."""
+"""Drop-in modules over compressed weights."""
+
+from engine.nn.compressed import CompressedEmbedding, CompressedLinear
+
+__all__ = ["CompressedEmbedding", "CompressedLinear"]

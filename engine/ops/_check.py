@@ -1,4 +1,4 @@
-"""The words in which every op refuses an argument: op, argument, what was expected, what came."""
+"""The words in which an argument is refused: op (or `formats.Bitmap`), argument, what was expected, what came."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,8 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def expect(condition: bool, op: str, argument: str, expected: str, got: object, error: type = ValueError) -> None:
     """Raises `error` unless `condition` holds."""
     if not condition:
-        raise error(f"engine.ops.{op}: {argument}: expected {expected}, got {got}")
+        where = op if "." in op else f"ops.{op}"
+        raise error(f"engine.{where}: {argument}: expected {expected}, got {got}")
 
 
 def is_float(op: str, argument: str, t: torch.Tensor) -> None:

@@ -1,0 +1,49 @@
+# `make demo` and `make test` do everything on a fresh machine: Python 3.10+, a C++20 compiler and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint format sanitize fuzz bench clean
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/compress_minilm.py --out demo_out
+
+test: $(VENV)/.built
+	$(BIN)/pytest
+
+lint: $(VENV)/.built
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.built
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# The op tests with the C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.built
+	$(BIN)/python tests/native/sanitized.py pytest tests/ops
+
+# A hundred thousand damaged checkpoints, the C++ under AddressSanitizer.
+fuzz: $(VENV)/.built
+	$(BIN)/python tests/native/sanitized.py python tests/fuzz_checkpoint.py --count 100000
+
+bench: $(VENV)/.built
+	for file in bench/bench_*.py; do $(BIN)/python $$file; done
+
+clean:
+	rm -rf build demo_out *.egg-info engine/*.so $(VENV)/.built
+
+$(VENV)/.installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -r requirements-dev.txt
+	touch $@
+
+# Without isolation: an isolated build would download a torch of its own.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@

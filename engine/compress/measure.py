@@ -1,0 +1,156 @@
+"""Runs the model on the example inputs: what each layer sees, how long each takes, dense and compressed in turn."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# A round is one forward pass of each side. Below the least, a median says nothing; the time limit bounds large models.
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 31, 15.0
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Calls `model` with a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, so that a forward pass changes nothing; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`model` with the modules of these qualified names replaced, and as it was again afterwards."""
+    before = {name: model.get_submodule(name) for name in replacements}
+    try:
+        replace_(model, replacements)
+        yield
+    finally:
+        replace_(model, before)
+
+
+def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Puts the modules in place, each under its qualified name."""
+    for name, module in replacements.items():
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = module
+
+
+def observe(
+    model: nn.Module, inputs: Any, modules: Mapping[str, nn.Module], see: Callable[[str, tuple, dict, Any], None]
+) -> None:
+    """One forward pass, calling `see(name, args, kwargs, output)` after every call of one of `modules`."""
+    handles = []
+    try:
+        for name, module in modules.items():
+
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
+                see(name, args, kwargs, output)
+
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        with evaluating(model):
+            run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Clock:
+    """Adds up the seconds spent in each of some modules; on a GPU each reading waits for the device."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.seconds = dict.fromkeys(modules, 0.0)
+        self._started: dict[str, float] = {}
+        self._handles = []
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._start(name)))
+            self._handles.append(module.register_forward_hook(lambda *_, name=name: self._stop(name)))
+
+    @staticmethod
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _start(self, name: str) -> None:
+        self._started[name] = self.now()
+
+    def _stop(self, name: str) -> None:
+        self.seconds[name] += self.now() - self._started[name]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def time_layers(
+    model: nn.Module, inputs: Any, candidates: Mapping[str, nn.Module]
+) -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
+    """Median seconds `(dense, compressed)` of each candidate, in place inside whole forward passes, and of the model.
+
+    Each round runs the dense model and the compressed one, one after the other, so that noise falls on both, and every
+    layer meets the caches as it will in use.
+    """
+    dense = {name: model.get_submodule(name) for name in candidates}
+    # A module that stands under several names is timed once, under the first.
+    first_names = {id(module): name for name, module in reversed(dense.items())}
+    timed = [name for name, module in dense.items() if first_names[id(module)] == name]
+    dense, compressed = {n: dense[n] for n in timed}, {n: candidates[n] for n in timed}
+    rounds: list[tuple[dict[str, float], float, dict[str, float], float]] = []
+    with evaluating(model):
+        begun = time.perf_counter()
+        for i in range(MOST_ROUNDS + 1):
+            first = _timed_pass(model, inputs, dense)
+            with replaced(model, candidates):
+                second = _timed_pass(model, inputs, compressed)
+            if i > 0:  # the first round warms up
+                rounds.append((*first, *second))
+            if i >= LEAST_ROUNDS and time.perf_counter() - begun > SECONDS:
+                break
+    layers = {name: (_median(r[0][name] for r in rounds), _median(r[2][name] for r in rounds)) for name in timed}
+    return layers, (_median(r[1] for r in rounds), _median(r[3] for r in rounds))
+
+
+def time_model(model: nn.Module, inputs: Any, candidates: Mapping[str, nn.Module]) -> tuple[float, float]:
+    """Median seconds of a forward pass, dense and with `candidates` in place, interleaved and without hooks."""
+    times: list[tuple[float, float]] = []
+    with evaluating(model):
+        begun = time.perf_counter()
+        for i in range(MOST_ROUNDS + 1):
+            first = _timed_pass(model, inputs, {})[1]
+            with replaced(model, candidates):
+                second = _timed_pass(model, inputs, {})[1]
+            if i > 0:
+                times.append((first, second))
+            if i >= LEAST_ROUNDS and time.perf_counter() - begun > SECONDS:
+                break
+    return _median(t[0] for t in times), _median(t[1] for t in times)
+
+
+def _timed_pass(model: nn.Module, inputs: Any, modules: Mapping[str, nn.Module]) -> tuple[dict[str, float], float]:
+    clock = _Clock(modules)
+    try:
+        start = clock.now()
+        run(model, inputs)
+        return clock.seconds, clock.now() - start
+    finally:
+        clock.remove()
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)

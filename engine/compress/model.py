@@ -1,0 +1,302 @@
+"""compress_, prune_ and quantize_: whole models in place, or not at all."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import ops
+from engine.compress import measure
+from engine.compress.recipe import Prune, Quantize, Recipe
+from engine.compress.report import Layer, Report
+from engine.compress.targets import Target, find_targets
+from engine.formats import Bitmap, DenseInt8
+from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.ops.int8_quantize import SMALLEST_AMAX
+
+# A layer that costs this share of a forward pass more than before, or less, can't be told from one that costs the same:
+# then its bytes decide. Without it an embedding, whose look-up takes microseconds, would never be compressed.
+SAME_TIME = 0.001
+
+
+def compress_(model: nn.Module, recipe: Recipe, example_inputs: Any = None) -> Report:
+    """Compresses `model` in place as `recipe` says and returns a report. Prints nothing.
+
+    Everything is prepared and measured beside the model; its modules are replaced at the very end, so that an error or
+    an interrupt leaves the model as it was. Weights that are tied stay tied, or are left alone together.
+
+    Args:
+        model: any module; its Linear and Embedding layers are what can be compressed.
+        recipe: what to do, to which layers, and the guard.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`. Needed for the speed
+            guard and for static activations; with them the report tells times and output errors. Their shapes are the
+            ones that the model is made fast for.
+
+    Raises:
+        TypeError: `recipe` is no Recipe.
+        ValueError: the model is compressed already, a target matches nothing that can be compressed, a weight holds a
+            NaN or an infinity, or example inputs are missing.
+    """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"engine.compress_: recipe: expected engine.Recipe, got {type(recipe).__name__}")
+    static = recipe.quantize is not None and recipe.quantize.activation == "static"
+    if example_inputs is None and recipe.guard == "speed":
+        raise ValueError(
+            "engine.compress_: guard='speed' measures layers on example inputs: give example_inputs=, "
+            "or choose Recipe(guard='size') or Recipe(guard='none')"
+        )
+    if example_inputs is None and static:
+        raise ValueError("engine.compress_: static activations are calibrated on example inputs: give example_inputs=")
+    targets, left = find_targets(model, recipe.targets, recipe.ignore, "compress_")
+    input_amax = _input_amax(model, example_inputs, targets) if static else {}
+    candidates = _candidates(targets, recipe, input_amax, left)
+    rows = [_describe(target, candidates[target.name]) for target in targets if target.name in candidates]
+    report = Report(recipe=recipe.to_dict(), layers=rows, left_alone=left, bytes_before=_model_bytes(model))
+    if example_inputs is None:
+        for row in rows:
+            row.error = _weight_error(model.get_submodule(row.name).weight, candidates[row.name])
+    else:
+        _measure_errors(model, example_inputs, candidates, rows)
+    _guard(model, recipe, example_inputs, candidates, report)
+    _commit(model, {name: candidates[name] for row in report.layers for name in row.names})
+    report.bytes_after = _model_bytes(model)
+    return report
+
+
+def quantize_(
+    model: nn.Module,
+    quantize: Quantize | None = None,
+    *,
+    targets: tuple[str, ...] = ("Linear", "Embedding"),
+    ignore: tuple[str, ...] = (),
+    guard: str = "none",
+    example_inputs: Any = None,
+) -> Report:
+    """Quantises `model`'s layers to int8 in place: :func:`compress_` without pruning, same errors."""
+    recipe = Recipe(quantize=quantize or Quantize(), targets=targets, ignore=ignore, guard=guard)
+    return compress_(model, recipe, example_inputs)
+
+
+def prune_(
+    model: nn.Module,
+    prune: Prune | None = None,
+    *,
+    threshold: float | None = None,
+    sparsity: float | None = None,
+    scope: str = "layer",
+    targets: tuple[str, ...] = ("Linear",),
+    ignore: tuple[str, ...] = (),
+) -> dict[str, float]:
+    """Sets small weights of `model` to zero in place: still dense, for further training. Compress it afterwards.
+
+    Args:
+        model: any module.
+        prune: which weights to drop; or say it by `threshold` or `sparsity` and `scope`.
+        threshold: drop where `|w| <= threshold`.
+        sparsity: fraction to drop, in [0, 1).
+        scope: "row", "layer" or "model".
+        targets: as in Recipe. Only Linear layers are pruned.
+        ignore: as in Recipe.
+
+    Returns:
+        Fraction of zeros by qualified name of each pruned layer.
+
+    Raises:
+        ValueError: as :func:`compress_`; the model is as it was.
+    """
+    if prune is None:
+        prune = Prune(sparsity=sparsity, threshold=threshold, scope=scope)
+    elif threshold is not None or sparsity is not None:
+        raise ValueError("engine.prune_: give either a Prune or threshold and sparsity")
+    found, _ = find_targets(model, targets, ignore, "prune_")
+    found = [target for target in found if nn.Linear in target.kinds]
+    if not found:
+        raise ValueError(f"engine.prune_: targets {targets!r} match no Linear layer")
+    thresholds = _thresholds(found, prune)
+    pruned: dict[str, float] = {}
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for target in found:
+                zeroed = ops.threshold_prune(target.weight, thresholds[target.name])
+                before.append((target.weight, target.weight.detach().clone()))
+                target.weight.copy_(zeroed)
+                share = 1 - zeroed.count_nonzero().item() / zeroed.numel()
+                pruned |= dict.fromkeys(target.names, share)
+    except BaseException:
+        with torch.no_grad():
+            for weight, values in before:
+                weight.copy_(values)
+        raise
+    return pruned
+
+
+def _thresholds(targets: list[Target], prune: Prune) -> dict[str, Tensor | float]:
+    """The threshold for each target, by name."""
+    if prune.threshold is not None:
+        return dict.fromkeys((target.name for target in targets), prune.threshold)
+    assert prune.sparsity is not None
+    if prune.scope == "model":
+        weights = [target.weight.detach() for target in targets]
+        shared = ops.magnitude_threshold(weights, prune.sparsity)
+        return dict.fromkeys((target.name for target in targets), shared)
+    scope = "row" if prune.scope == "row" else "tensor"
+    return {t.name: ops.magnitude_threshold(t.weight.detach(), prune.sparsity, scope) for t in targets}
+
+
+def _input_amax(model: nn.Module, inputs: Any, targets: list[Target]) -> dict[str, float]:
+    """The largest magnitude that each Linear's input takes on the example inputs."""
+    amax: dict[str, float] = {}
+
+    def see(name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        amax[name] = max(amax.get(name, 0.0), x.abs().amax().item() if x.numel() else 0.0)
+
+    linears = {n: m for t in targets for n, m in zip(t.names, t.modules, strict=True) if isinstance(m, nn.Linear)}
+    measure.observe(model, inputs, linears, see)
+    return amax
+
+
+def _candidates(
+    targets: list[Target], recipe: Recipe, input_amax: Mapping[str, float], left: dict[str, str]
+) -> dict[str, nn.Module]:
+    """The compressed module for every name; a target without one goes to `left` with the reason."""
+    quantize, prunes = recipe.quantize, recipe.prune is not None
+    prunable = [t for t in targets if t.kinds == {nn.Linear}] if prunes else []
+    thresholds = _thresholds(prunable, recipe.prune) if recipe.prune and prunable else {}
+    made: dict[str, nn.Module] = {}
+    for target in targets:
+        if quantize is None and target.name not in thresholds:
+            left |= dict.fromkeys(target.names, "embeddings, and what is tied to one, are quantised but never pruned")
+            continue
+        how: dict[str, Any] = {}
+        linears = [name for name, module in zip(target.names, target.modules, strict=True) if type(module) is nn.Linear]
+        if quantize is not None and quantize.activation == "static" and linears:
+            if not any(name in input_amax for name in linears):
+                left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
+                continue
+            how["input_scale"] = max(max(input_amax.get(name, 0.0) for name in linears), SMALLEST_AMAX) / 127
+        with torch.no_grad():
+            if target.name in thresholds:
+                values = torch.int8 if quantize is not None else None
+                format: Bitmap | DenseInt8 = Bitmap.from_dense(target.weight, thresholds[target.name], values, **how)
+            else:
+                assert quantize is not None
+                activation = quantize.activation if linears else "dynamic"
+                format = DenseInt8.from_dense(target.weight, activation, **how)
+        twins: dict[int, CompressedLinear | CompressedEmbedding] = {}
+        for name, module in zip(target.names, target.modules, strict=True):
+            if id(module) not in twins:
+                twins[id(module)] = _module_over(format, module)
+                format = twins[id(module)].format  # the next one shares these parameters
+            made[name] = twins[id(module)]
+    return made
+
+
+def _module_over(format: Any, dense: nn.Module) -> CompressedLinear | CompressedEmbedding:
+    """The compressed twin of `dense` over `format`."""
+    module: CompressedLinear | CompressedEmbedding
+    if isinstance(dense, nn.Embedding):
+        module = CompressedEmbedding(format, dense.padding_idx, dense.weight.dtype)
+    else:
+        assert isinstance(dense, nn.Linear)
+        module = CompressedLinear(format, dense.bias, dense.weight.dtype)
+        if module.values.is_floating_point():
+            module.values.requires_grad_(dense.weight.requires_grad)
+    return module.train(dense.training)
+
+
+def _describe(target: Target, module: nn.Module) -> Layer:
+    format = module.format
+    return Layer(
+        name=target.name,
+        names=target.names,
+        shape=tuple(format.shape),
+        format=format.label,
+        sparsity=format.sparsity,
+        bytes_before=target.weight.numel() * target.weight.element_size(),
+        bytes_after=format.nbytes,
+    )
+
+
+def _weight_error(weight: Tensor, module: nn.Module) -> float:
+    """Relative error of the weight, Frobenius."""
+    exact = weight.detach().float()
+    return _relative(module.format.to_dense().float() - exact, exact)
+
+
+def _relative(difference: Tensor, exact: Tensor) -> float:
+    size = exact.norm().item()
+    return difference.norm().item() / size if size else difference.norm().item()
+
+
+def _measure_errors(model: nn.Module, inputs: Any, candidates: dict[str, nn.Module], rows: list[Layer]) -> None:
+    """Relative output error of each layer on the inputs it meets in the dense model; None where none reach it."""
+    errors: dict[str, list[float]] = {}
+
+    def see(name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        got = candidates[name](*args, **kwargs)
+        errors.setdefault(name, []).append(_relative(got.float() - output.float(), output.float()))
+
+    measure.observe(model, inputs, {name: model.get_submodule(name) for name in candidates}, see)
+    for row in rows:
+        seen = [error for name in row.names for error in errors.get(name, ())]
+        row.error = sum(seen) / len(seen) if seen else None
+
+
+def _guard(model: nn.Module, recipe: Recipe, inputs: Any, candidates: dict[str, nn.Module], report: Report) -> None:
+    """Moves the layers that don't win from `report.layers` to `report.left_alone`; measures where there are inputs."""
+
+    def leave(row: Layer, reason: str) -> None:
+        report.layers.remove(row)
+        report.left_alone |= dict.fromkeys(row.names, reason)
+
+    if recipe.guard != "none":
+        for row in list(report.layers):
+            if row.bytes_after >= row.bytes_before:
+                leave(row, f"not smaller: {row.bytes_before:,} → {row.bytes_after:,} bytes as {row.format}")
+    if inputs is None or not report.layers:
+        return
+    chosen = {name: candidates[name] for row in report.layers for name in row.names}
+    layers, (whole, _) = measure.time_layers(model, inputs, chosen)
+    for row in list(report.layers):
+        times = [layers[name] for name in row.names if name in layers]
+        row.seconds_before, row.seconds_after = (sum(side) for side in zip(*times, strict=True))
+        if recipe.guard != "speed":
+            continue
+        if row.seconds_before == 0:
+            leave(row, "the example inputs never reach it, so it can't be measured")
+        elif row.seconds_after > row.seconds_before + SAME_TIME * whole:
+            before, after = row.seconds_before * 1e6, row.seconds_after * 1e6
+            leave(row, f"not faster: {before:.0f} → {after:.0f} µs as {row.format}")
+    chosen = {name: candidates[name] for row in report.layers for name in row.names}
+    if not chosen:
+        return
+    report.seconds_before, report.seconds_after = measure.time_model(model, inputs, chosen)
+    if recipe.guard == "speed" and report.seconds_after > report.seconds_before:
+        before, after = report.seconds_before * 1e3, report.seconds_after * 1e3
+        report.seconds_before = report.seconds_after = None
+        for row in list(report.layers):
+            leave(row, f"faster alone, but the whole model is not: {before:.2f} → {after:.2f} ms")
+
+
+def _commit(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
+    """Puts the compressed modules in place; on any exception the model is as it was."""
+    before = {name: model.get_submodule(name) for name in replacements}
+    try:
+        measure.replace_(model, replacements)
+        for name in replacements:
+            # Its fused path would take the dense weight out of the layers instead of calling them.
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                parent.activation_relu_or_gelu = 0
+    except BaseException:
+        measure.replace_(model, before)
+        raise
+
+
+def _model_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, tied ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

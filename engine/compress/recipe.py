@@ -1,0 +1,139 @@
+"""What to do to a model: frozen, checked when made, written to and read from plain dicts."""
+
+import dataclasses
+import math
+from typing import Any
+
+SCOPES = ("row", "layer", "model")
+PATTERNS = ("unstructured",)
+ACTIVATIONS = ("dynamic", "static", "none")
+GUARDS = ("speed", "size", "none")
+DEFAULT_TARGETS = ("Linear", "Embedding")
+
+
+def _one_of(owner: str, field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"engine.{owner}: {field}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or not values.keys() <= known:
+        raise ValueError(f"engine.{cls.__name__}: expected a dict with keys among {sorted(known)}, got {values!r}")
+    return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune:
+    """Which weights to drop: exactly one of `sparsity` and `threshold`.
+
+    Attributes:
+        sparsity: fraction to drop, in [0, 1): the smallest magnitudes of each `scope`.
+        threshold: drop where `|w| <= threshold`.
+        scope: "row" (each output), "layer", or "model" (all layers against each other).
+        pattern: "unstructured": any weight may go.
+    """
+
+    sparsity: float | None = None
+    threshold: float | None = None
+    scope: str = "layer"
+    pattern: str = "unstructured"
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.threshold is None):
+            raise ValueError("engine.Prune: give exactly one of sparsity and threshold")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"engine.Prune: sparsity: expected a number in [0, 1), got {self.sparsity!r}")
+        if self.threshold is not None and not (self.threshold >= 0 and math.isfinite(self.threshold)):
+            raise ValueError(f"engine.Prune: threshold: expected a finite number of at least 0, got {self.threshold!r}")
+        _one_of("Prune", "scope", self.scope, SCOPES)
+        _one_of("Prune", "pattern", self.pattern, PATTERNS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain values; `from_dict` takes it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Prune":
+        """The inverse of `to_dict`. ValueError on an unknown key or a bad value."""
+        return _from_dict(cls, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Weights to int8, and activations as `activation` says.
+
+    Attributes:
+        activation: "dynamic": each row of activations to int8 by its own maximum; "static": by one scale a layer,
+            calibrated on the example inputs; "none": activations stay float (not together with pruning).
+    """
+
+    activation: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        _one_of("Quantize", "activation", self.activation, ACTIVATIONS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain values; `from_dict` takes it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Quantize":
+        """The inverse of `to_dict`. ValueError on an unknown key or a bad value."""
+        return _from_dict(cls, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to compress a model.
+
+    Attributes:
+        prune: weights to drop in Linear layers, or None. Embeddings are never pruned.
+        quantize: int8 for what is kept, or None.
+        targets: modules to compress, each by class name ("Linear"), qualified name ("encoder.layer.0") or "re:" and a
+            pattern that matches from the beginning of the qualified name.
+        ignore: modules to leave out, said in the same ways.
+        guard: "speed": a layer is compressed only where it measures faster on the example inputs; "size": only where it
+            gets smaller; "none": always.
+    """
+
+    prune: Prune | None = None
+    quantize: Quantize | None = None
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    ignore: tuple[str, ...] = ()
+    guard: str = "speed"
+
+    def __post_init__(self) -> None:
+        if self.prune is None and self.quantize is None:
+            raise ValueError("engine.Recipe: nothing to do: give prune, quantize or both")
+        for field, cls in (("prune", Prune), ("quantize", Quantize)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, cls):
+                raise TypeError(f"engine.Recipe: {field}: expected engine.{cls.__name__}, got {type(value).__name__}")
+        for field in ("targets", "ignore"):
+            value = getattr(self, field)
+            if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+                raise TypeError(f"engine.Recipe: {field}: expected a tuple of strings, got {value!r}")
+            object.__setattr__(self, field, tuple(value))
+        _one_of("Recipe", "guard", self.guard, GUARDS)
+        if self.prune is not None and self.quantize is not None and self.quantize.activation == "none":
+            raise ValueError(
+                "engine.Recipe: pruned int8 weights need int8 activations: "
+                "use Quantize(activation='dynamic' or 'static'), or prune without quantize to keep both in float"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain values, fit for JSON; `from_dict` takes it back."""
+        return {**dataclasses.asdict(self), "targets": list(self.targets), "ignore": list(self.ignore)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`. ValueError on an unknown key or a bad value."""
+        values = dict(values)
+        for field, kind in (("prune", Prune), ("quantize", Quantize)):
+            if values.get(field) is not None:
+                values[field] = kind.from_dict(values[field])
+        for field in ("targets", "ignore"):
+            if field in values:
+                values[field] = tuple(values[field])
+        return _from_dict(cls, values)

@@ -1,0 +1,204 @@
+"""What compression did to a model, layer by layer, and what it left alone: text, JSON, PNG, HTML."""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass
+class Layer:
+    """One compressed weight.
+
+    `seconds_*` are medians inside whole forward passes on the example inputs, None where none were given. `error` is
+    the relative error (L2) of the layer's output on them, or of its weight where none were given, None where the
+    inputs never reach the layer. `names` has every module that shares the weight.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    format: str
+    sparsity: float
+    bytes_before: int
+    bytes_after: int
+    seconds_before: float | None = None
+    seconds_after: float | None = None
+    error: float | None = None
+
+
+@dataclasses.dataclass
+class Report:
+    """The outcome of :func:`engine.compress_`. `print` it, or `save` it.
+
+    Attributes:
+        recipe: the recipe as a dict.
+        layers: what was compressed.
+        left_alone: qualified name to reason, for everything that a target meant and that stayed as it was.
+        bytes_before, bytes_after: parameters and buffers of the whole model.
+        seconds_before, seconds_after: median of a forward pass on the example inputs, None without them.
+        machine: what it was measured on.
+    """
+
+    recipe: dict[str, Any]
+    layers: list[Layer]
+    left_alone: dict[str, str]
+    bytes_before: int
+    bytes_after: int = 0
+    seconds_before: float | None = None
+    seconds_after: float | None = None
+    machine: dict[str, Any] = dataclasses.field(default_factory=lambda: _machine())
+
+    def __str__(self) -> str:
+        """A table: a line a layer, then the whole model, then what was left alone and why."""
+        header = ("layer", "shape", "format", "sparsity", "bytes", "µs", "error")
+        rows = [_cells(layer) for layer in self.layers]
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [_line(header, widths), "  ".join("─" * width for width in widths)]
+        lines += [_line(row, widths) for row in rows]
+        lines += ["", self.summary()]
+        if self.left_alone:
+            lines += ["", f"left alone ({len(self.left_alone)}):"]
+            lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """The whole model in one line."""
+        size = f"model: {_megabytes(self.bytes_before)} → {_megabytes(self.bytes_after)}"
+        size += f" ({self.bytes_before / max(1, self.bytes_after):.2f}x smaller)"
+        if self.seconds_before is None or self.seconds_after is None:
+            return size
+        before, after = self.seconds_before * 1e3, self.seconds_after * 1e3
+        return f"{size}, {before:.2f} → {after:.2f} ms a forward pass ({before / after:.2f}x faster)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the report to `path`, by its ending: `.json`, `.png` (a chart) or `.html` (one self-contained page).
+
+        Raises:
+            ValueError: another ending.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        elif path.suffix == ".png":
+            path.write_bytes(self._chart())
+        elif path.suffix == ".html":
+            path.write_text(self._page(), encoding="utf-8")
+        else:
+            raise ValueError(f"engine.Report.save: expected a name ending in .json, .png or .html, got {path.name!r}")
+
+    def _chart(self) -> bytes:
+        """Bytes and µs a layer, before and after, as PNG."""
+        from matplotlib.figure import Figure  # takes a second to import, and only this needs it
+
+        timed = any(layer.seconds_before is not None for layer in self.layers)
+        count = max(1, len(self.layers))
+        figure = Figure(figsize=(7.5 * (1 + timed), 1.6 + 0.27 * count), layout="constrained")
+        axes = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
+        names = [layer.name for layer in self.layers]
+        _bars(axes[0], names, [(y.bytes_before / 1e6, y.bytes_after / 1e6) for y in self.layers], "MB")
+        if timed:
+            times = [((y.seconds_before or 0) * 1e6, (y.seconds_after or 0) * 1e6) for y in self.layers]
+            _bars(axes[1], names, times, "µs a forward pass")
+        axes[0].legend(loc="lower right", frameon=False)
+        figure.suptitle(self.summary(), fontsize=11)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+    def _page(self) -> str:
+        header = ("layer", "shape", "format", "sparsity", "bytes", "µs", "error")
+        body = "".join(_html_row("td", _cells(layer)) for layer in self.layers)
+        left = "".join(_html_row("td", item) for item in self.left_alone.items())
+        left = f"<h2>Left alone</h2><table>{_html_row('th', ('layer', 'reason'))}{left}</table>" if left else ""
+        chart = base64.b64encode(self._chart()).decode()
+        facts = "".join(_html_row("td", (str(k), str(v))) for k, v in self.machine.items())
+        return (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Compression report</title>'
+            f"<style>{_STYLE}</style></head><body><h1>Compression report</h1>"
+            f"<p>{html.escape(self.summary())}</p>"
+            f'<img alt="Bytes and time of each layer, before and after" src="data:image/png;base64,{chart}">'
+            f"<h2>Layers</h2><table class=numbers>{_html_row('th', header)}{body}</table>{left}"
+            f"<h2>Recipe</h2><pre>{html.escape(json.dumps(self.recipe, indent=2))}</pre>"
+            f"<h2>Machine</h2><table>{facts}</table></body></html>\n"
+        )
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
+img { max-width: 100% } table { border-collapse: collapse; font-size: 14px } th { text-align: left }
+th, td { padding: .2em .9em .2em 0; border-bottom: 1px solid #ddd; vertical-align: top }
+.numbers td:nth-child(n+4) { font-variant-numeric: tabular-nums; white-space: nowrap }
+pre { background: #f5f5f5; padding: 1em }
+"""
+
+
+def _bars(axis: Any, names: list[str], pairs: list[tuple[float, float]], unit: str) -> None:
+    rows = range(len(names))
+    # Blue and orange of Okabe and Ito's palette, told apart by every kind of colour vision.
+    axis.barh([y - 0.2 for y in rows], [before for before, _ in pairs], 0.4, color="#0072B2", label="before")
+    axis.barh([y + 0.2 for y in rows], [after for _, after in pairs], 0.4, color="#E69F00", label="after")
+    axis.set_yticks(list(rows), names, fontsize=7)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xlabel(unit)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _cells(layer: Layer) -> tuple[str, ...]:
+    times = "–"
+    if layer.seconds_before is not None and layer.seconds_after is not None:
+        times = f"{layer.seconds_before * 1e6:,.0f} → {layer.seconds_after * 1e6:,.0f}"
+    others = f" (+{len(layer.names) - 1} tied)" if len(layer.names) > 1 else ""
+    return (
+        layer.name + others,
+        "×".join(map(str, layer.shape)),
+        layer.format,
+        f"{layer.sparsity:.2f}",
+        f"{layer.bytes_before:,} → {layer.bytes_after:,}",
+        times,
+        "–" if layer.error is None else f"{layer.error:.4f}",
+    )
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    left, right = cells[:3], cells[3:]
+    padded = [c.ljust(w) for c, w in zip(left, widths[:3], strict=True)]
+    padded += [c.rjust(w) for c, w in zip(right, widths[3:], strict=True)]
+    return "  ".join(padded).rstrip()
+
+
+def _html_row(tag: str, cells: tuple[str, ...]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB"
+
+
+def _machine() -> dict[str, Any]:
+    from engine import backends
+
+    try:
+        from engine import _native
+
+        name = _native.cpu_name()
+    except ImportError:  # installed without a C++ compiler
+        name = platform.processor()
+    return {
+        "processor": name,
+        "instruction_set": backends.cpu_variant(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,151 @@
+"""Which modules a recipe speaks of, and which of them can be compressed."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from engine.compress.recipe import DEFAULT_TARGETS
+from engine.nn.compressed import _Compressed
+from engine.ops._check import FLOAT_DTYPES
+
+COMPRESSIBLE = (nn.Linear, nn.Embedding)  # exactly these: a subclass may read its weight in ways of its own
+
+
+def matches(pattern: str, name: str, class_name: str = "") -> bool:
+    """Whether `pattern` (a class name, a qualified name, or "re:" and a regular expression) means this module."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern in (name, class_name)
+
+
+def check_patterns(owner: str, patterns: Iterable[str]) -> None:
+    """Raises ValueError naming the "re:" pattern that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            if pattern.startswith("re:"):
+                raise ValueError(f"engine.{owner}: {pattern!r} is no regular expression: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One weight to compress, with every module that holds it (several where it is tied)."""
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def name(self) -> str:
+        """The first module's qualified name."""
+        return self.names[0]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight."""
+        return self.modules[0].weight  # type: ignore[return-value]
+
+    @property
+    def kinds(self) -> set[type[nn.Module]]:
+        """Types of the modules."""
+        return {type(module) for module in self.modules}
+
+
+def find_targets(
+    model: nn.Module, targets: tuple[str, ...], ignore: tuple[str, ...], owner: str
+) -> tuple[list[Target], dict[str, str]]:
+    """The weights that `targets` without `ignore` mean, and the modules left out with the reason for each.
+
+    Raises:
+        ValueError: the model is compressed already, a pattern matches nothing or nothing that can be compressed, or a
+            weight holds a NaN or an infinity.
+    """
+    check_patterns(owner, (*targets, *ignore))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    compressed = [name for name, module in modules.items() if isinstance(module, _Compressed)]
+    if compressed:
+        raise ValueError(
+            f"engine.{owner}: the model is compressed already: {compressed[0]} is one of {len(compressed)}"
+        )
+    chosen: dict[str, nn.Module] = {}
+    matched_by = dict.fromkeys(targets, 0)
+    for name, module in modules.items():
+        for pattern in targets:
+            if not matches(pattern, name, type(module).__name__):
+                continue
+            inside = pattern if pattern.startswith("re:") else None
+            matched_by[pattern] += inside is None or type(module) in COMPRESSIBLE
+            if type(module) in COMPRESSIBLE:
+                chosen[name] = module
+            elif inside is None:
+                chosen |= _compressible_below(name, module, pattern, owner)
+    missed = [pattern for pattern, count in matched_by.items() if count == 0]
+    if missed and (targets != DEFAULT_TARGETS or len(missed) == len(targets)):
+        raise ValueError(f"engine.{owner}: target {missed[0]!r} matches no module that can be compressed")
+    return _group(model, modules, chosen, ignore, owner)
+
+
+def _compressible_below(name: str, module: nn.Module, pattern: str, owner: str) -> dict[str, nn.Module]:
+    """The layers inside a block that a target names; ValueError where there is none."""
+    prefix = f"{name}." if name else ""
+    inner = module.named_modules(remove_duplicate=False)
+    found = {prefix + inside: child for inside, child in inner if inside and type(child) in COMPRESSIBLE}
+    if not found:
+        kinds = " and ".join(kind.__name__ for kind in COMPRESSIBLE)
+        raise ValueError(
+            f"engine.{owner}: target {pattern!r} means {name or 'the model'}, a {type(module).__name__}, "
+            f"which can't be compressed: only {kinds} can"
+        )
+    return found
+
+
+def _group(
+    model: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, nn.Module], ignore: tuple[str, ...], owner: str
+) -> tuple[list[Target], dict[str, str]]:
+    """Puts the modules that share a weight together, and leaves out what can't be compressed as a whole."""
+    holders: dict[int, list[str]] = {}  # every name under which a parameter stands in the model
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    groups: dict[int, list[str]] = {}
+    left: dict[str, str] = {}
+    for name, module in chosen.items():
+        ignored = next((p for p in ignore if _ignores(p, name, type(module).__name__)), None)
+        if ignored is not None:
+            left[name] = f"ignored by {ignored!r}"
+        else:
+            groups.setdefault(id(module.weight), []).append(name)
+    found = []
+    for names in groups.values():
+        target = Target(tuple(names), tuple(modules[name] for name in names))
+        others = set(holders.get(id(target.weight), ())) - {f"{name}.weight" for name in names}
+        reason = _why_not(target, others)
+        if reason:
+            left |= dict.fromkeys(names, reason)
+            continue
+        if not torch.isfinite(target.weight).all():
+            raise ValueError(f"engine.{owner}: {target.name}: its weight holds a NaN or an infinity")
+        found.append(target)
+    return found, left
+
+
+def _ignores(pattern: str, name: str, class_name: str) -> bool:
+    """As `matches`; a block's name also stands for the layers inside it."""
+    return matches(pattern, name, class_name) or (not pattern.startswith("re:") and name.startswith(f"{pattern}."))
+
+
+def _why_not(target: Target, others: set[str]) -> str | None:
+    weight = target.weight
+    if others:
+        return f"its weight is shared with {min(others)}, which stays as it is"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if any(isinstance(module, nn.Embedding) and module.max_norm is not None for module in target.modules):
+        return "max_norm changes its weight as it runs"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in target.modules):
+        return "it has forward hooks, which a replacement would lose"
+    return None

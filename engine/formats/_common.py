@@ -1,0 +1,21 @@
+"""What the formats share."""
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+
+
+def nbytes_of(*tensors: Tensor | None) -> int:
+    """Bytes that the tensors hold together."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def check_scales(where: str, scale: Tensor | None, input_scale: Tensor | None, rows: int) -> None:
+    """Raises unless `scale` is float32 `[rows]`, finite and above 0, and `input_scale`, if any, alike of one."""
+    for name, tensor, shape in (("scale", scale, (rows,)), ("input_scale", input_scale, ())):
+        if tensor is None and name == "input_scale":
+            continue
+        _check.is_dtype(where, name, tensor, torch.float32)
+        _check.has_shape(where, name, tensor, shape)
+        _check.expect(bool((tensor.isfinite() & (tensor > 0)).all()), where, name, "finite numbers above 0", "others")

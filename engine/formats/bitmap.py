@@ -1,0 +1,109 @@
+"""Bitmap: one bit a weight says whether it is kept, and only kept weights are stored."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.formats._common import check_scales, nbytes_of
+from engine.ops import _check
+from engine.ops._bitmap import check_bitmap
+
+INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
+
+
+@dataclasses.dataclass(eq=False)
+class Bitmap:
+    """A sparse weight `[N, K]`: a bit for every weight, values for the kept ones.
+
+    At sparsity s it takes `1 - s` values and an eighth of a byte a weight: less than CSR below about 97 %, and the
+    kernels expand it in registers.
+
+    Attributes:
+        values: kept weights row after row, `[nnz]`: float, or int8 with `scale`.
+        bitmask: uint8 `[N, ceil(K / 8)]`, bit j % 8 of byte j // 8 for column j; bits beyond K are 0.
+        row_offsets: int64 `[N + 1]`: where each row's values begin.
+        columns: K.
+        scale: float32 `[N]` where values are int8, else None.
+        input_scale: float32 `[]`: activations are quantised by it (static); None: each row by its own maximum.
+    """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("values", "bitmask", "row_offsets", "scale", "input_scale")
+
+    values: Tensor
+    bitmask: Tensor
+    row_offsets: Tensor
+    columns: int
+    scale: Tensor | None = None
+    input_scale: Tensor | None = None
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        threshold: Tensor | float,
+        values: torch.dtype | None = None,
+        input_scale: Tensor | float | None = None,
+    ) -> "Bitmap":
+        """Prunes `weight` `[N, K]` where `|w| <= threshold` and packs the rest.
+
+        `values` is the dtype to keep weights in: None for the weight's own, torch.int8 to quantise them in the same
+        pass, or another float dtype (bfloat16 halves the bytes of float32, arithmetic stays float32). `input_scale`
+        goes with int8 alone.
+        """
+        weight = weight.detach()
+        if values != torch.int8:
+            if input_scale is not None:
+                raise ValueError("engine.formats.Bitmap: input_scale goes with values=torch.int8")
+            bitmask, row_offsets, kept = ops.prune_to_bitmap(weight, threshold)
+            return cls(kept.to(values or weight.dtype), bitmask, row_offsets, weight.shape[1])
+        bitmask, row_offsets, kept, scale = ops.prune_quantize_to_bitmap(weight, threshold)
+        if input_scale is not None:
+            input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(())
+        return cls(kept, bitmask, row_offsets, weight.shape[1], scale, input_scale)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[N, K]` with zeros where pruned."""
+        dense = ops.bitmap_to_dense(self.bitmask, self.row_offsets, self.values, self.columns)
+        return dense.to(dtype) if self.scale is None else ops.int8_dequantize(dense, self.scale, dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias` for `x` `[..., K]`."""
+        if self.scale is None:
+            return ops.bitmap_linear(x, self.bitmask, self.row_offsets, self.values, bias)
+        return ops.bitmap_int8_linear(
+            x, self.bitmask, self.row_offsets, self.values, self.scale, bias, self.input_scale
+        )
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't.
+
+        Counts the bits of every row, so that whatever passes can be read by a kernel.
+        """
+        where = "formats.Bitmap"
+        check_bitmap(where, self.bitmask, self.row_offsets, self.values, self.columns)
+        _check.expect((self.scale is not None) == (self.values.dtype == torch.int8), where, "scale", *INT8_HAS_SCALE)
+        if self.scale is not None:
+            check_scales(where, self.scale, self.input_scale, self.bitmask.shape[0])
+
+    @property
+    def label(self) -> str:
+        """Name with the values' dtype, as reports print it."""
+        return f"bitmap {str(self.values.dtype).removeprefix('torch.')}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return (self.bitmask.shape[0], self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return nbytes_of(self.values, self.bitmask, self.row_offsets, self.scale, self.input_scale)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are pruned."""
+        return 1 - self.values.numel() / max(1, self.bitmask.shape[0] * self.columns)

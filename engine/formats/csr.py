@@ -1,0 +1,88 @@
+"""Csr: a column index beside every kept weight. For very sparse weights, and exchange with torch.sparse_csr."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.formats._common import nbytes_of
+from engine.ops import _check
+
+
+@dataclasses.dataclass(eq=False)
+class Csr:
+    """A sparse weight `[N, K]` in compressed sparse rows.
+
+    Attributes:
+        values: kept weights row after row, float `[nnz]`.
+        crow_indices: int32 or int64 `[N + 1]`: where each row's values begin.
+        col_indices: the same dtype, `[nnz]`: each value's column.
+        columns: K.
+    """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
+
+    values: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    columns: int
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, threshold: Tensor | float) -> "Csr":
+        """Prunes `weight` `[N, K]` where `|w| <= threshold` and packs the rest."""
+        crow_indices, col_indices, values = ops.prune_to_csr(weight.detach(), threshold)
+        return cls(values, crow_indices, col_indices, weight.shape[1])
+
+    @classmethod
+    def from_sparse_csr(cls, weight: Tensor) -> "Csr":
+        """Takes the tensors of a torch.sparse_csr weight, without a copy."""
+        return cls(weight.values(), weight.crow_indices(), weight.col_indices(), weight.shape[1])
+
+    def to_sparse_csr(self) -> Tensor:
+        """The weight as a torch.sparse_csr tensor over the same memory."""
+        return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, self.values, self.shape)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[N, K]` with zeros where pruned."""
+        return self.to_sparse_csr().to_dense().to(dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias` for `x` `[..., K]`."""
+        return ops.csr_linear(x, self.crow_indices, self.col_indices, self.values, bias)
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""
+        where = "formats.Csr"
+        _check.is_float(where, "values", self.values)
+        _check.is_dtype(where, "crow_indices", self.crow_indices, torch.int32, torch.int64)
+        _check.is_dtype(where, "col_indices", self.col_indices, self.crow_indices.dtype)
+        _check.has_shape(where, "values", self.values, ("nnz",))
+        _check.has_shape(where, "col_indices", self.col_indices, self.values.shape)
+        _check.has_shape(where, "crow_indices", self.crow_indices, ("N + 1",))
+        crow, count = self.crow_indices, self.values.numel()
+        rises = crow.numel() > 0 and crow[0] == 0 and crow[-1] == count and bool((crow.diff() >= 0).all())
+        _check.expect(rises, where, "crow_indices", f"offsets rising from 0 to {count}", "others")
+        inside = count == 0 or bool((self.col_indices >= 0).all() & (self.col_indices < self.columns).all())
+        _check.expect(inside, where, "col_indices", f"columns in [0, {self.columns})", "others")
+
+    @property
+    def label(self) -> str:
+        """Name with the values' dtype, as reports print it."""
+        return f"csr {str(self.values.dtype).removeprefix('torch.')}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return (self.crow_indices.shape[0] - 1, self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return nbytes_of(self.values, self.crow_indices, self.col_indices)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are pruned."""
+        return 1 - self.values.numel() / max(1, (self.crow_indices.shape[0] - 1) * self.columns)

@@ -1,0 +1,79 @@
+"""DenseInt8: every weight stored, as int8 with one scale a row."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.formats._common import check_scales, nbytes_of
+from engine.ops import _check
+
+ACTIVATIONS = ("dynamic", "static", "none")
+
+
+@dataclasses.dataclass(eq=False)
+class DenseInt8:
+    """A weight `[N, K]` as int8 values with a scale for each of the N rows.
+
+    Attributes:
+        values: int8 `[N, K]`.
+        scale: float32 `[N]`; a weight is `values * scale`.
+        input_scale: float32 `[]`: activations are quantised by it; None: each row by its own maximum.
+        quantize_input: False leaves activations in float ("none"): less error, for memory-bound layers as fast.
+    """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("values", "scale", "input_scale")
+    label: ClassVar[str] = "int8"
+
+    values: Tensor
+    scale: Tensor
+    input_scale: Tensor | None = None
+    quantize_input: bool = True
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, activation: str = "dynamic", input_scale: Tensor | float | None = None
+    ) -> "DenseInt8":
+        """Quantises `weight` `[N, K]`. `activation` is "dynamic", "static" (then `input_scale` is needed) or "none"."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"engine.formats.DenseInt8: activation: expected one of {ACTIVATIONS}, got {activation!r}")
+        if (activation == "static") != (input_scale is not None):
+            raise ValueError("engine.formats.DenseInt8: input_scale goes with activation='static', and only with it")
+        values, scale = ops.int8_quantize(weight.detach())
+        if input_scale is not None:
+            input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(())
+        return cls(values, scale, input_scale, activation != "none")
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[N, K]` that the kernels multiply by."""
+        return ops.int8_dequantize(self.values, self.scale, dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias` for `x` `[..., K]`."""
+        if self.quantize_input:
+            return ops.int8_linear(x, self.values, self.scale, bias, self.input_scale)
+        return ops.int8_weight_linear(x, self.values, self.scale, bias)
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""
+        where = "formats.DenseInt8"
+        _check.is_dtype(where, "values", self.values, torch.int8)
+        _check.has_shape(where, "values", self.values, ("N", "K"))
+        check_scales(where, self.scale, self.input_scale, self.values.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return (self.values.shape[0], self.values.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return nbytes_of(self.values, self.scale, self.input_scale)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are not stored: none."""
+        return 0.0

@@ -1,0 +1,155 @@
+"""CompressedLinear and CompressedEmbedding: the compressed twins of nn.Linear and nn.Embedding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import ops
+from engine.formats import DenseInt8, Format
+
+RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights
+ALWAYS_FLOAT32 = ("scale", "input_scale")
+
+
+class _Compressed(nn.Module):
+    """A module whose weight is a format's tensors, each held as a parameter under the format's own name for it.
+
+    Parameters rather than buffers, so that tied weights stay tied when the module moves to another device, and
+    DistributedDataParallel doesn't broadcast them at every step. Only float values can require a gradient.
+    """
+
+    def __init__(self, format: Format, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self._format_type: type[Format] = type(format)
+        fields = dict(vars(format))
+        for name in format.TENSORS:
+            tensor = fields.pop(name)
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, tensor)
+        self._settings: dict[str, Any] = fields
+        if dtype is None:
+            dtype = format.values.dtype if format.values.is_floating_point() else torch.float32
+        # Follows .to(dtype) as any float tensor does, and so tells the dtype that the dense weight would have by now.
+        self.register_buffer("_dtype_marker", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def format(self) -> Format:
+        """The format over this module's tensors, without a copy."""
+        tensors = {name: self._parameters[name] for name in self._format_type.TENSORS}
+        return self._format_type(**tensors, **self._settings)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that this module computes with, `[N, K]`, made anew at each access."""
+        return self.format.to_dense(self._dtype_marker.dtype)
+
+    def _apply(self, fn, recurse=True):
+        before = {name: self._parameters[name] for name in ALWAYS_FLOAT32 if self._parameters.get(name) is not None}
+        before = {name: parameter.data for name, parameter in before.items()}
+        super()._apply(fn, recurse)
+        for name, data in before.items():  # a scale in half precision would change every weight
+            parameter = self._parameters[name]
+            if parameter.dtype != torch.float32:
+                parameter.data = data.to(parameter.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        found = {name: state_dict.get(prefix + name) for name in self._format_type.TENSORS}
+        for name, tensor in found.items():
+            mine = self._parameters[name]
+            resized = name in RESIZED_BY_LOADING and mine is not None and tensor is not None
+            if resized and mine.shape != tensor.shape and tensor.dim() == mine.dim() == 1:
+                fresh = torch.empty(tensor.shape, dtype=mine.dtype, device=mine.device)
+                self._parameters[name] = nn.Parameter(fresh, requires_grad=mine.requires_grad)
+            if name == "input_scale" and mine is None and tensor is not None:
+                fresh = torch.empty((), dtype=torch.float32, device=self.values.device)
+                self._parameters[name] = nn.Parameter(fresh, requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if not errors and not missing:
+            try:
+                self.format.check()
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix.removesuffix('.')}: {error}")
+
+    def _describe_format(self) -> str:
+        format = self.format
+        dense = format.shape[0] * format.shape[1] * self._dtype_marker.element_size()
+        share = f" ({format.nbytes / dense:.1%} of dense)" if dense else ""
+        return f"format={format.label}, sparsity={format.sparsity:.2f}, bytes={format.nbytes:,}{share}"
+
+
+class CompressedLinear(_Compressed):
+    """`y = x @ weight.T + bias` over a compressed weight; attributes are those of nn.Linear.
+
+    Args:
+        format: the compressed weight, `[out_features, in_features]`.
+        bias: `[out_features]`, or None.
+        dtype: of the dense weight that `weight` gives back; by default that of the format's values, float32 for int8.
+    """
+
+    def __init__(self, format: Format, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(format, dtype)
+        self.out_features, self.in_features = format.shape
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(
+                f"engine.nn.CompressedLinear: bias: expected [{self.out_features}], got {list(bias.shape)}"
+            )
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, format_type: type[Format], **how: Any) -> "CompressedLinear":
+        """Compresses `linear`'s weight by `format_type.from_dense(weight, **how)` and shares its bias.
+
+        Float values take over the weight's `requires_grad`, so that a pruned layer can be trained on as it is.
+        """
+        module = cls(format_type.from_dense(linear.weight, **how), linear.bias, linear.weight.dtype)
+        if module.values.is_floating_point():
+            module.values.requires_grad_(linear.weight.requires_grad)
+        return module.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype."""
+        return self.format.linear(x, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the parentheses."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {self._describe_format()}"
+
+
+class CompressedEmbedding(_Compressed):
+    """Rows of an int8 weight by index; attributes are those of nn.Embedding.
+
+    Args:
+        format: the weight, `[num_embeddings, embedding_dim]`.
+        padding_idx: kept for callers that ask for it; the row itself is what it was.
+        dtype: of the rows given out.
+    """
+
+    def __init__(self, format: DenseInt8, padding_idx: int | None = None, dtype: torch.dtype | None = None) -> None:
+        if not isinstance(format, DenseInt8):
+            raise TypeError(f"engine.nn.CompressedEmbedding: expected a DenseInt8, got {type(format).__name__}")
+        super().__init__(format, dtype)
+        self.num_embeddings, self.embedding_dim = format.shape
+        self.padding_idx = padding_idx
+
+    @classmethod
+    def from_dense(cls, embedding: nn.Embedding, format_type: type[DenseInt8] = DenseInt8) -> "CompressedEmbedding":
+        """Compresses `embedding`'s weight. An embedding with `max_norm` changes its weight as it runs: ValueError."""
+        if embedding.max_norm is not None:
+            raise ValueError("engine.nn.CompressedEmbedding: an embedding with max_norm can't be compressed")
+        format = format_type.from_dense(embedding.weight)
+        return cls(format, embedding.padding_idx, embedding.weight.dtype).train(embedding.training)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """`indices` `[...]` to rows `[..., embedding_dim]`."""
+        return ops.int8_embedding(indices, self.values, self.scale, self._dtype_marker.dtype)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the parentheses."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._describe_format()}"

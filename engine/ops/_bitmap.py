@@ -1,0 +1,78 @@
+"""The bitmap form of a sparse matrix [N, K], as every bitmap op takes it, and the checks between it and a kernel.
+
+`bitmask`, uint8 [N, ceil(K / 8)]: weight k of a row is kept where bit `k % 8` (the least significant first) of byte
+`k // 8` is set; bits beyond K are 0. `row_offsets`, int64 [N + 1]: where each row's values begin. `values`, [nnz]: the
+kept weights, row after row.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+
+CHUNK_BYTES = 4 << 20  # of bitmask looked at in one step, so that a check needs little memory
+
+
+def bitmap_mask(bitmask: Tensor, columns: int) -> Tensor:
+    """The bitmask unpacked: bool `[N, columns]`, true where a weight is kept."""
+    rows, row_bytes = bitmask.shape
+    bits = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    return ((bitmask.unsqueeze(-1) >> bits) & 1).bool().reshape(rows, row_bytes * 8)[:, :columns]
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """The bitmask of a bool mask `[N, K]`: the reverse of `bitmap_mask`."""
+    rows, columns = mask.shape
+    row_bytes = -(-columns // 8)
+    padded = torch.nn.functional.pad(mask, (0, row_bytes * 8 - columns)).reshape(rows, row_bytes, 8)
+    bits = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded * bits).sum(-1, dtype=torch.uint8)
+
+
+def popcount(bitmask: Tensor) -> Tensor:
+    """How many bits of each row of uint8 `[N, B]` are set: int64 `[N]`."""
+    pairs = bitmask - ((bitmask >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
+
+
+def check_bitmap_metadata(op: str, bitmask: Tensor, row_offsets: Tensor, values: Tensor, columns: int) -> None:
+    """Raises TypeError or ValueError unless dtypes and shapes fit together. Reads no data: fine on fake tensors.
+
+    The dtype of `values` is left to the op.
+    """
+    _check.is_dtype(op, "bitmask", bitmask, torch.uint8)
+    _check.is_dtype(op, "row_offsets", row_offsets, torch.int64)
+    _check.expect(columns >= 0, op, "columns", "at least 0", columns)
+    _check.has_shape(op, "bitmask", bitmask, ("N", (columns + 7) // 8))
+    _check.has_shape(op, "row_offsets", row_offsets, (bitmask.shape[0] + 1,))
+    _check.has_shape(op, "values", values, ("nnz",))
+
+
+def check_bitmap(op: str, bitmask: Tensor, row_offsets: Tensor, values: Tensor, columns: int) -> None:
+    """Raises ValueError unless the data of a bitmap, whose metadata was checked before, is consistent.
+
+    Offsets run from 0 to nnz without a step back, a row has as many values as bits, no bit beyond `columns` is set.
+    """
+    rows, nnz = bitmask.shape[0], values.shape[0]
+    first, last = int(row_offsets[0]), int(row_offsets[-1])
+    _check.expect(first == 0, op, "row_offsets", "to begin with 0", first)
+    lengths = row_offsets.diff()
+    back = row_offsets[1:] < row_offsets[:-1]
+    if bool(back.any()):
+        row = int(back.nonzero()[0])
+        got = f"{int(row_offsets[row])} then {int(row_offsets[row + 1])} at row {row}"
+        _check.expect(False, op, "row_offsets", "never to decrease", got)
+    _check.expect(last == nnz, op, "row_offsets", f"to end with the number of values, {nnz}", last)
+
+    step = max(1, CHUNK_BYTES // max(1, bitmask.shape[1]))
+    for begin in range(0, rows, step):
+        chunk = bitmask[begin : begin + step]
+        counts, wanted = popcount(chunk), lengths[begin : begin + step]
+        if not torch.equal(counts, wanted):
+            at = int((counts != wanted).nonzero()[0])
+            expected = f"{int(wanted[at])} bits set in row {begin + at}, as many as row_offsets gives it values"
+            _check.expect(False, op, "bitmask", expected, int(counts[at]))
+        if columns % 8 and bool((chunk[:, -1] >> (columns % 8)).any()):
+            row = begin + int((chunk[:, -1] >> (columns % 8)).nonzero()[0])
+            _check.expect(False, op, "bitmask", f"no bit set beyond column {columns}", f"one in row {row}")

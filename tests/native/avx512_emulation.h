@@ -1,0 +1,1218 @@
+// AVX-512 intrinsics as plain functions, so that the AVX-512 variants of the kernels run, slowly, on a processor that has
+// only AVX2. For tests: force-included before everything else, together with -DENGINE_EMULATE_AVX512 (csrc/common/isa.h).
+//
+// Each intrinsic is one line of the alphabetical list below, a macro over a few templates that work lane by lane on any
+// vector width. What reads or writes memory touches just the bytes that the instruction touches, so that AddressSanitizer
+// sees them, and an aligned access to an unaligned address stops the program as the instruction would.
+// Names and meanings: Intel Intrinsics Guide.
+#pragma once
+#pragma GCC diagnostic ignored "-Wpsabi"  // a 512-bit argument travels in memory here
+
+#include <immintrin.h>
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace emulated {
+
+// The target of ENGINE_AVX512 in such a build: a 256-bit argument must travel as its callers pass it.
+#define EMULATED inline __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+
+// ---- vectors as arrays ------------------------------------------------------------------------------------------
+
+template <class T, class V>
+using Lanes = std::array<T, sizeof(V) / sizeof(T)>;
+
+template <class T, class V>
+EMULATED Lanes<T, V> lanes(V v) {
+    return __builtin_bit_cast(Lanes<T, V>, v);
+}
+
+template <class V, class A>
+EMULATED V vector(const A& a) {
+    static_assert(sizeof(V) == sizeof(A));
+    return __builtin_bit_cast(V, a);
+}
+
+template <size_t n>
+using Mask = std::conditional_t<n == 64, __mmask64,
+                                std::conditional_t<n == 32, __mmask32, std::conditional_t<n == 16, __mmask16, __mmask8>>>;
+
+EMULATED bool bit(uint64_t mask, size_t i) { return (mask >> i) & 1; }
+
+// ---- memory -----------------------------------------------------------------------------------------------------
+
+template <class V>
+EMULATED V load(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+EMULATED void store(void* p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+template <class V>
+EMULATED V load_aligned(const void* p) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(V)) __builtin_trap();
+    return load<V>(p);
+}
+template <class V>
+EMULATED void store_aligned(void* p, V v) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(V)) __builtin_trap();
+    store(p, v);
+}
+// Lane i from p[i] where its bit is set, from `off` elsewhere.
+template <class T, class V>
+EMULATED V load_some(V off, uint64_t mask, const void* p) {
+    auto out = lanes<T>(off);
+    for (size_t i = 0; i < out.size(); ++i)
+        if (bit(mask, i)) __builtin_memcpy(&out[i], static_cast<const char*>(p) + i * sizeof(T), sizeof(T));
+    return vector<V>(out);
+}
+template <class T, class V>
+EMULATED void store_some(void* p, uint64_t mask, V v) {
+    const auto in = lanes<T>(v);
+    for (size_t i = 0; i < in.size(); ++i)
+        if (bit(mask, i)) __builtin_memcpy(static_cast<char*>(p) + i * sizeof(T), &in[i], sizeof(T));
+}
+// The lanes with a set bit from consecutive elements of p, the others from `off`.
+template <class T, class V>
+EMULATED V expand_load(V off, uint64_t mask, const void* p) {
+    auto out = lanes<T>(off);
+    const char* from = static_cast<const char*>(p);
+    for (size_t i = 0; i < out.size(); ++i)
+        if (bit(mask, i)) __builtin_memcpy(&out[i], from, sizeof(T)), from += sizeof(T);
+    return vector<V>(out);
+}
+template <class T, class V>
+EMULATED void compress_store(void* p, uint64_t mask, V v) {
+    const auto in = lanes<T>(v);
+    char* to = static_cast<char*>(p);
+    for (size_t i = 0; i < in.size(); ++i)
+        if (bit(mask, i)) __builtin_memcpy(to, &in[i], sizeof(T)), to += sizeof(T);
+}
+template <class T, class V>
+EMULATED V gather(V off, uint64_t mask, __m512i index, const void* p, int scale) {
+    auto out = lanes<T>(off);
+    const auto at = lanes<int32_t>(index);
+    for (size_t i = 0; i < out.size(); ++i)
+        if (bit(mask, i)) __builtin_memcpy(&out[i], static_cast<const char*>(p) + int64_t{at[i]} * scale, sizeof(T));
+    return vector<V>(out);
+}
+
+// ---- lane by lane -----------------------------------------------------------------------------------------------
+
+// f(a[i], b[i], ...) in every lane.
+template <class T, class F, class V, class... W>
+EMULATED V map(F f, V a, W... more) {
+    auto out = lanes<T>(a);
+    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<T>(f(out[i], lanes<T>(more)[i]...));
+    return vector<V>(out);
+}
+template <class V, class T>
+EMULATED V fill(T x) {
+    Lanes<T, V> out;
+    out.fill(x);
+    return vector<V>(out);
+}
+template <class T, class V>
+EMULATED V blend(uint64_t mask, V off, V on) {
+    auto out = lanes<T>(off);
+    for (size_t i = 0; i < out.size(); ++i) out[i] = bit(mask, i) ? lanes<T>(on)[i] : out[i];
+    return vector<V>(out);
+}
+template <class T, class V>
+EMULATED V zero_unless(uint64_t mask, V on) {
+    return blend<T>(mask, V{}, on);
+}
+// The mask of the lanes where f holds.
+template <class T, class F, class V, class... W>
+EMULATED auto test(F f, V a, W... more) {
+    uint64_t mask = 0;
+    for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i)
+        mask |= uint64_t{f(lanes<T>(a)[i], lanes<T>(more)[i]...)} << i;
+    return static_cast<Mask<sizeof(V) / sizeof(T)>>(mask);
+}
+// f over all lanes, folding halves onto each other in the compiler's order (it decides the bits of a float sum).
+template <class T, class F, class V>
+EMULATED T reduce(F f, V v) {
+    auto a = lanes<T>(v);
+    for (size_t n = a.size() / 2; n > 0; n /= 2)
+        for (size_t i = 0; i < n; ++i)
+            a[i] = static_cast<T>(n * sizeof(T) >= 16 ? f(a[i + n], a[i]) : f(a[i], a[i + n]));
+    return a[0];
+}
+
+constexpr auto kAdd = [](auto a, auto b) { return a + b; };
+constexpr auto kSub = [](auto a, auto b) { return a - b; };
+constexpr auto kMul = [](auto a, auto b) { return a * b; };
+constexpr auto kDiv = [](auto a, auto b) { return a / b; };
+constexpr auto kAnd = [](auto a, auto b) { return a & b; };
+constexpr auto kAndNot = [](auto a, auto b) { return ~a & b; };
+constexpr auto kOr = [](auto a, auto b) { return a | b; };
+constexpr auto kXor = [](auto a, auto b) { return a ^ b; };
+constexpr auto kMax = [](auto a, auto b) { return a > b ? a : b; };  // floats: b where a NaN takes part
+constexpr auto kMin = [](auto a, auto b) { return a < b ? a : b; };
+constexpr auto kAbs = [](auto a) { return a < 0 ? 0u - static_cast<uint32_t>(a) : static_cast<uint32_t>(a); };
+constexpr auto kFma = [](float a, float b, float c) { return std::fma(a, b, c); };
+constexpr auto kFnma = [](float a, float b, float c) { return std::fma(-a, b, c); };
+constexpr auto kEq = [](auto a, auto b) { return a == b; };
+constexpr auto kNe = [](auto a, auto b) { return a != b; };
+constexpr auto kLt = [](auto a, auto b) { return a < b; };
+constexpr auto kLe = [](auto a, auto b) { return a <= b; };
+constexpr auto kGt = [](auto a, auto b) { return a > b; };
+constexpr auto kGe = [](auto a, auto b) { return a >= b; };
+constexpr auto kAnyBit = [](auto a, auto b) { return (a & b) != 0; };
+constexpr auto kNoBit = [](auto a, auto b) { return (a & b) == 0; };
+constexpr auto kNegative = [](auto a) { return a < 0; };
+// A shift by the width or more gives 0, or the sign everywhere.
+constexpr auto kShiftLeft = [](auto a, uint64_t n) { return n >= 8 * sizeof a ? 0 : static_cast<uint64_t>(a) << n; };
+constexpr auto kShiftRight = [](auto a, uint64_t n) { return n >= 8 * sizeof a ? a : a >> n; };
+
+template <class F>
+struct ShiftBy {  // every lane by one count
+    F f;
+    uint64_t count;
+    template <class T>
+    auto operator()(T a) const {
+        return f(a, count);
+    }
+};
+constexpr auto kShiftRightUnsigned = [](auto a, uint64_t n) { return n >= 8 * sizeof a ? decltype(a){0} : static_cast<decltype(a)>(a >> n); };
+constexpr auto kShiftRightSigned = [](auto a, uint64_t n) { return a >> (n >= 8 * sizeof a ? 8 * sizeof a - 1 : n); };
+
+struct Compare {  // the integer predicates of _MM_CMPINT_ENUM
+    int predicate;
+    template <class T>
+    bool operator()(T a, T b) const {
+        const bool is[4] = {a == b, a < b, a <= b, false};
+        return is[predicate & 3] != ((predicate & 4) != 0);
+    }
+};
+struct CompareFloat {  // the predicates _CMP_EQ_OQ to _CMP_TRUE_US; signalling or not makes no difference here
+    int predicate;
+    bool operator()(float a, float b) const {
+        const bool unordered = std::isnan(a) || std::isnan(b);
+        const bool is[16] = {a == b,      a < b,      a <= b, unordered, a != b,               !(a < b), !(a <= b), !unordered,
+                             !(a < b || a > b), !(a >= b), !(a > b), false, a < b || a > b, a >= b,   a > b,     true};
+        return is[predicate & 15];
+    }
+};
+struct RoundScale {  // to a multiple of 2^-(imm >> 4); imm & 3 is the rounding, imm & 4 the current one
+    int imm;
+    float operator()(float x) const {
+        if (!std::isfinite(x)) return x;
+        const float scaled = std::ldexp(x, imm >> 4 & 15);
+        if (!std::isfinite(scaled)) return x;
+        const int how = imm & 4 ? 0 : imm & 3;
+        const float rounded = how == 0   ? std::nearbyint(scaled)
+                              : how == 1 ? std::floor(scaled)
+                              : how == 2 ? std::ceil(scaled)
+                                         : std::trunc(scaled);
+        return std::copysign(std::ldexp(rounded, -(imm >> 4 & 15)), x);
+    }
+};
+struct Ternary {  // bit i of imm is the result for a, b, c being the bits of i, a the highest
+    int imm;
+    uint32_t operator()(uint32_t a, uint32_t b, uint32_t c) const {
+        uint32_t out = 0;
+        for (uint32_t i = 0; i < 8; ++i)
+            if (imm >> i & 1) out |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+        return out;
+    }
+};
+
+// ---- conversion -------------------------------------------------------------------------------------------------
+
+template <class To>
+struct Wrap {
+    template <class From>
+    To operator()(From x) const {
+        return static_cast<To>(x);
+    }
+};
+template <class To>
+struct Saturate {
+    template <class From>
+    To operator()(From x) const {
+        constexpr From low = std::is_signed_v<From> ? static_cast<From>(std::numeric_limits<To>::min()) : From{0};
+        constexpr From high = static_cast<From>(std::numeric_limits<To>::max());
+        return static_cast<To>(x < low ? low : x > high ? high : x);
+    }
+};
+template <class To>
+struct RoundTo {  // float to integer; what does not fit becomes the lowest integer
+    bool truncate;
+    To operator()(float x) const {
+        const float r = truncate ? std::trunc(x) : std::nearbyint(x);
+        constexpr float limit = -static_cast<float>(std::numeric_limits<To>::min());
+        return r >= -limit && r < limit ? static_cast<To>(r) : std::numeric_limits<To>::min();
+    }
+};
+// f(a[i]) in lane i of another vector type.
+template <class To, class Out, class From, class F, class V>
+EMULATED Out convert(F f, V v) {
+    Lanes<To, Out> out{};
+    const auto in = lanes<From>(v);
+    for (size_t i = 0; i < in.size() && i < out.size(); ++i) out[i] = f(in[i]);
+    return vector<Out>(out);
+}
+EMULATED __m512 half_to_float(__m256i h) {
+    const std::array<__m256, 2> out = {_mm256_cvtph_ps(_mm256_castsi256_si128(h)),
+                                       _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+    return vector<__m512>(out);
+}
+template <int imm>
+EMULATED __m256i float_to_half(__m512 x) {
+    const auto in = lanes<__m256>(x);
+    return _mm256_set_m128i(_mm256_cvtps_ph(in[1], imm & 7), _mm256_cvtps_ph(in[0], imm & 7));
+}
+// Per 128 bits: a's lanes saturated, then b's.
+template <class To, class From, class V>
+EMULATED V pack(V a, V b) {
+    constexpr size_t half = 16 / sizeof(From);
+    Lanes<To, V> out;
+    for (size_t i = 0; i < out.size(); ++i) {
+        const size_t block = i / (2 * half), within = i % (2 * half);
+        const V from = within < half ? a : b;
+        out[i] = Saturate<To>{}(lanes<From>(from)[block * half + within % half]);
+    }
+    return vector<V>(out);
+}
+
+// ---- products of neighbours ---------------------------------------------------------------------------------------
+
+// acc[i] + the sum of the products of the narrow lanes that lie under wide lane i.
+template <class A, class B, class V>
+EMULATED V dot(V acc, V a, V b) {
+    auto out = lanes<uint32_t>(acc);  // wraps
+    for (size_t i = 0; i < sizeof(V) / sizeof(A); ++i)
+        out[i * sizeof(A) / 4] += static_cast<uint32_t>(int32_t{lanes<A>(a)[i]} * int32_t{lanes<B>(b)[i]});
+    return vector<V>(out);
+}
+// Unsigned bytes of a times signed bytes of b, neighbours added, saturated to 16 bits.
+template <class V>
+EMULATED V maddubs(V a, V b) {
+    Lanes<int16_t, V> out;
+    const auto x = lanes<uint8_t>(a);
+    const auto y = lanes<int8_t>(b);
+    for (size_t i = 0; i < out.size(); ++i)
+        out[i] = Saturate<int16_t>{}(x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1]);
+    return vector<V>(out);
+}
+// The low 32 bits of every 64, multiplied in full.
+template <class T, class V>
+EMULATED V mul_even(V a, V b) {
+    using Wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
+    Lanes<Wide, V> out;
+    for (size_t i = 0; i < out.size(); ++i) out[i] = Wide{lanes<T>(a)[2 * i]} * Wide{lanes<T>(b)[2 * i]};
+    return vector<V>(out);
+}
+template <class V>
+EMULATED V sad(V a, V b) {
+    Lanes<uint64_t, V> out{};
+    for (size_t i = 0; i < sizeof(V); ++i)
+        out[i / 8] += static_cast<uint64_t>(std::abs(lanes<uint8_t>(a)[i] - lanes<uint8_t>(b)[i]));
+    return vector<V>(out);
+}
+
+// ---- moving lanes -----------------------------------------------------------------------------------------------
+
+template <class T, class V>
+EMULATED V expand(V off, uint64_t mask, V v) {
+    return expand_load<T>(off, mask, &v);
+}
+template <class T, class V>
+EMULATED V compress(V off, uint64_t mask, V v) {
+    compress_store<T>(&off, mask, v);
+    return off;
+}
+// a[index[i] mod n]
+template <class T, class V>
+EMULATED V permute(V index, V a) {
+    using I = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>>;
+    auto out = lanes<T>(a);
+    for (size_t i = 0; i < out.size(); ++i) out[i] = lanes<T>(a)[lanes<I>(index)[i] % out.size()];
+    return vector<V>(out);
+}
+EMULATED __m512 permute_float(__m512i index, __m512 a) { return vector<__m512>(permute<uint32_t>(index, vector<__m512i>(a))); }
+// The same from a and b one after the other.
+template <class T, class V, class I>
+EMULATED V permute2(V a, I index, V b) {
+    auto out = lanes<T>(a);
+    for (size_t i = 0; i < out.size(); ++i) {
+        const size_t from = static_cast<std::make_unsigned_t<T>>(lanes<T>(index)[i]) % (2 * out.size());
+        out[i] = lanes<T>(from < out.size() ? a : b)[from % out.size()];
+    }
+    return vector<V>(out);
+}
+// Within each 128 bits: byte i from byte index[i] % 16, 0 where the index is negative.
+template <class V>
+EMULATED V shuffle_bytes(V a, V index) {
+    Lanes<uint8_t, V> out;
+    for (size_t i = 0; i < out.size(); ++i) {
+        const uint8_t at = lanes<uint8_t>(index)[i];
+        out[i] = at & 0x80 ? 0 : lanes<uint8_t>(a)[i / 16 * 16 + at % 16];
+    }
+    return vector<V>(out);
+}
+// Within each 128 bits: lanes 0 and 1 from a, 2 and 3 from b, two bits of imm for each.
+template <class V>
+EMULATED V shuffle_words(V a, V b, int imm) {
+    Lanes<uint32_t, V> out;
+    for (size_t i = 0; i < out.size(); ++i)
+        out[i] = lanes<uint32_t>(i % 4 < 2 ? a : b)[i / 4 * 4 + (imm >> 2 * (i % 4) & 3)];
+    return vector<V>(out);
+}
+// Whole blocks of 128 bits: 0 and 1 from a, 2 and 3 from b.
+template <class V>
+EMULATED V shuffle_blocks(V a, V b, int imm) {
+    Lanes<__int128, V> out;
+    for (size_t i = 0; i < 4; ++i) out[i] = lanes<__int128>(i < 2 ? a : b)[imm >> 2 * i & 3];
+    return vector<V>(out);
+}
+// Within each 256 bits: 64-bit lane i from lane (imm >> 2i) & 3.
+template <class V>
+EMULATED V permute_in_256(V a, int imm) {
+    Lanes<uint64_t, V> out;
+    for (size_t i = 0; i < out.size(); ++i) out[i] = lanes<uint64_t>(a)[i / 4 * 4 + (imm >> 2 * (i % 4) & 3)];
+    return vector<V>(out);
+}
+// Within each 128 bits: a and b in turn, from their low (half = 0) or high (1) halves.
+template <class T, class V>
+EMULATED V unpack(V a, V b, size_t half) {
+    constexpr size_t n = 16 / sizeof(T);
+    Lanes<T, V> out;
+    for (size_t i = 0; i < out.size(); ++i)
+        out[i] = lanes<T>(i % 2 ? b : a)[i / n * n + half * n / 2 + i % n / 2];
+    return vector<V>(out);
+}
+template <class V, class Part>
+EMULATED V insert(V v, Part part, size_t at) {
+    auto out = lanes<Part>(v);
+    out[at % out.size()] = part;
+    return vector<V>(out);
+}
+template <class Part, class V>
+EMULATED Part extract(V v, size_t at) {
+    return lanes<Part>(v)[at % (sizeof(V) / sizeof(Part))];
+}
+template <class V, class Part>
+EMULATED V repeat(Part part) {
+    Lanes<Part, V> out;
+    for (Part& p : out) p = part;
+    return vector<V>(out);
+}
+// (a above b) shifted right by `count` lanes, within blocks of `block` bytes.
+template <class T, class V>
+EMULATED V align(V a, V b, size_t count, size_t block) {
+    const size_t n = block / sizeof(T);
+    Lanes<T, V> out;
+    for (size_t i = 0; i < out.size(); ++i) {
+        const size_t from = i % n + count;
+        out[i] = from < n ? lanes<T>(b)[i / n * n + from] : from < 2 * n ? lanes<T>(a)[i / n * n + from - n] : T{0};
+    }
+    return vector<V>(out);
+}
+template <class T, class V>
+EMULATED V from_mask(uint64_t mask) {
+    Lanes<T, V> out;
+    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<T>(bit(mask, i) ? -1 : 0);
+    return vector<V>(out);
+}
+template <class T, class... X>
+EMULATED __m512i listed(bool reversed, X... x) {
+    Lanes<T, __m512i> out = {static_cast<T>(x)...};
+    static_assert(sizeof...(x) == sizeof(out) / sizeof(T));
+    for (size_t i = 0; reversed && i < out.size() / 2; ++i) std::swap(out[i], out[out.size() - 1 - i]);
+    return vector<__m512i>(out);
+}
+template <class To, class From>
+EMULATED To cast(From v) {  // what the source does not hold is zero
+    To out{};
+    __builtin_memcpy(&out, &v, sizeof(To) < sizeof(From) ? sizeof(To) : sizeof(From));
+    return out;
+}
+
+}  // namespace emulated
+
+// ---- the intrinsics, in alphabetical order (_mm512, then _mm256, then _mm) ----------------------------------------
+
+#define _mm512_abs_epi16(...) emulated::map<int16_t>(emulated::kAbs, __VA_ARGS__)
+#define _mm512_abs_epi32(...) emulated::map<int32_t>(emulated::kAbs, __VA_ARGS__)
+#define _mm512_abs_epi8(...) emulated::map<int8_t>(emulated::kAbs, __VA_ARGS__)
+#define _mm512_abs_ps(...) emulated::map<float>([](float x) { return std::fabs(x); }, __VA_ARGS__)
+#define _mm512_add_epi16(...) emulated::map<uint16_t>(emulated::kAdd, __VA_ARGS__)
+#define _mm512_add_epi32(...) emulated::map<uint32_t>(emulated::kAdd, __VA_ARGS__)
+#define _mm512_add_epi64(...) emulated::map<uint64_t>(emulated::kAdd, __VA_ARGS__)
+#define _mm512_add_epi8(...) emulated::map<uint8_t>(emulated::kAdd, __VA_ARGS__)
+#define _mm512_add_ps(...) emulated::map<float>(emulated::kAdd, __VA_ARGS__)
+#define _mm512_alignr_epi32(a, b, count) emulated::align<uint32_t>(a, b, (count) & 15, 64)
+#define _mm512_alignr_epi64(a, b, count) emulated::align<uint64_t>(a, b, (count) & 7, 64)
+#define _mm512_alignr_epi8(a, b, count) emulated::align<uint8_t>(a, b, count, 16)
+#define _mm512_and_epi32(...) emulated::map<uint32_t>(emulated::kAnd, __VA_ARGS__)
+#define _mm512_and_epi64(...) emulated::map<uint64_t>(emulated::kAnd, __VA_ARGS__)
+#define _mm512_and_ps(...) emulated::map_bits(emulated::kAnd, __VA_ARGS__)
+#define _mm512_and_si512(...) emulated::map<uint64_t>(emulated::kAnd, __VA_ARGS__)
+#define _mm512_andnot_epi32(...) emulated::map<uint32_t>(emulated::kAndNot, __VA_ARGS__)
+#define _mm512_andnot_epi64(...) emulated::map<uint64_t>(emulated::kAndNot, __VA_ARGS__)
+#define _mm512_andnot_ps(...) emulated::map_bits(emulated::kAndNot, __VA_ARGS__)
+#define _mm512_andnot_si512(...) emulated::map<uint64_t>(emulated::kAndNot, __VA_ARGS__)
+#define _mm512_broadcast_f32x4(...) emulated::repeat<__m512, __m128>(__VA_ARGS__)
+#define _mm512_broadcast_f32x8(...) emulated::repeat<__m512, __m256>(__VA_ARGS__)
+#define _mm512_broadcast_i32x4(...) emulated::repeat<__m512i, __m128i>(__VA_ARGS__)
+#define _mm512_broadcast_i32x8(...) emulated::repeat<__m512i, __m256i>(__VA_ARGS__)
+#define _mm512_broadcast_i64x2(...) emulated::repeat<__m512i, __m128i>(__VA_ARGS__)
+#define _mm512_broadcast_i64x4(...) emulated::repeat<__m512i, __m256i>(__VA_ARGS__)
+#define _mm512_broadcastb_epi8(...) emulated::fill<__m512i>(emulated::extract<uint8_t>(__VA_ARGS__, 0))
+#define _mm512_broadcastd_epi32(...) emulated::fill<__m512i>(emulated::extract<uint32_t>(__VA_ARGS__, 0))
+#define _mm512_broadcastq_epi64(...) emulated::fill<__m512i>(emulated::extract<uint64_t>(__VA_ARGS__, 0))
+#define _mm512_broadcastss_ps(...) emulated::fill<__m512>(emulated::extract<float>(__VA_ARGS__, 0))
+#define _mm512_broadcastw_epi16(...) emulated::fill<__m512i>(emulated::extract<uint16_t>(__VA_ARGS__, 0))
+#define _mm512_castps128_ps512(...) emulated::cast<__m512>(__VA_ARGS__)
+#define _mm512_castps256_ps512(...) emulated::cast<__m512>(__VA_ARGS__)
+#define _mm512_castps512_ps128(...) emulated::cast<__m128>(__VA_ARGS__)
+#define _mm512_castps512_ps256(...) emulated::cast<__m256>(__VA_ARGS__)
+#define _mm512_castps_si512(...) emulated::cast<__m512i>(__VA_ARGS__)
+#define _mm512_castsi128_si512(...) emulated::cast<__m512i>(__VA_ARGS__)
+#define _mm512_castsi256_si512(...) emulated::cast<__m512i>(__VA_ARGS__)
+#define _mm512_castsi512_ps(...) emulated::cast<__m512>(__VA_ARGS__)
+#define _mm512_castsi512_si128(...) emulated::cast<__m128i>(__VA_ARGS__)
+#define _mm512_castsi512_si256(...) emulated::cast<__m256i>(__VA_ARGS__)
+#define _mm512_cmp_epi16_mask(a, b, predicate) emulated::test<int16_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_epi32_mask(a, b, predicate) emulated::test<int32_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_epi64_mask(a, b, predicate) emulated::test<int64_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_epi8_mask(a, b, predicate) emulated::test<int8_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_epu16_mask(a, b, predicate) emulated::test<uint16_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_epu32_mask(a, b, predicate) emulated::test<uint32_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_epu64_mask(a, b, predicate) emulated::test<uint64_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_epu8_mask(a, b, predicate) emulated::test<uint8_t>(emulated::Compare{predicate}, a, b)
+#define _mm512_cmp_ps_mask(a, b, predicate) emulated::test<float>(emulated::CompareFloat{predicate}, a, b)
+#define _mm512_cmpeq_epi16_mask(...) emulated::test<int16_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpeq_epi32_mask(...) emulated::test<int32_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpeq_epi64_mask(...) emulated::test<int64_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpeq_epi8_mask(...) emulated::test<int8_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpeq_epu16_mask(...) emulated::test<uint16_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpeq_epu32_mask(...) emulated::test<uint32_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpeq_epu64_mask(...) emulated::test<uint64_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpeq_epu8_mask(...) emulated::test<uint8_t>(emulated::kEq, __VA_ARGS__)
+#define _mm512_cmpge_epi16_mask(...) emulated::test<int16_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpge_epi32_mask(...) emulated::test<int32_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpge_epi64_mask(...) emulated::test<int64_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpge_epi8_mask(...) emulated::test<int8_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpge_epu16_mask(...) emulated::test<uint16_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpge_epu32_mask(...) emulated::test<uint32_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpge_epu64_mask(...) emulated::test<uint64_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpge_epu8_mask(...) emulated::test<uint8_t>(emulated::kGe, __VA_ARGS__)
+#define _mm512_cmpgt_epi16_mask(...) emulated::test<int16_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmpgt_epi32_mask(...) emulated::test<int32_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmpgt_epi64_mask(...) emulated::test<int64_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmpgt_epi8_mask(...) emulated::test<int8_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmpgt_epu16_mask(...) emulated::test<uint16_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmpgt_epu32_mask(...) emulated::test<uint32_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmpgt_epu64_mask(...) emulated::test<uint64_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmpgt_epu8_mask(...) emulated::test<uint8_t>(emulated::kGt, __VA_ARGS__)
+#define _mm512_cmple_epi16_mask(...) emulated::test<int16_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmple_epi32_mask(...) emulated::test<int32_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmple_epi64_mask(...) emulated::test<int64_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmple_epi8_mask(...) emulated::test<int8_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmple_epu16_mask(...) emulated::test<uint16_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmple_epu32_mask(...) emulated::test<uint32_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmple_epu64_mask(...) emulated::test<uint64_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmple_epu8_mask(...) emulated::test<uint8_t>(emulated::kLe, __VA_ARGS__)
+#define _mm512_cmplt_epi16_mask(...) emulated::test<int16_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmplt_epi32_mask(...) emulated::test<int32_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmplt_epi64_mask(...) emulated::test<int64_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmplt_epi8_mask(...) emulated::test<int8_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmplt_epu16_mask(...) emulated::test<uint16_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmplt_epu32_mask(...) emulated::test<uint32_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmplt_epu64_mask(...) emulated::test<uint64_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmplt_epu8_mask(...) emulated::test<uint8_t>(emulated::kLt, __VA_ARGS__)
+#define _mm512_cmpneq_epi16_mask(...) emulated::test<int16_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cmpneq_epi32_mask(...) emulated::test<int32_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cmpneq_epi64_mask(...) emulated::test<int64_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cmpneq_epi8_mask(...) emulated::test<int8_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cmpneq_epu16_mask(...) emulated::test<uint16_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cmpneq_epu32_mask(...) emulated::test<uint32_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cmpneq_epu64_mask(...) emulated::test<uint64_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cmpneq_epu8_mask(...) emulated::test<uint8_t>(emulated::kNe, __VA_ARGS__)
+#define _mm512_cvtepi16_epi32(...) emulated::convert<int32_t, __m512i, int16_t>(emulated::Wrap<int32_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi16_epi64(...) emulated::convert<int64_t, __m512i, int16_t>(emulated::Wrap<int64_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi16_epi8(...) emulated::convert<int8_t, __m256i, int16_t>(emulated::Wrap<int8_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi32_epi16(...) emulated::convert<int16_t, __m256i, int32_t>(emulated::Wrap<int16_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi32_epi64(...) emulated::convert<int64_t, __m512i, int32_t>(emulated::Wrap<int64_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi32_epi8(...) emulated::convert<int8_t, __m128i, int32_t>(emulated::Wrap<int8_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi32_ps(...) emulated::convert<float, __m512, int32_t>(emulated::Wrap<float>{}, __VA_ARGS__)
+#define _mm512_cvtepi64_epi16(...) emulated::convert<int16_t, __m128i, int64_t>(emulated::Wrap<int16_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi64_epi32(...) emulated::convert<int32_t, __m256i, int64_t>(emulated::Wrap<int32_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi64_epi8(...) emulated::convert<int8_t, __m128i, int64_t>(emulated::Wrap<int8_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi8_epi16(...) emulated::convert<int16_t, __m512i, int8_t>(emulated::Wrap<int16_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi8_epi32(...) emulated::convert<int32_t, __m512i, int8_t>(emulated::Wrap<int32_t>{}, __VA_ARGS__)
+#define _mm512_cvtepi8_epi64(...) emulated::convert<int64_t, __m512i, int8_t>(emulated::Wrap<int64_t>{}, __VA_ARGS__)
+#define _mm512_cvtepu16_epi32(...) emulated::convert<uint32_t, __m512i, uint16_t>(emulated::Wrap<uint32_t>{}, __VA_ARGS__)
+#define _mm512_cvtepu16_epi64(...) emulated::convert<uint64_t, __m512i, uint16_t>(emulated::Wrap<uint64_t>{}, __VA_ARGS__)
+#define _mm512_cvtepu32_epi64(...) emulated::convert<uint64_t, __m512i, uint32_t>(emulated::Wrap<uint64_t>{}, __VA_ARGS__)
+#define _mm512_cvtepu32_ps(...) emulated::convert<float, __m512, uint32_t>(emulated::Wrap<float>{}, __VA_ARGS__)
+#define _mm512_cvtepu8_epi16(...) emulated::convert<uint16_t, __m512i, uint8_t>(emulated::Wrap<uint16_t>{}, __VA_ARGS__)
+#define _mm512_cvtepu8_epi32(...) emulated::convert<uint32_t, __m512i, uint8_t>(emulated::Wrap<uint32_t>{}, __VA_ARGS__)
+#define _mm512_cvtepu8_epi64(...) emulated::convert<uint64_t, __m512i, uint8_t>(emulated::Wrap<uint64_t>{}, __VA_ARGS__)
+#define _mm512_cvtph_ps(...) emulated::half_to_float(__VA_ARGS__)
+#define _mm512_cvtps_epi32(...) emulated::convert<int32_t, __m512i, float>(emulated::RoundTo<int32_t>{false}, __VA_ARGS__)
+#define _mm512_cvtps_ph(a, imm) emulated::float_to_half<(imm)>(a)
+#define _mm512_cvtsepi16_epi8(...) emulated::convert<int8_t, __m256i, int16_t>(emulated::Saturate<int8_t>{}, __VA_ARGS__)
+#define _mm512_cvtsepi32_epi16(...) emulated::convert<int16_t, __m256i, int32_t>(emulated::Saturate<int16_t>{}, __VA_ARGS__)
+#define _mm512_cvtsepi32_epi8(...) emulated::convert<int8_t, __m128i, int32_t>(emulated::Saturate<int8_t>{}, __VA_ARGS__)
+#define _mm512_cvtsepi64_epi16(...) emulated::convert<int16_t, __m128i, int64_t>(emulated::Saturate<int16_t>{}, __VA_ARGS__)
+#define _mm512_cvtsepi64_epi32(...) emulated::convert<int32_t, __m256i, int64_t>(emulated::Saturate<int32_t>{}, __VA_ARGS__)
+#define _mm512_cvtsepi64_epi8(...) emulated::convert<int8_t, __m128i, int64_t>(emulated::Saturate<int8_t>{}, __VA_ARGS__)
+#define _mm512_cvtsi512_si32(...) emulated::extract<int32_t>(__VA_ARGS__, 0)
+#define _mm512_cvtss_f32(...) emulated::extract<float>(__VA_ARGS__, 0)
+#define _mm512_cvttps_epi32(...) emulated::convert<int32_t, __m512i, float>(emulated::RoundTo<int32_t>{true}, __VA_ARGS__)
+#define _mm512_cvtusepi16_epi8(...) emulated::convert<uint8_t, __m256i, uint16_t>(emulated::Saturate<uint8_t>{}, __VA_ARGS__)
+#define _mm512_cvtusepi32_epi16(...) emulated::convert<uint16_t, __m256i, uint32_t>(emulated::Saturate<uint16_t>{}, __VA_ARGS__)
+#define _mm512_cvtusepi32_epi8(...) emulated::convert<uint8_t, __m128i, uint32_t>(emulated::Saturate<uint8_t>{}, __VA_ARGS__)
+#define _mm512_cvtusepi64_epi16(...) emulated::convert<uint16_t, __m128i, uint64_t>(emulated::Saturate<uint16_t>{}, __VA_ARGS__)
+#define _mm512_cvtusepi64_epi32(...) emulated::convert<uint32_t, __m256i, uint64_t>(emulated::Saturate<uint32_t>{}, __VA_ARGS__)
+#define _mm512_cvtusepi64_epi8(...) emulated::convert<uint8_t, __m128i, uint64_t>(emulated::Saturate<uint8_t>{}, __VA_ARGS__)
+#define _mm512_div_ps(...) emulated::map<float>(emulated::kDiv, __VA_ARGS__)
+#define _mm512_dpbusd_epi32(...) emulated::dot<uint8_t, int8_t>(__VA_ARGS__)
+#define _mm512_dpwssd_epi32(...) emulated::dot<int16_t, int16_t>(__VA_ARGS__)
+#define _mm512_extractf32x4_ps(...) emulated::extract<__m128>(__VA_ARGS__)
+#define _mm512_extractf32x8_ps(...) emulated::extract<__m256>(__VA_ARGS__)
+#define _mm512_extracti32x4_epi32(...) emulated::extract<__m128i>(__VA_ARGS__)
+#define _mm512_extracti32x8_epi32(...) emulated::extract<__m256i>(__VA_ARGS__)
+#define _mm512_extracti64x2_epi64(...) emulated::extract<__m128i>(__VA_ARGS__)
+#define _mm512_extracti64x4_epi64(...) emulated::extract<__m256i>(__VA_ARGS__)
+#define _mm512_fmadd_ps(...) emulated::map<float>(emulated::kFma, __VA_ARGS__)
+#define _mm512_fnmadd_ps(...) emulated::map<float>(emulated::kFnma, __VA_ARGS__)
+#define _mm512_i32gather_epi32(...) emulated::gather<uint32_t>(__m512i{}, 0xffff, __VA_ARGS__)
+#define _mm512_i32gather_ps(...) emulated::gather<float>(__m512{}, 0xffff, __VA_ARGS__)
+#define _mm512_insertf32x4(...) emulated::insert<__m512, __m128>(__VA_ARGS__)
+#define _mm512_insertf32x8(...) emulated::insert<__m512, __m256>(__VA_ARGS__)
+#define _mm512_inserti32x4(...) emulated::insert<__m512i, __m128i>(__VA_ARGS__)
+#define _mm512_inserti32x8(...) emulated::insert<__m512i, __m256i>(__VA_ARGS__)
+#define _mm512_inserti64x2(...) emulated::insert<__m512i, __m128i>(__VA_ARGS__)
+#define _mm512_inserti64x4(...) emulated::insert<__m512i, __m256i>(__VA_ARGS__)
+#define _mm512_kunpackb(high, low) static_cast<__mmask16>((static_cast<uint32_t>(high) & 0xff) << 8 | ((low) & 0xff))
+#define _mm512_kunpackd(high, low) static_cast<__mmask64>(static_cast<uint64_t>(high) << 32 | ((low) & 0xffffffff))
+#define _mm512_kunpackw(high, low) static_cast<__mmask32>(static_cast<uint32_t>(high) << 16 | ((low) & 0xffff))
+#define _mm512_load_epi32(...) emulated::load_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_load_epi64(...) emulated::load_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_load_ps(...) emulated::load_aligned<__m512>(__VA_ARGS__)
+#define _mm512_load_si512(...) emulated::load_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_loadu_epi16(...) emulated::load<__m512i>(__VA_ARGS__)
+#define _mm512_loadu_epi32(...) emulated::load<__m512i>(__VA_ARGS__)
+#define _mm512_loadu_epi64(...) emulated::load<__m512i>(__VA_ARGS__)
+#define _mm512_loadu_epi8(...) emulated::load<__m512i>(__VA_ARGS__)
+#define _mm512_loadu_ps(...) emulated::load<__m512>(__VA_ARGS__)
+#define _mm512_loadu_si512(...) emulated::load<__m512i>(__VA_ARGS__)
+#define _mm512_lzcnt_epi32(...) emulated::map<uint32_t>([](uint32_t x) { return std::countl_zero(x); }, __VA_ARGS__)
+#define _mm512_madd_epi16(...) emulated::dot<int16_t, int16_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maddubs_epi16(...) emulated::maddubs<__m512i>(__VA_ARGS__)
+#define _mm512_mask3_fmadd_ps(a, b, c, mask) emulated::blend<float>(mask, c, _mm512_fmadd_ps(a, b, c))
+#define _mm512_mask_add_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_add_epi16(__VA_ARGS__))
+#define _mm512_mask_add_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_add_epi32(__VA_ARGS__))
+#define _mm512_mask_add_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_add_epi64(__VA_ARGS__))
+#define _mm512_mask_add_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_add_epi8(__VA_ARGS__))
+#define _mm512_mask_add_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_add_ps(__VA_ARGS__))
+#define _mm512_mask_and_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_and_epi32(__VA_ARGS__))
+#define _mm512_mask_and_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_and_epi64(__VA_ARGS__))
+#define _mm512_mask_andnot_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_andnot_epi32(__VA_ARGS__))
+#define _mm512_mask_andnot_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_andnot_epi64(__VA_ARGS__))
+#define _mm512_mask_blend_epi16(...) emulated::blend<uint16_t>(__VA_ARGS__)
+#define _mm512_mask_blend_epi32(...) emulated::blend<uint32_t>(__VA_ARGS__)
+#define _mm512_mask_blend_epi64(...) emulated::blend<uint64_t>(__VA_ARGS__)
+#define _mm512_mask_blend_epi8(...) emulated::blend<uint8_t>(__VA_ARGS__)
+#define _mm512_mask_blend_ps(...) emulated::blend<float>(__VA_ARGS__)
+#define _mm512_mask_compress_epi16(...) emulated::compress<uint16_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_compress_epi32(...) emulated::compress<uint32_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_compress_epi64(...) emulated::compress<uint64_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_compress_epi8(...) emulated::compress<uint8_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_compress_ps(...) emulated::compress<float, __m512>(__VA_ARGS__)
+#define _mm512_mask_compressstoreu_epi16(...) emulated::compress_store<uint16_t>(__VA_ARGS__)
+#define _mm512_mask_compressstoreu_epi32(...) emulated::compress_store<uint32_t>(__VA_ARGS__)
+#define _mm512_mask_compressstoreu_epi64(...) emulated::compress_store<uint64_t>(__VA_ARGS__)
+#define _mm512_mask_compressstoreu_epi8(...) emulated::compress_store<uint8_t>(__VA_ARGS__)
+#define _mm512_mask_compressstoreu_ps(...) emulated::compress_store<float>(__VA_ARGS__)
+#define _mm512_mask_cvtepi16_storeu_epi8(p, mask, ...) emulated::store_first<uint8_t, 32>(p, mask, _mm512_cvtepi16_epi8(__VA_ARGS__))
+#define _mm512_mask_cvtepi32_storeu_epi16(p, mask, ...) emulated::store_first<uint16_t, 16>(p, mask, _mm512_cvtepi32_epi16(__VA_ARGS__))
+#define _mm512_mask_cvtepi32_storeu_epi8(p, mask, ...) emulated::store_first<uint8_t, 16>(p, mask, _mm512_cvtepi32_epi8(__VA_ARGS__))
+#define _mm512_mask_cvtepi64_storeu_epi16(p, mask, ...) emulated::store_first<uint16_t, 8>(p, mask, _mm512_cvtepi64_epi16(__VA_ARGS__))
+#define _mm512_mask_cvtepi64_storeu_epi32(p, mask, ...) emulated::store_first<uint32_t, 8>(p, mask, _mm512_cvtepi64_epi32(__VA_ARGS__))
+#define _mm512_mask_cvtepi64_storeu_epi8(p, mask, ...) emulated::store_first<uint8_t, 8>(p, mask, _mm512_cvtepi64_epi8(__VA_ARGS__))
+#define _mm512_mask_div_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_div_ps(__VA_ARGS__))
+#define _mm512_mask_expand_epi16(...) emulated::expand<uint16_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_expand_epi32(...) emulated::expand<uint32_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_expand_epi64(...) emulated::expand<uint64_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_expand_epi8(...) emulated::expand<uint8_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_expand_ps(...) emulated::expand<float, __m512>(__VA_ARGS__)
+#define _mm512_mask_i32gather_epi32(...) emulated::gather<uint32_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_i32gather_ps(...) emulated::gather<float, __m512>(__VA_ARGS__)
+#define _mm512_mask_loadu_epi16(...) emulated::load_some<uint16_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_loadu_epi32(...) emulated::load_some<uint32_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_loadu_epi64(...) emulated::load_some<uint64_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_loadu_epi8(...) emulated::load_some<uint8_t, __m512i>(__VA_ARGS__)
+#define _mm512_mask_loadu_ps(...) emulated::load_some<float, __m512>(__VA_ARGS__)
+#define _mm512_mask_max_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_max_ps(__VA_ARGS__))
+#define _mm512_mask_min_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_min_ps(__VA_ARGS__))
+#define _mm512_mask_mov_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, __VA_ARGS__)
+#define _mm512_mask_mov_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, __VA_ARGS__)
+#define _mm512_mask_mov_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, __VA_ARGS__)
+#define _mm512_mask_mov_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, __VA_ARGS__)
+#define _mm512_mask_mov_ps(off, mask, ...) emulated::blend<float>(mask, off, __VA_ARGS__)
+#define _mm512_mask_mul_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_mul_ps(__VA_ARGS__))
+#define _mm512_mask_or_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_or_epi32(__VA_ARGS__))
+#define _mm512_mask_or_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_or_epi64(__VA_ARGS__))
+#define _mm512_mask_set1_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_set1_epi16(__VA_ARGS__))
+#define _mm512_mask_set1_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_set1_epi32(__VA_ARGS__))
+#define _mm512_mask_set1_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_set1_epi64(__VA_ARGS__))
+#define _mm512_mask_set1_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_set1_epi8(__VA_ARGS__))
+#define _mm512_mask_storeu_epi16(...) emulated::store_some<uint16_t>(__VA_ARGS__)
+#define _mm512_mask_storeu_epi32(...) emulated::store_some<uint32_t>(__VA_ARGS__)
+#define _mm512_mask_storeu_epi64(...) emulated::store_some<uint64_t>(__VA_ARGS__)
+#define _mm512_mask_storeu_epi8(...) emulated::store_some<uint8_t>(__VA_ARGS__)
+#define _mm512_mask_storeu_ps(...) emulated::store_some<float>(__VA_ARGS__)
+#define _mm512_mask_sub_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_sub_epi16(__VA_ARGS__))
+#define _mm512_mask_sub_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_sub_epi32(__VA_ARGS__))
+#define _mm512_mask_sub_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_sub_epi64(__VA_ARGS__))
+#define _mm512_mask_sub_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_sub_epi8(__VA_ARGS__))
+#define _mm512_mask_sub_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_sub_ps(__VA_ARGS__))
+#define _mm512_mask_xor_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_xor_epi32(__VA_ARGS__))
+#define _mm512_mask_xor_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_xor_epi64(__VA_ARGS__))
+#define _mm512_maskz_add_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_add_epi16(__VA_ARGS__))
+#define _mm512_maskz_add_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_add_epi32(__VA_ARGS__))
+#define _mm512_maskz_add_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_add_epi64(__VA_ARGS__))
+#define _mm512_maskz_add_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_add_epi8(__VA_ARGS__))
+#define _mm512_maskz_add_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_add_ps(__VA_ARGS__))
+#define _mm512_maskz_and_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_and_epi32(__VA_ARGS__))
+#define _mm512_maskz_and_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_and_epi64(__VA_ARGS__))
+#define _mm512_maskz_andnot_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_andnot_epi32(__VA_ARGS__))
+#define _mm512_maskz_andnot_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_andnot_epi64(__VA_ARGS__))
+#define _mm512_maskz_compress_epi16(...) emulated::compress<uint16_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_compress_epi32(...) emulated::compress<uint32_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_compress_epi64(...) emulated::compress<uint64_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_compress_epi8(...) emulated::compress<uint8_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_compress_ps(...) emulated::compress<float>(__m512{}, __VA_ARGS__)
+#define _mm512_maskz_cvtph_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_cvtph_ps(__VA_ARGS__))
+#define _mm512_maskz_div_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_div_ps(__VA_ARGS__))
+#define _mm512_maskz_dpbusd_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_dpbusd_epi32(__VA_ARGS__))
+#define _mm512_maskz_expand_epi16(...) emulated::expand<uint16_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expand_epi32(...) emulated::expand<uint32_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expand_epi64(...) emulated::expand<uint64_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expand_epi8(...) emulated::expand<uint8_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expand_ps(...) emulated::expand<float>(__m512{}, __VA_ARGS__)
+#define _mm512_maskz_expandloadu_epi16(...) emulated::expand_load<uint16_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expandloadu_epi32(...) emulated::expand_load<uint32_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expandloadu_epi64(...) emulated::expand_load<uint64_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expandloadu_epi8(...) emulated::expand_load<uint8_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_expandloadu_ps(...) emulated::expand_load<float>(__m512{}, __VA_ARGS__)
+#define _mm512_maskz_loadu_epi16(...) emulated::load_some<uint16_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_loadu_epi32(...) emulated::load_some<uint32_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_loadu_epi64(...) emulated::load_some<uint64_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_loadu_epi8(...) emulated::load_some<uint8_t>(__m512i{}, __VA_ARGS__)
+#define _mm512_maskz_loadu_ps(...) emulated::load_some<float>(__m512{}, __VA_ARGS__)
+#define _mm512_maskz_max_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_max_ps(__VA_ARGS__))
+#define _mm512_maskz_min_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_min_ps(__VA_ARGS__))
+#define _mm512_maskz_mov_epi16(...) emulated::zero_unless<uint16_t>(__VA_ARGS__)
+#define _mm512_maskz_mov_epi32(...) emulated::zero_unless<uint32_t>(__VA_ARGS__)
+#define _mm512_maskz_mov_epi64(...) emulated::zero_unless<uint64_t>(__VA_ARGS__)
+#define _mm512_maskz_mov_epi8(...) emulated::zero_unless<uint8_t>(__VA_ARGS__)
+#define _mm512_maskz_mov_ps(...) emulated::zero_unless<float>(__VA_ARGS__)
+#define _mm512_maskz_mul_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_mul_ps(__VA_ARGS__))
+#define _mm512_maskz_or_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_or_epi32(__VA_ARGS__))
+#define _mm512_maskz_or_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_or_epi64(__VA_ARGS__))
+#define _mm512_maskz_permutexvar_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_permutexvar_epi16(__VA_ARGS__))
+#define _mm512_maskz_permutexvar_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_permutexvar_epi32(__VA_ARGS__))
+#define _mm512_maskz_permutexvar_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_permutexvar_epi64(__VA_ARGS__))
+#define _mm512_maskz_permutexvar_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_permutexvar_epi8(__VA_ARGS__))
+#define _mm512_maskz_set1_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_set1_epi16(__VA_ARGS__))
+#define _mm512_maskz_set1_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_set1_epi32(__VA_ARGS__))
+#define _mm512_maskz_set1_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_set1_epi64(__VA_ARGS__))
+#define _mm512_maskz_set1_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_set1_epi8(__VA_ARGS__))
+#define _mm512_maskz_shuffle_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_shuffle_epi8(__VA_ARGS__))
+#define _mm512_maskz_sub_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_sub_epi16(__VA_ARGS__))
+#define _mm512_maskz_sub_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_sub_epi32(__VA_ARGS__))
+#define _mm512_maskz_sub_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_sub_epi64(__VA_ARGS__))
+#define _mm512_maskz_sub_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_sub_epi8(__VA_ARGS__))
+#define _mm512_maskz_sub_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_sub_ps(__VA_ARGS__))
+#define _mm512_maskz_xor_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_xor_epi32(__VA_ARGS__))
+#define _mm512_maskz_xor_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_xor_epi64(__VA_ARGS__))
+#define _mm512_max_epi16(...) emulated::map<int16_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_epi32(...) emulated::map<int32_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_epi64(...) emulated::map<int64_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_epi8(...) emulated::map<int8_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_epu16(...) emulated::map<uint16_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_epu32(...) emulated::map<uint32_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_epu64(...) emulated::map<uint64_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_epu8(...) emulated::map<uint8_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_max_ps(...) emulated::map<float>(emulated::kMax, __VA_ARGS__)
+#define _mm512_min_epi16(...) emulated::map<int16_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_epi32(...) emulated::map<int32_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_epi64(...) emulated::map<int64_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_epi8(...) emulated::map<int8_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_epu16(...) emulated::map<uint16_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_epu32(...) emulated::map<uint32_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_epu64(...) emulated::map<uint64_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_epu8(...) emulated::map<uint8_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_min_ps(...) emulated::map<float>(emulated::kMin, __VA_ARGS__)
+#define _mm512_movepi16_mask(...) emulated::test<int16_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm512_movepi32_mask(...) emulated::test<int32_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm512_movepi64_mask(...) emulated::test<int64_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm512_movepi8_mask(...) emulated::test<int8_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm512_movm_epi16(...) emulated::from_mask<int16_t, __m512i>(__VA_ARGS__)
+#define _mm512_movm_epi32(...) emulated::from_mask<int32_t, __m512i>(__VA_ARGS__)
+#define _mm512_movm_epi64(...) emulated::from_mask<int64_t, __m512i>(__VA_ARGS__)
+#define _mm512_movm_epi8(...) emulated::from_mask<int8_t, __m512i>(__VA_ARGS__)
+#define _mm512_mul_epi32(...) emulated::mul_even<int32_t>(__VA_ARGS__)
+#define _mm512_mul_epu32(...) emulated::mul_even<uint32_t>(__VA_ARGS__)
+#define _mm512_mul_ps(...) emulated::map<float>(emulated::kMul, __VA_ARGS__)
+#define _mm512_mullo_epi16(...) emulated::map<uint16_t>(emulated::kMulLow, __VA_ARGS__)
+#define _mm512_mullo_epi32(...) emulated::map<uint32_t>(emulated::kMulLow, __VA_ARGS__)
+#define _mm512_mullo_epi64(...) emulated::map<uint64_t>(emulated::kMulLow, __VA_ARGS__)
+#define _mm512_multishift_epi64_epi8(...) emulated::multishift<__m512i>(__VA_ARGS__)
+#define _mm512_or_epi32(...) emulated::map<uint32_t>(emulated::kOr, __VA_ARGS__)
+#define _mm512_or_epi64(...) emulated::map<uint64_t>(emulated::kOr, __VA_ARGS__)
+#define _mm512_or_ps(...) emulated::map_bits(emulated::kOr, __VA_ARGS__)
+#define _mm512_or_si512(...) emulated::map<uint64_t>(emulated::kOr, __VA_ARGS__)
+#define _mm512_packs_epi16(...) emulated::pack<int8_t, int16_t>(__VA_ARGS__)
+#define _mm512_packs_epi32(...) emulated::pack<int16_t, int32_t>(__VA_ARGS__)
+#define _mm512_packus_epi16(...) emulated::pack<uint8_t, int16_t>(__VA_ARGS__)
+#define _mm512_packus_epi32(...) emulated::pack<uint16_t, int32_t>(__VA_ARGS__)
+#define _mm512_permutex2var_epi16(...) emulated::permute2<int16_t>(__VA_ARGS__)
+#define _mm512_permutex2var_epi32(...) emulated::permute2<int32_t>(__VA_ARGS__)
+#define _mm512_permutex2var_epi64(...) emulated::permute2<int64_t>(__VA_ARGS__)
+#define _mm512_permutex2var_epi8(...) emulated::permute2<int8_t>(__VA_ARGS__)
+#define _mm512_permutex2var_ps(...) emulated::permute2_float(__VA_ARGS__)
+#define _mm512_permutex_epi64(...) emulated::permute_in_256(__VA_ARGS__)
+#define _mm512_permutexvar_epi16(...) emulated::permute<uint16_t>(__VA_ARGS__)
+#define _mm512_permutexvar_epi32(...) emulated::permute<uint32_t>(__VA_ARGS__)
+#define _mm512_permutexvar_epi64(...) emulated::permute<uint64_t>(__VA_ARGS__)
+#define _mm512_permutexvar_epi8(...) emulated::permute<uint8_t>(__VA_ARGS__)
+#define _mm512_permutexvar_ps(...) emulated::permute_float(__VA_ARGS__)
+#define _mm512_reduce_add_epi32(...) static_cast<int32_t>(emulated::reduce<uint32_t>(emulated::kAdd, __VA_ARGS__))
+#define _mm512_reduce_add_epi64(...) static_cast<long long>(emulated::reduce<uint64_t>(emulated::kAdd, __VA_ARGS__))
+#define _mm512_reduce_add_ps(...) emulated::reduce<float>(emulated::kAdd, __VA_ARGS__)
+#define _mm512_reduce_and_epi32(...) static_cast<int32_t>(emulated::reduce<uint32_t>(emulated::kAnd, __VA_ARGS__))
+#define _mm512_reduce_and_epi64(...) static_cast<long long>(emulated::reduce<uint64_t>(emulated::kAnd, __VA_ARGS__))
+#define _mm512_reduce_max_epi32(...) emulated::reduce<int32_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_reduce_max_epi64(...) emulated::reduce<int64_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_reduce_max_epu32(...) emulated::reduce<uint32_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_reduce_max_epu64(...) emulated::reduce<uint64_t>(emulated::kMax, __VA_ARGS__)
+#define _mm512_reduce_max_ps(...) emulated::reduce<float>(emulated::kMax, __VA_ARGS__)
+#define _mm512_reduce_min_epi32(...) emulated::reduce<int32_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_reduce_min_epi64(...) emulated::reduce<int64_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_reduce_min_epu32(...) emulated::reduce<uint32_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_reduce_min_epu64(...) emulated::reduce<uint64_t>(emulated::kMin, __VA_ARGS__)
+#define _mm512_reduce_min_ps(...) emulated::reduce<float>(emulated::kMin, __VA_ARGS__)
+#define _mm512_reduce_or_epi32(...) static_cast<int32_t>(emulated::reduce<uint32_t>(emulated::kOr, __VA_ARGS__))
+#define _mm512_reduce_or_epi64(...) static_cast<long long>(emulated::reduce<uint64_t>(emulated::kOr, __VA_ARGS__))
+#define _mm512_roundscale_ps(a, imm) emulated::map<float>(emulated::RoundScale{imm}, a)
+#define _mm512_sad_epu8(...) emulated::sad<__m512i>(__VA_ARGS__)
+#define _mm512_set1_epi16(...) emulated::fill<__m512i>(static_cast<int16_t>(__VA_ARGS__))
+#define _mm512_set1_epi32(...) emulated::fill<__m512i>(static_cast<int32_t>(__VA_ARGS__))
+#define _mm512_set1_epi64(...) emulated::fill<__m512i>(static_cast<int64_t>(__VA_ARGS__))
+#define _mm512_set1_epi8(...) emulated::fill<__m512i>(static_cast<int8_t>(__VA_ARGS__))
+#define _mm512_set1_ps(...) emulated::fill<__m512>(static_cast<float>(__VA_ARGS__))
+#define _mm512_set_epi16(...) emulated::listed<int16_t>(true, __VA_ARGS__)
+#define _mm512_set_epi32(...) emulated::listed<int32_t>(true, __VA_ARGS__)
+#define _mm512_set_epi64(...) emulated::listed<int64_t>(true, __VA_ARGS__)
+#define _mm512_set_epi8(...) emulated::listed<int8_t>(true, __VA_ARGS__)
+#define _mm512_setr_epi32(...) emulated::listed<int32_t>(false, __VA_ARGS__)
+#define _mm512_setr_epi64(...) emulated::listed<int64_t>(false, __VA_ARGS__)
+#define _mm512_setzero_epi32() __m512i{}
+#define _mm512_setzero_ps() __m512{}
+#define _mm512_setzero_si512() __m512i{}
+#define _mm512_shuffle_epi32(a, imm) emulated::shuffle_words(a, a, imm)
+#define _mm512_shuffle_epi8(...) emulated::shuffle_bytes(__VA_ARGS__)
+#define _mm512_shuffle_f32x4(...) emulated::shuffle_blocks(__VA_ARGS__)
+#define _mm512_shuffle_f64x2(...) emulated::shuffle_blocks(__VA_ARGS__)
+#define _mm512_shuffle_i32x4(...) emulated::shuffle_blocks(__VA_ARGS__)
+#define _mm512_shuffle_i64x2(...) emulated::shuffle_blocks(__VA_ARGS__)
+#define _mm512_shuffle_ps(...) emulated::shuffle_words(__VA_ARGS__)
+#define _mm512_slli_epi16(a, count) emulated::map<uint16_t>(emulated::ShiftBy{emulated::kShiftLeft, static_cast<uint64_t>(count)}, a)
+#define _mm512_slli_epi32(a, count) emulated::map<uint32_t>(emulated::ShiftBy{emulated::kShiftLeft, static_cast<uint64_t>(count)}, a)
+#define _mm512_slli_epi64(a, count) emulated::map<uint64_t>(emulated::ShiftBy{emulated::kShiftLeft, static_cast<uint64_t>(count)}, a)
+#define _mm512_sllv_epi16(...) emulated::map<uint16_t>(emulated::kShiftLeft, __VA_ARGS__)
+#define _mm512_sllv_epi32(...) emulated::map<uint32_t>(emulated::kShiftLeft, __VA_ARGS__)
+#define _mm512_sllv_epi64(...) emulated::map<uint64_t>(emulated::kShiftLeft, __VA_ARGS__)
+#define _mm512_sqrt_ps(...) emulated::map<float>([](float x) { return std::sqrt(x); }, __VA_ARGS__)
+#define _mm512_srai_epi16(a, count) emulated::map<int16_t>(emulated::ShiftBy{emulated::kShiftRightSigned, static_cast<uint64_t>(count)}, a)
+#define _mm512_srai_epi32(a, count) emulated::map<int32_t>(emulated::ShiftBy{emulated::kShiftRightSigned, static_cast<uint64_t>(count)}, a)
+#define _mm512_srai_epi64(a, count) emulated::map<int64_t>(emulated::ShiftBy{emulated::kShiftRightSigned, static_cast<uint64_t>(count)}, a)
+#define _mm512_srav_epi16(...) emulated::map<int16_t>(emulated::ShiftRightVariable{}, __VA_ARGS__)
+#define _mm512_srav_epi32(...) emulated::map<int32_t>(emulated::ShiftRightVariable{}, __VA_ARGS__)
+#define _mm512_srav_epi64(...) emulated::map<int64_t>(emulated::ShiftRightVariable{}, __VA_ARGS__)
+#define _mm512_srli_epi16(a, count) emulated::map<uint16_t>(emulated::ShiftBy{emulated::kShiftRightUnsigned, static_cast<uint64_t>(count)}, a)
+#define _mm512_srli_epi32(a, count) emulated::map<uint32_t>(emulated::ShiftBy{emulated::kShiftRightUnsigned, static_cast<uint64_t>(count)}, a)
+#define _mm512_srli_epi64(a, count) emulated::map<uint64_t>(emulated::ShiftBy{emulated::kShiftRightUnsigned, static_cast<uint64_t>(count)}, a)
+#define _mm512_srlv_epi16(...) emulated::map<uint16_t>(emulated::kShiftRightUnsigned, __VA_ARGS__)
+#define _mm512_srlv_epi32(...) emulated::map<uint32_t>(emulated::kShiftRightUnsigned, __VA_ARGS__)
+#define _mm512_srlv_epi64(...) emulated::map<uint64_t>(emulated::kShiftRightUnsigned, __VA_ARGS__)
+#define _mm512_store_epi32(...) emulated::store_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_store_epi64(...) emulated::store_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_store_ps(...) emulated::store_aligned<__m512>(__VA_ARGS__)
+#define _mm512_store_si512(...) emulated::store_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_storeu_epi16(...) emulated::store<__m512i>(__VA_ARGS__)
+#define _mm512_storeu_epi32(...) emulated::store<__m512i>(__VA_ARGS__)
+#define _mm512_storeu_epi64(...) emulated::store<__m512i>(__VA_ARGS__)
+#define _mm512_storeu_epi8(...) emulated::store<__m512i>(__VA_ARGS__)
+#define _mm512_storeu_ps(...) emulated::store<__m512>(__VA_ARGS__)
+#define _mm512_storeu_si512(...) emulated::store<__m512i>(__VA_ARGS__)
+#define _mm512_stream_load_si512(...) emulated::load_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_stream_ps(...) emulated::store_aligned<__m512>(__VA_ARGS__)
+#define _mm512_stream_si512(...) emulated::store_aligned<__m512i>(__VA_ARGS__)
+#define _mm512_sub_epi16(...) emulated::map<uint16_t>(emulated::kSub, __VA_ARGS__)
+#define _mm512_sub_epi32(...) emulated::map<uint32_t>(emulated::kSub, __VA_ARGS__)
+#define _mm512_sub_epi64(...) emulated::map<uint64_t>(emulated::kSub, __VA_ARGS__)
+#define _mm512_sub_epi8(...) emulated::map<uint8_t>(emulated::kSub, __VA_ARGS__)
+#define _mm512_sub_ps(...) emulated::map<float>(emulated::kSub, __VA_ARGS__)
+#define _mm512_ternarylogic_epi32(a, b, c, imm) emulated::map<uint32_t>(emulated::Ternary{imm}, a, b, c)
+#define _mm512_ternarylogic_epi64(a, b, c, imm) emulated::map<uint32_t>(emulated::Ternary{imm}, a, b, c)
+#define _mm512_test_epi16_mask(...) emulated::test<uint16_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm512_test_epi32_mask(...) emulated::test<uint32_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm512_test_epi64_mask(...) emulated::test<uint64_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm512_test_epi8_mask(...) emulated::test<uint8_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm512_testn_epi16_mask(...) emulated::test<uint16_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm512_testn_epi32_mask(...) emulated::test<uint32_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm512_testn_epi64_mask(...) emulated::test<uint64_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm512_testn_epi8_mask(...) emulated::test<uint8_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm512_undefined_epi32() __m512i{}
+#define _mm512_undefined_ps() __m512{}
+#define _mm512_unpackhi_epi16(a, b) emulated::unpack<uint16_t>(a, b, 1)
+#define _mm512_unpackhi_epi32(a, b) emulated::unpack<uint32_t>(a, b, 1)
+#define _mm512_unpackhi_epi64(a, b) emulated::unpack<uint64_t>(a, b, 1)
+#define _mm512_unpackhi_epi8(a, b) emulated::unpack<uint8_t>(a, b, 1)
+#define _mm512_unpackhi_ps(a, b) emulated::unpack<float>(a, b, 1)
+#define _mm512_unpacklo_epi16(a, b) emulated::unpack<uint16_t>(a, b, 0)
+#define _mm512_unpacklo_epi32(a, b) emulated::unpack<uint32_t>(a, b, 0)
+#define _mm512_unpacklo_epi64(a, b) emulated::unpack<uint64_t>(a, b, 0)
+#define _mm512_unpacklo_epi8(a, b) emulated::unpack<uint8_t>(a, b, 0)
+#define _mm512_unpacklo_ps(a, b) emulated::unpack<float>(a, b, 0)
+#define _mm512_xor_epi32(...) emulated::map<uint32_t>(emulated::kXor, __VA_ARGS__)
+#define _mm512_xor_epi64(...) emulated::map<uint64_t>(emulated::kXor, __VA_ARGS__)
+#define _mm512_xor_ps(...) emulated::map_bits(emulated::kXor, __VA_ARGS__)
+#define _mm512_xor_si512(...) emulated::map<uint64_t>(emulated::kXor, __VA_ARGS__)
+#define _mm512_zextsi128_si512(...) emulated::cast<__m512i>(__VA_ARGS__)
+#define _mm512_zextsi256_si512(...) emulated::cast<__m512i>(__VA_ARGS__)
+#define _mm256_cmp_epi16_mask(a, b, predicate) emulated::test<int16_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_epi32_mask(a, b, predicate) emulated::test<int32_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_epi64_mask(a, b, predicate) emulated::test<int64_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_epi8_mask(a, b, predicate) emulated::test<int8_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_epu16_mask(a, b, predicate) emulated::test<uint16_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_epu32_mask(a, b, predicate) emulated::test<uint32_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_epu64_mask(a, b, predicate) emulated::test<uint64_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_epu8_mask(a, b, predicate) emulated::test<uint8_t>(emulated::Compare{predicate}, a, b)
+#define _mm256_cmp_ps_mask(a, b, predicate) emulated::test<float>(emulated::CompareFloat{predicate}, a, b)
+#define _mm256_cmpeq_epi16_mask(...) emulated::test<int16_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpeq_epi32_mask(...) emulated::test<int32_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpeq_epi64_mask(...) emulated::test<int64_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpeq_epi8_mask(...) emulated::test<int8_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpeq_epu16_mask(...) emulated::test<uint16_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpeq_epu32_mask(...) emulated::test<uint32_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpeq_epu64_mask(...) emulated::test<uint64_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpeq_epu8_mask(...) emulated::test<uint8_t>(emulated::kEq, __VA_ARGS__)
+#define _mm256_cmpge_epi16_mask(...) emulated::test<int16_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpge_epi32_mask(...) emulated::test<int32_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpge_epi64_mask(...) emulated::test<int64_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpge_epi8_mask(...) emulated::test<int8_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpge_epu16_mask(...) emulated::test<uint16_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpge_epu32_mask(...) emulated::test<uint32_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpge_epu64_mask(...) emulated::test<uint64_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpge_epu8_mask(...) emulated::test<uint8_t>(emulated::kGe, __VA_ARGS__)
+#define _mm256_cmpgt_epi16_mask(...) emulated::test<int16_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmpgt_epi32_mask(...) emulated::test<int32_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmpgt_epi64_mask(...) emulated::test<int64_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmpgt_epi8_mask(...) emulated::test<int8_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmpgt_epu16_mask(...) emulated::test<uint16_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmpgt_epu32_mask(...) emulated::test<uint32_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmpgt_epu64_mask(...) emulated::test<uint64_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmpgt_epu8_mask(...) emulated::test<uint8_t>(emulated::kGt, __VA_ARGS__)
+#define _mm256_cmple_epi16_mask(...) emulated::test<int16_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmple_epi32_mask(...) emulated::test<int32_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmple_epi64_mask(...) emulated::test<int64_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmple_epi8_mask(...) emulated::test<int8_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmple_epu16_mask(...) emulated::test<uint16_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmple_epu32_mask(...) emulated::test<uint32_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmple_epu64_mask(...) emulated::test<uint64_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmple_epu8_mask(...) emulated::test<uint8_t>(emulated::kLe, __VA_ARGS__)
+#define _mm256_cmplt_epi16_mask(...) emulated::test<int16_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmplt_epi32_mask(...) emulated::test<int32_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmplt_epi64_mask(...) emulated::test<int64_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmplt_epi8_mask(...) emulated::test<int8_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmplt_epu16_mask(...) emulated::test<uint16_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmplt_epu32_mask(...) emulated::test<uint32_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmplt_epu64_mask(...) emulated::test<uint64_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmplt_epu8_mask(...) emulated::test<uint8_t>(emulated::kLt, __VA_ARGS__)
+#define _mm256_cmpneq_epi16_mask(...) emulated::test<int16_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cmpneq_epi32_mask(...) emulated::test<int32_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cmpneq_epi64_mask(...) emulated::test<int64_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cmpneq_epi8_mask(...) emulated::test<int8_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cmpneq_epu16_mask(...) emulated::test<uint16_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cmpneq_epu32_mask(...) emulated::test<uint32_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cmpneq_epu64_mask(...) emulated::test<uint64_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cmpneq_epu8_mask(...) emulated::test<uint8_t>(emulated::kNe, __VA_ARGS__)
+#define _mm256_cvtepi16_epi8(...) emulated::convert<int8_t, __m128i, int16_t>(emulated::Wrap<int8_t>{}, __VA_ARGS__)
+#define _mm256_cvtepi32_epi16(...) emulated::convert<int16_t, __m128i, int32_t>(emulated::Wrap<int16_t>{}, __VA_ARGS__)
+#define _mm256_cvtepi32_epi8(...) emulated::convert<int8_t, __m128i, int32_t>(emulated::Wrap<int8_t>{}, __VA_ARGS__)
+#define _mm256_cvtsepi16_epi8(...) emulated::convert<int8_t, __m128i, int16_t>(emulated::Saturate<int8_t>{}, __VA_ARGS__)
+#define _mm256_cvtsepi32_epi16(...) emulated::convert<int16_t, __m128i, int32_t>(emulated::Saturate<int16_t>{}, __VA_ARGS__)
+#define _mm256_cvtsepi32_epi8(...) emulated::convert<int8_t, __m128i, int32_t>(emulated::Saturate<int8_t>{}, __VA_ARGS__)
+#define _mm256_dpbusd_epi32(...) emulated::dot<uint8_t, int8_t>(__VA_ARGS__)
+#define _mm256_dpwssd_epi32(...) emulated::dot<int16_t, int16_t>(__VA_ARGS__)
+#define _mm256_loadu_epi16(...) emulated::load<__m256i>(__VA_ARGS__)
+#define _mm256_loadu_epi32(...) emulated::load<__m256i>(__VA_ARGS__)
+#define _mm256_loadu_epi64(...) emulated::load<__m256i>(__VA_ARGS__)
+#define _mm256_loadu_epi8(...) emulated::load<__m256i>(__VA_ARGS__)
+#define _mm256_mask_blend_epi16(...) emulated::blend<uint16_t>(__VA_ARGS__)
+#define _mm256_mask_blend_epi32(...) emulated::blend<uint32_t>(__VA_ARGS__)
+#define _mm256_mask_blend_epi64(...) emulated::blend<uint64_t>(__VA_ARGS__)
+#define _mm256_mask_blend_epi8(...) emulated::blend<uint8_t>(__VA_ARGS__)
+#define _mm256_mask_blend_ps(...) emulated::blend<float>(__VA_ARGS__)
+#define _mm256_mask_compress_epi16(...) emulated::compress<uint16_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_compress_epi32(...) emulated::compress<uint32_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_compress_epi64(...) emulated::compress<uint64_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_compress_epi8(...) emulated::compress<uint8_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_compress_ps(...) emulated::compress<float, __m256>(__VA_ARGS__)
+#define _mm256_mask_compressstoreu_epi16(...) emulated::compress_store<uint16_t>(__VA_ARGS__)
+#define _mm256_mask_compressstoreu_epi32(...) emulated::compress_store<uint32_t>(__VA_ARGS__)
+#define _mm256_mask_compressstoreu_epi64(...) emulated::compress_store<uint64_t>(__VA_ARGS__)
+#define _mm256_mask_compressstoreu_epi8(...) emulated::compress_store<uint8_t>(__VA_ARGS__)
+#define _mm256_mask_compressstoreu_ps(...) emulated::compress_store<float>(__VA_ARGS__)
+#define _mm256_mask_expand_epi16(...) emulated::expand<uint16_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_expand_epi32(...) emulated::expand<uint32_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_expand_epi64(...) emulated::expand<uint64_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_expand_epi8(...) emulated::expand<uint8_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_expand_ps(...) emulated::expand<float, __m256>(__VA_ARGS__)
+#define _mm256_mask_loadu_epi16(...) emulated::load_some<uint16_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_loadu_epi32(...) emulated::load_some<uint32_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_loadu_epi64(...) emulated::load_some<uint64_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_loadu_epi8(...) emulated::load_some<uint8_t, __m256i>(__VA_ARGS__)
+#define _mm256_mask_loadu_ps(...) emulated::load_some<float, __m256>(__VA_ARGS__)
+#define _mm256_mask_mov_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, __VA_ARGS__)
+#define _mm256_mask_mov_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, __VA_ARGS__)
+#define _mm256_mask_mov_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, __VA_ARGS__)
+#define _mm256_mask_mov_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, __VA_ARGS__)
+#define _mm256_mask_mov_ps(off, mask, ...) emulated::blend<float>(mask, off, __VA_ARGS__)
+#define _mm256_mask_storeu_epi16(...) emulated::store_some<uint16_t>(__VA_ARGS__)
+#define _mm256_mask_storeu_epi32(...) emulated::store_some<uint32_t>(__VA_ARGS__)
+#define _mm256_mask_storeu_epi64(...) emulated::store_some<uint64_t>(__VA_ARGS__)
+#define _mm256_mask_storeu_epi8(...) emulated::store_some<uint8_t>(__VA_ARGS__)
+#define _mm256_mask_storeu_ps(...) emulated::store_some<float>(__VA_ARGS__)
+#define _mm256_maskz_compress_epi16(...) emulated::compress<uint16_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_compress_epi32(...) emulated::compress<uint32_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_compress_epi64(...) emulated::compress<uint64_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_compress_epi8(...) emulated::compress<uint8_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_compress_ps(...) emulated::compress<float>(__m256{}, __VA_ARGS__)
+#define _mm256_maskz_expand_epi16(...) emulated::expand<uint16_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expand_epi32(...) emulated::expand<uint32_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expand_epi64(...) emulated::expand<uint64_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expand_epi8(...) emulated::expand<uint8_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expand_ps(...) emulated::expand<float>(__m256{}, __VA_ARGS__)
+#define _mm256_maskz_expandloadu_epi16(...) emulated::expand_load<uint16_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expandloadu_epi32(...) emulated::expand_load<uint32_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expandloadu_epi64(...) emulated::expand_load<uint64_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expandloadu_epi8(...) emulated::expand_load<uint8_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_expandloadu_ps(...) emulated::expand_load<float>(__m256{}, __VA_ARGS__)
+#define _mm256_maskz_loadu_epi16(...) emulated::load_some<uint16_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_loadu_epi32(...) emulated::load_some<uint32_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_loadu_epi64(...) emulated::load_some<uint64_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_loadu_epi8(...) emulated::load_some<uint8_t>(__m256i{}, __VA_ARGS__)
+#define _mm256_maskz_loadu_ps(...) emulated::load_some<float>(__m256{}, __VA_ARGS__)
+#define _mm256_maskz_mov_epi16(...) emulated::zero_unless<uint16_t>(__VA_ARGS__)
+#define _mm256_maskz_mov_epi32(...) emulated::zero_unless<uint32_t>(__VA_ARGS__)
+#define _mm256_maskz_mov_epi64(...) emulated::zero_unless<uint64_t>(__VA_ARGS__)
+#define _mm256_maskz_mov_epi8(...) emulated::zero_unless<uint8_t>(__VA_ARGS__)
+#define _mm256_maskz_mov_ps(...) emulated::zero_unless<float>(__VA_ARGS__)
+#define _mm256_movepi16_mask(...) emulated::test<int16_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm256_movepi32_mask(...) emulated::test<int32_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm256_movepi64_mask(...) emulated::test<int64_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm256_movepi8_mask(...) emulated::test<int8_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm256_movm_epi16(...) emulated::from_mask<int16_t, __m256i>(__VA_ARGS__)
+#define _mm256_movm_epi32(...) emulated::from_mask<int32_t, __m256i>(__VA_ARGS__)
+#define _mm256_movm_epi64(...) emulated::from_mask<int64_t, __m256i>(__VA_ARGS__)
+#define _mm256_movm_epi8(...) emulated::from_mask<int8_t, __m256i>(__VA_ARGS__)
+#define _mm256_permutex2var_epi16(...) emulated::permute2<int16_t>(__VA_ARGS__)
+#define _mm256_permutex2var_epi32(...) emulated::permute2<int32_t>(__VA_ARGS__)
+#define _mm256_permutex2var_epi8(...) emulated::permute2<int8_t>(__VA_ARGS__)
+#define _mm256_permutexvar_epi16(...) emulated::permute<uint16_t>(__VA_ARGS__)
+#define _mm256_permutexvar_epi8(...) emulated::permute<uint8_t>(__VA_ARGS__)
+#define _mm256_storeu_epi16(...) emulated::store<__m256i>(__VA_ARGS__)
+#define _mm256_storeu_epi32(...) emulated::store<__m256i>(__VA_ARGS__)
+#define _mm256_storeu_epi64(...) emulated::store<__m256i>(__VA_ARGS__)
+#define _mm256_storeu_epi8(...) emulated::store<__m256i>(__VA_ARGS__)
+#define _mm256_test_epi16_mask(...) emulated::test<uint16_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm256_test_epi32_mask(...) emulated::test<uint32_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm256_test_epi64_mask(...) emulated::test<uint64_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm256_test_epi8_mask(...) emulated::test<uint8_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm256_testn_epi16_mask(...) emulated::test<uint16_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm256_testn_epi32_mask(...) emulated::test<uint32_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm256_testn_epi64_mask(...) emulated::test<uint64_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm256_testn_epi8_mask(...) emulated::test<uint8_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm_cmp_epi16_mask(a, b, predicate) emulated::test<int16_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_epi32_mask(a, b, predicate) emulated::test<int32_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_epi64_mask(a, b, predicate) emulated::test<int64_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_epi8_mask(a, b, predicate) emulated::test<int8_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_epu16_mask(a, b, predicate) emulated::test<uint16_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_epu32_mask(a, b, predicate) emulated::test<uint32_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_epu64_mask(a, b, predicate) emulated::test<uint64_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_epu8_mask(a, b, predicate) emulated::test<uint8_t>(emulated::Compare{predicate}, a, b)
+#define _mm_cmp_ps_mask(a, b, predicate) emulated::test<float>(emulated::CompareFloat{predicate}, a, b)
+#define _mm_cmpeq_epi16_mask(...) emulated::test<int16_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpeq_epi32_mask(...) emulated::test<int32_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpeq_epi64_mask(...) emulated::test<int64_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpeq_epi8_mask(...) emulated::test<int8_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpeq_epu16_mask(...) emulated::test<uint16_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpeq_epu32_mask(...) emulated::test<uint32_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpeq_epu64_mask(...) emulated::test<uint64_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpeq_epu8_mask(...) emulated::test<uint8_t>(emulated::kEq, __VA_ARGS__)
+#define _mm_cmpge_epi16_mask(...) emulated::test<int16_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpge_epi32_mask(...) emulated::test<int32_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpge_epi64_mask(...) emulated::test<int64_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpge_epi8_mask(...) emulated::test<int8_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpge_epu16_mask(...) emulated::test<uint16_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpge_epu32_mask(...) emulated::test<uint32_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpge_epu64_mask(...) emulated::test<uint64_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpge_epu8_mask(...) emulated::test<uint8_t>(emulated::kGe, __VA_ARGS__)
+#define _mm_cmpgt_epi16_mask(...) emulated::test<int16_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmpgt_epi32_mask(...) emulated::test<int32_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmpgt_epi64_mask(...) emulated::test<int64_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmpgt_epi8_mask(...) emulated::test<int8_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmpgt_epu16_mask(...) emulated::test<uint16_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmpgt_epu32_mask(...) emulated::test<uint32_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmpgt_epu64_mask(...) emulated::test<uint64_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmpgt_epu8_mask(...) emulated::test<uint8_t>(emulated::kGt, __VA_ARGS__)
+#define _mm_cmple_epi16_mask(...) emulated::test<int16_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmple_epi32_mask(...) emulated::test<int32_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmple_epi64_mask(...) emulated::test<int64_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmple_epi8_mask(...) emulated::test<int8_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmple_epu16_mask(...) emulated::test<uint16_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmple_epu32_mask(...) emulated::test<uint32_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmple_epu64_mask(...) emulated::test<uint64_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmple_epu8_mask(...) emulated::test<uint8_t>(emulated::kLe, __VA_ARGS__)
+#define _mm_cmplt_epi16_mask(...) emulated::test<int16_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmplt_epi32_mask(...) emulated::test<int32_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmplt_epi64_mask(...) emulated::test<int64_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmplt_epi8_mask(...) emulated::test<int8_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmplt_epu16_mask(...) emulated::test<uint16_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmplt_epu32_mask(...) emulated::test<uint32_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmplt_epu64_mask(...) emulated::test<uint64_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmplt_epu8_mask(...) emulated::test<uint8_t>(emulated::kLt, __VA_ARGS__)
+#define _mm_cmpneq_epi16_mask(...) emulated::test<int16_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cmpneq_epi32_mask(...) emulated::test<int32_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cmpneq_epi64_mask(...) emulated::test<int64_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cmpneq_epi8_mask(...) emulated::test<int8_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cmpneq_epu16_mask(...) emulated::test<uint16_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cmpneq_epu32_mask(...) emulated::test<uint32_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cmpneq_epu64_mask(...) emulated::test<uint64_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cmpneq_epu8_mask(...) emulated::test<uint8_t>(emulated::kNe, __VA_ARGS__)
+#define _mm_cvtepi16_epi8(...) emulated::convert<int8_t, __m128i, int16_t>(emulated::Wrap<int8_t>{}, __VA_ARGS__)
+#define _mm_cvtepi32_epi16(...) emulated::convert<int16_t, __m128i, int32_t>(emulated::Wrap<int16_t>{}, __VA_ARGS__)
+#define _mm_cvtepi32_epi8(...) emulated::convert<int8_t, __m128i, int32_t>(emulated::Wrap<int8_t>{}, __VA_ARGS__)
+#define _mm_cvtsepi16_epi8(...) emulated::convert<int8_t, __m128i, int16_t>(emulated::Saturate<int8_t>{}, __VA_ARGS__)
+#define _mm_cvtsepi32_epi16(...) emulated::convert<int16_t, __m128i, int32_t>(emulated::Saturate<int16_t>{}, __VA_ARGS__)
+#define _mm_cvtsepi32_epi8(...) emulated::convert<int8_t, __m128i, int32_t>(emulated::Saturate<int8_t>{}, __VA_ARGS__)
+#define _mm_dpbusd_epi32(...) emulated::dot<uint8_t, int8_t>(__VA_ARGS__)
+#define _mm_dpwssd_epi32(...) emulated::dot<int16_t, int16_t>(__VA_ARGS__)
+#define _mm_loadu_epi16(...) emulated::load<__m128i>(__VA_ARGS__)
+#define _mm_loadu_epi32(...) emulated::load<__m128i>(__VA_ARGS__)
+#define _mm_loadu_epi64(...) emulated::load<__m128i>(__VA_ARGS__)
+#define _mm_loadu_epi8(...) emulated::load<__m128i>(__VA_ARGS__)
+#define _mm_mask_blend_epi16(...) emulated::blend<uint16_t>(__VA_ARGS__)
+#define _mm_mask_blend_epi32(...) emulated::blend<uint32_t>(__VA_ARGS__)
+#define _mm_mask_blend_epi64(...) emulated::blend<uint64_t>(__VA_ARGS__)
+#define _mm_mask_blend_epi8(...) emulated::blend<uint8_t>(__VA_ARGS__)
+#define _mm_mask_blend_ps(...) emulated::blend<float>(__VA_ARGS__)
+#define _mm_mask_compress_epi16(...) emulated::compress<uint16_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_compress_epi32(...) emulated::compress<uint32_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_compress_epi64(...) emulated::compress<uint64_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_compress_epi8(...) emulated::compress<uint8_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_compress_ps(...) emulated::compress<float, __m128>(__VA_ARGS__)
+#define _mm_mask_compressstoreu_epi16(...) emulated::compress_store<uint16_t>(__VA_ARGS__)
+#define _mm_mask_compressstoreu_epi32(...) emulated::compress_store<uint32_t>(__VA_ARGS__)
+#define _mm_mask_compressstoreu_epi64(...) emulated::compress_store<uint64_t>(__VA_ARGS__)
+#define _mm_mask_compressstoreu_epi8(...) emulated::compress_store<uint8_t>(__VA_ARGS__)
+#define _mm_mask_compressstoreu_ps(...) emulated::compress_store<float>(__VA_ARGS__)
+#define _mm_mask_expand_epi16(...) emulated::expand<uint16_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_expand_epi32(...) emulated::expand<uint32_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_expand_epi64(...) emulated::expand<uint64_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_expand_epi8(...) emulated::expand<uint8_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_expand_ps(...) emulated::expand<float, __m128>(__VA_ARGS__)
+#define _mm_mask_loadu_epi16(...) emulated::load_some<uint16_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_loadu_epi32(...) emulated::load_some<uint32_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_loadu_epi64(...) emulated::load_some<uint64_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_loadu_epi8(...) emulated::load_some<uint8_t, __m128i>(__VA_ARGS__)
+#define _mm_mask_loadu_ps(...) emulated::load_some<float, __m128>(__VA_ARGS__)
+#define _mm_mask_mov_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, __VA_ARGS__)
+#define _mm_mask_mov_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, __VA_ARGS__)
+#define _mm_mask_mov_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, __VA_ARGS__)
+#define _mm_mask_mov_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, __VA_ARGS__)
+#define _mm_mask_mov_ps(off, mask, ...) emulated::blend<float>(mask, off, __VA_ARGS__)
+#define _mm_mask_storeu_epi16(...) emulated::store_some<uint16_t>(__VA_ARGS__)
+#define _mm_mask_storeu_epi32(...) emulated::store_some<uint32_t>(__VA_ARGS__)
+#define _mm_mask_storeu_epi64(...) emulated::store_some<uint64_t>(__VA_ARGS__)
+#define _mm_mask_storeu_epi8(...) emulated::store_some<uint8_t>(__VA_ARGS__)
+#define _mm_mask_storeu_ps(...) emulated::store_some<float>(__VA_ARGS__)
+#define _mm_maskz_compress_epi16(...) emulated::compress<uint16_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_compress_epi32(...) emulated::compress<uint32_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_compress_epi64(...) emulated::compress<uint64_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_compress_epi8(...) emulated::compress<uint8_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_compress_ps(...) emulated::compress<float>(__m128{}, __VA_ARGS__)
+#define _mm_maskz_expand_epi16(...) emulated::expand<uint16_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expand_epi32(...) emulated::expand<uint32_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expand_epi64(...) emulated::expand<uint64_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expand_epi8(...) emulated::expand<uint8_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expand_ps(...) emulated::expand<float>(__m128{}, __VA_ARGS__)
+#define _mm_maskz_expandloadu_epi16(...) emulated::expand_load<uint16_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expandloadu_epi32(...) emulated::expand_load<uint32_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expandloadu_epi64(...) emulated::expand_load<uint64_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expandloadu_epi8(...) emulated::expand_load<uint8_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_expandloadu_ps(...) emulated::expand_load<float>(__m128{}, __VA_ARGS__)
+#define _mm_maskz_loadu_epi16(...) emulated::load_some<uint16_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_loadu_epi32(...) emulated::load_some<uint32_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_loadu_epi64(...) emulated::load_some<uint64_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_loadu_epi8(...) emulated::load_some<uint8_t>(__m128i{}, __VA_ARGS__)
+#define _mm_maskz_loadu_ps(...) emulated::load_some<float>(__m128{}, __VA_ARGS__)
+#define _mm_maskz_mov_epi16(...) emulated::zero_unless<uint16_t>(__VA_ARGS__)
+#define _mm_maskz_mov_epi32(...) emulated::zero_unless<uint32_t>(__VA_ARGS__)
+#define _mm_maskz_mov_epi64(...) emulated::zero_unless<uint64_t>(__VA_ARGS__)
+#define _mm_maskz_mov_epi8(...) emulated::zero_unless<uint8_t>(__VA_ARGS__)
+#define _mm_maskz_mov_ps(...) emulated::zero_unless<float>(__VA_ARGS__)
+#define _mm_movepi16_mask(...) emulated::test<int16_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm_movepi32_mask(...) emulated::test<int32_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm_movepi64_mask(...) emulated::test<int64_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm_movepi8_mask(...) emulated::test<int8_t>(emulated::kNegative, __VA_ARGS__)
+#define _mm_movm_epi16(...) emulated::from_mask<int16_t, __m128i>(__VA_ARGS__)
+#define _mm_movm_epi32(...) emulated::from_mask<int32_t, __m128i>(__VA_ARGS__)
+#define _mm_movm_epi64(...) emulated::from_mask<int64_t, __m128i>(__VA_ARGS__)
+#define _mm_movm_epi8(...) emulated::from_mask<int8_t, __m128i>(__VA_ARGS__)
+#define _mm_permutex2var_epi16(...) emulated::permute2<int16_t>(__VA_ARGS__)
+#define _mm_permutex2var_epi32(...) emulated::permute2<int32_t>(__VA_ARGS__)
+#define _mm_permutex2var_epi8(...) emulated::permute2<int8_t>(__VA_ARGS__)
+#define _mm_permutexvar_epi16(...) emulated::permute<uint16_t>(__VA_ARGS__)
+#define _mm_permutexvar_epi8(...) emulated::permute<uint8_t>(__VA_ARGS__)
+#define _mm_storeu_epi16(...) emulated::store<__m128i>(__VA_ARGS__)
+#define _mm_storeu_epi32(...) emulated::store<__m128i>(__VA_ARGS__)
+#define _mm_storeu_epi64(...) emulated::store<__m128i>(__VA_ARGS__)
+#define _mm_storeu_epi8(...) emulated::store<__m128i>(__VA_ARGS__)
+#define _mm_test_epi16_mask(...) emulated::test<uint16_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm_test_epi32_mask(...) emulated::test<uint32_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm_test_epi64_mask(...) emulated::test<uint64_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm_test_epi8_mask(...) emulated::test<uint8_t>(emulated::kAnyBit, __VA_ARGS__)
+#define _mm_testn_epi16_mask(...) emulated::test<uint16_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm_testn_epi32_mask(...) emulated::test<uint32_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm_testn_epi64_mask(...) emulated::test<uint64_t>(emulated::kNoBit, __VA_ARGS__)
+#define _mm_testn_epi8_mask(...) emulated::test<uint8_t>(emulated::kNoBit, __VA_ARGS__)
+#define _cvtmask16_u32(...) static_cast<uint32_t>(__VA_ARGS__)
+#define _cvtmask32_u32(...) static_cast<uint32_t>(__VA_ARGS__)
+#define _cvtmask64_u64(...) static_cast<uint64_t>(__VA_ARGS__)
+#define _cvtmask8_u32(...) static_cast<uint32_t>(__VA_ARGS__)
+#define _cvtu32_mask16(...) static_cast<__mmask16>(__VA_ARGS__)
+#define _cvtu32_mask32(...) static_cast<__mmask32>(__VA_ARGS__)
+#define _cvtu32_mask8(...) static_cast<__mmask8>(__VA_ARGS__)
+#define _cvtu64_mask64(...) static_cast<__mmask64>(__VA_ARGS__)

@@ -1,0 +1,365 @@
+"""compress_, prune_, quantize_: what they do, what they leave alone, and that a failure changes nothing."""
+
+import json
+
+import pytest
+import torch
+from models import Mlp, TinyLm, assert_unchanged, state_of
+from torch import nn
+
+import engine
+from engine import Prune, Quantize, Recipe
+from engine.compress import measure
+from engine.nn import CompressedEmbedding, CompressedLinear
+
+BOTH = {"prune": Prune(sparsity=0.5), "quantize": Quantize(), "guard": "none"}
+
+
+def test_bitmap_and_int8():
+    model, x = Mlp(), torch.randn(4, 256)
+    before = model(x)
+    report = engine.compress_(model, Recipe(**BOTH), x)
+    assert [type(m) for m in (model.first, model.second, model.head)] == [CompressedLinear] * 3
+    assert model.first.format.label == "bitmap int8"
+    assert model.first.format.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert report.bytes_after < 0.2 * report.bytes_before
+    assert (model(x) - before).norm() / before.norm() < 0.5
+    for layer in report.layers:
+        assert layer.seconds_before > 0 and layer.seconds_after > 0 and 0 < layer.error < 0.5
+    assert report.seconds_before > 0 and report.seconds_after > 0
+
+
+def test_recipes_give_their_formats():
+    x = torch.randn(4, 256)
+    for recipe, label, quantize_input in [
+        (Recipe(quantize=Quantize(), guard="none"), "int8", True),
+        (Recipe(quantize=Quantize("none"), guard="none"), "int8", False),
+        (Recipe(quantize=Quantize("static"), guard="none"), "int8", True),
+        (Recipe(prune=Prune(threshold=0.02), guard="none"), "bitmap float32", None),
+        (Recipe(prune=Prune(sparsity=0.7), quantize=Quantize("static"), guard="none"), "bitmap int8", None),
+    ]:
+        model = Mlp()
+        engine.compress_(model, recipe, x)
+        format = model.first.format
+        assert format.label == label and getattr(format, "quantize_input", None) == quantize_input
+        static = recipe.quantize is not None and recipe.quantize.activation == "static"
+        assert (getattr(format, "input_scale", None) is not None) == static
+        if static:
+            assert format.input_scale.item() == pytest.approx(x.abs().max().item() / 127)
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "model"])
+def test_sparsity_by_scope(scope):
+    model = Mlp()
+    with torch.no_grad():
+        model.first.weight.mul_(10)
+    weights = {n: m.weight.detach().clone() for n, m in model.named_children()}
+    engine.compress_(model, Recipe(prune=Prune(sparsity=0.6, scope=scope), guard="none"))
+    kept = {name: module.weight != 0 for name, module in model.named_children()}
+    for name, weight in weights.items():
+        assert torch.equal(model.get_submodule(name).weight, torch.where(kept[name], weight, 0.0))
+    total = sum(k.sum().item() for k in kept.values()) / sum(k.numel() for k in kept.values())
+    assert total == pytest.approx(0.4, abs=2e-3)
+    if scope == "row":
+        assert all(((k.sum(1) - 0.4 * k.shape[1]).abs() <= 1).all() for k in kept.values())
+    if scope == "model":
+        assert kept["first"].float().mean() > 0.7 > 0.3 > kept["second"].float().mean()
+
+
+def test_targets_and_ignore():
+    for how, compressed in [
+        ({"targets": ("Linear",)}, {"first", "second", "head"}),
+        ({"targets": ("first",)}, {"first"}),
+        ({"targets": ("re:.*e",)}, {"second", "head"}),
+        ({"ignore": ("head",)}, {"first", "second"}),
+        ({"ignore": ("re:f", "second")}, {"head"}),
+    ]:
+        model = Mlp()
+        report = engine.compress_(model, Recipe(**BOTH, **how))
+        assert {n for n, m in model.named_children() if isinstance(m, CompressedLinear)} == compressed
+        assert {layer.name for layer in report.layers} == compressed
+    assert "ignored by 're:f'" in str(report)
+
+
+def test_a_block_stands_for_its_layers():
+    model = TinyLm()
+    engine.compress_(model, Recipe(**BOTH, targets=("block",)))
+    assert isinstance(model.block[0], CompressedLinear) and isinstance(model.block[2], CompressedLinear)
+    assert isinstance(model.lm_head, nn.Linear)
+
+
+def test_tied_weights_stay_tied():
+    model, tokens = TinyLm(), torch.randint(0, 100, (2, 7))
+    report = engine.compress_(model, Recipe(**BOTH), tokens)
+    assert isinstance(model.embed, CompressedEmbedding) and isinstance(model.lm_head, CompressedLinear)
+    assert model.embed.values is model.lm_head.values and model.embed.scale is model.lm_head.scale
+    tied = next(layer for layer in report.layers if layer.name == "embed")
+    assert tied.names == ("embed", "lm_head") and tied.format == "int8"
+    assert report.bytes_after == sum(p.numel() * p.element_size() for p in model.parameters())
+    model.to(torch.bfloat16)
+    assert model.embed.values is model.lm_head.values
+    assert model(tokens).dtype == torch.bfloat16
+
+
+def test_half_a_tie_is_left_alone():
+    model = TinyLm()
+    report = engine.compress_(model, Recipe(**BOTH, ignore=("lm_head",)))
+    assert "shared with lm_head.weight" in report.left_alone["embed"]
+    assert model.embed.weight is model.lm_head.weight
+
+
+def test_pruning_alone_leaves_embeddings_and_their_ties():
+    model = TinyLm()
+    report = engine.compress_(model, Recipe(prune=Prune(sparsity=0.5), guard="none"))
+    assert "never pruned" in report.left_alone["embed"] and "never pruned" in report.left_alone["lm_head"]
+    assert isinstance(model.block[0], CompressedLinear)
+
+
+def test_one_module_under_two_names_stays_one():
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    report = engine.compress_(model, Recipe(**BOTH), torch.randn(3, 64))
+    assert model[0] is model[2] and isinstance(model[0], CompressedLinear)
+    assert report.layers[0].names == ("0", "2")
+
+
+def test_size_guard():
+    model = nn.Sequential(nn.Linear(512, 64), nn.Linear(64, 2))
+    report = engine.compress_(model, Recipe(prune=Prune(threshold=0.0), guard="size"))
+    assert not report.layers and all("not smaller" in reason for reason in report.left_alone.values())
+    assert type(model[0]) is nn.Linear
+
+
+def fake_times(monkeypatch, dense, compressed, model_times=(1.0, 0.5)):
+    """The guard decides by numbers; here they are given."""
+    monkeypatch.setattr(measure, "time_layers", lambda m, i, c: ({n: (dense[n], compressed[n]) for n in c}, (1.0, 1.0)))
+    monkeypatch.setattr(measure, "time_model", lambda m, i, c: model_times)
+
+
+def test_speed_guard_keeps_what_wins(monkeypatch):
+    fake_times(monkeypatch, {"first": 0.2, "second": 0.2, "head": 0.1}, {"first": 0.1, "second": 0.3, "head": 0.1005})
+    model = Mlp()
+    report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), torch.randn(4, 256))
+    assert isinstance(model.first, CompressedLinear) and isinstance(model.head, CompressedLinear)
+    assert type(model.second) is nn.Linear
+    assert report.left_alone == {"second": "not faster: 200000 → 300000 µs as bitmap int8"}
+    assert "left alone (1):" in str(report)
+
+
+def test_speed_guard_gives_up_where_the_model_is_not_faster(monkeypatch):
+    fake_times(
+        monkeypatch,
+        dict.fromkeys(("first", "second", "head"), 0.2),
+        dict.fromkeys(("first", "second", "head"), 0.1),
+        (1.0, 1.1),
+    )
+    model = Mlp()
+    before = state_of(model)
+    report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), torch.randn(4, 256))
+    assert not report.layers and len(report.left_alone) == 3 and report.bytes_after == report.bytes_before
+    assert_unchanged(model, before)
+
+
+def test_speed_guard_really_measures():
+    model, x = Mlp(), torch.randn(4, 256)
+    seen = []
+    model.first.register_forward_hook(lambda *_: None)  # a hooked layer is left alone
+    report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), x)
+    assert report.left_alone["first"] == "it has forward hooks, which a replacement would lose"
+    for layer in report.layers:
+        seen.append(layer.name)
+        assert layer.seconds_before > 0 and layer.seconds_after > 0
+    for name in ("second", "head"):
+        assert name in seen or "faster" in report.left_alone[name]
+
+
+def test_layers_that_the_inputs_never_reach():
+    model = Mlp()
+    model.spare = nn.Linear(256, 256)
+    report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), torch.randn(4, 256))
+    assert "never reach" in report.left_alone["spare"]
+    model = Mlp()
+    model.spare = nn.Linear(256, 256)
+    report = engine.compress_(model, Recipe(quantize=Quantize("static"), guard="none"), torch.randn(4, 256))
+    assert "can't be calibrated" in report.left_alone["spare"]
+
+
+def with_nan(model):
+    with torch.no_grad():
+        model.second.weight[3, 4] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("recipe", "inputs", "spoil", "message"),
+    [
+        (Recipe(**{**BOTH, "guard": "speed"}), None, None, "give example_inputs="),
+        (Recipe(quantize=Quantize("static"), guard="none"), None, None, "calibrated on example inputs"),
+        (Recipe(**BOTH, targets=("Linear", "Conv9d")), None, None, "'Conv9d' matches no module"),
+        (Recipe(**BOTH, targets=("Embedding",)), None, None, "'Embedding' matches no module"),
+        (Recipe(**BOTH, targets=("re:.*nowhere",)), None, None, "matches no module"),
+        (Recipe(**BOTH, targets=("ReLU",)), None, lambda m: setattr(m, "act", nn.ReLU()), "which can't be compressed"),
+        (Recipe(**BOTH, targets=("re:(",)), None, None, "is no regular expression"),
+        (Recipe(**BOTH), None, with_nan, "second: its weight holds a NaN"),
+        (Recipe(**BOTH), torch.randn(4, 99), None, "shape|size"),
+    ],
+)
+def test_errors_change_nothing(recipe, inputs, spoil, message):
+    model = Mlp().train()
+    if spoil:
+        spoil(model)
+    before = {k: v for k, v in state_of(model).items() if k != "tensors"}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        engine.compress_(model, recipe, inputs)
+    assert {k: v for k, v in state_of(model).items() if k != "tensors"} == before
+
+
+def test_compressed_twice_is_an_error():
+    model = Mlp()
+    engine.compress_(model, Recipe(**BOTH))
+    before = state_of(model)
+    for again in (lambda: engine.compress_(model, Recipe(**BOTH)), lambda: engine.prune_(model, sparsity=0.5)):
+        with pytest.raises(ValueError, match="compressed already: first is one of 3"):
+            again()
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 20, 40])
+def test_an_interrupt_anywhere_changes_nothing(monkeypatch, at):
+    """Ctrl-C at the n-th forward pass, which is in every stage for some n."""
+    model, x = Mlp().train(), torch.randn(4, 256)
+    before, calls = state_of(model), [0]
+    run = measure.run
+
+    def interrupted(*args):
+        calls[0] += 1
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(measure, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.compress_(model, Recipe(prune=Prune(sparsity=0.5), quantize=Quantize("static"), guard="none"), x)
+    assert_unchanged(model, before)
+
+
+def test_an_interrupt_while_replacing_changes_nothing(monkeypatch):
+    model, before_replace = Mlp(), measure.replace_
+    before, done = state_of(model), []
+
+    def half(model, replacements):
+        if not done:
+            done.append(1)
+            before_replace(model, dict(list(replacements.items())[:1]))
+            raise KeyboardInterrupt
+        before_replace(model, replacements)
+
+    monkeypatch.setattr(measure, "replace_", half)
+    with pytest.raises(KeyboardInterrupt):
+        engine.compress_(model, Recipe(**BOTH))
+    assert_unchanged(model, before)
+
+
+def test_transformer_encoder_layer_uses_the_compressed_layers():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    x = torch.randn(2, 9, 64)
+    with torch.inference_mode():
+        dense = layer(x)
+        engine.compress_(layer, Recipe(**BOTH), x)
+        calls = []
+        layer.linear1.forward = lambda x, f=layer.linear1.forward: calls.append(1) or f(x)
+        assert (layer(x) - dense).norm() / dense.norm() < 0.3
+    assert calls
+
+
+def test_inputs_of_every_kind():
+    for inputs in (torch.randn(4, 256), (torch.randn(4, 256),), {"x": torch.randn(4, 256)}):
+        assert engine.compress_(Mlp(), Recipe(**BOTH), inputs).seconds_after > 0
+
+
+def test_half_precision_models():
+    for dtype in (torch.float16, torch.bfloat16):
+        model, x = Mlp().to(dtype), torch.randn(4, 256, dtype=dtype)
+        report = engine.compress_(model, Recipe(**BOTH), x)
+        assert model(x).dtype == dtype and all(layer.error < 0.5 for layer in report.layers)
+    model = Mlp().double()
+    report = engine.compress_(model, Recipe(**BOTH))
+    assert set(report.left_alone.values()) == {"its weight is float64"}
+
+
+def test_prune_sets_zeros():
+    model = Mlp()
+    shares = engine.prune_(model, sparsity=0.75)
+    assert shares.keys() == {"first", "second", "head"}
+    for name, share in shares.items():
+        assert share == pytest.approx(0.75, abs=1e-3)
+        assert (model.get_submodule(name).weight == 0).float().mean().item() == pytest.approx(share)
+    model = Mlp()
+    before = model.first.weight.detach().clone()
+    engine.prune_(model, threshold=0.03)
+    assert torch.equal(model.first.weight, torch.where(before.abs() > 0.03, before, 0.0))
+    with pytest.raises(ValueError, match="either a Prune or"):
+        engine.prune_(model, Prune(sparsity=0.5), sparsity=0.5)
+    with pytest.raises(ValueError, match="match no Linear"):
+        engine.prune_(TinyLm(tied=False), sparsity=0.5, targets=("embed",))
+
+
+def test_prune_then_compress_keeps_the_pattern():
+    model = Mlp()
+    engine.prune_(model, sparsity=0.6)
+    zero = model.first.weight == 0
+    engine.compress_(model, Recipe(prune=Prune(threshold=0.0), guard="none"))
+    assert torch.equal(model.first.weight == 0, zero)
+
+
+def test_quantize():
+    model = TinyLm(tied=False)
+    report = engine.quantize_(model)
+    assert {layer.format for layer in report.layers} == {"int8"} and len(report.layers) == 4
+    assert isinstance(model.embed, CompressedEmbedding)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Prune(), "exactly one of"),
+        (lambda: Prune(sparsity=0.5, threshold=0.1), "exactly one of"),
+        (lambda: Prune(sparsity=1.0), r"in \[0, 1\), got 1.0"),
+        (lambda: Prune(sparsity=-0.1), r"in \[0, 1\)"),
+        (lambda: Prune(sparsity=float("nan")), r"in \[0, 1\)"),
+        (lambda: Prune(threshold=-1.0), "at least 0"),
+        (lambda: Prune(sparsity=0.5, scope="galaxy"), "scope: expected one of row, layer, model"),
+        (lambda: Prune(sparsity=0.5, pattern="3:7"), "pattern: expected one of"),
+        (lambda: Quantize("loud"), "activation: expected one of"),
+        (lambda: Recipe(), "nothing to do"),
+        (lambda: Recipe(quantize=Quantize(), guard="dog"), "guard: expected one of"),
+        (lambda: Recipe(prune=Prune(sparsity=0.5), quantize=Quantize("none")), "need int8 activations"),
+        (lambda: Recipe(quantize=Quantize(), targets="Linear"), "tuple of strings"),
+        (lambda: Recipe.from_dict({"quantize": {"activation": "dynamic"}, "speed": 3}), "keys among"),
+    ],
+)
+def test_bad_recipes(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_recipe_round_trip():
+    recipe = Recipe(prune=Prune(sparsity=0.5, scope="row"), quantize=Quantize("static"), ignore=("re:.*head",))
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_report_files(tmp_path):
+    report = engine.compress_(Mlp(), Recipe(**BOTH, ignore=("head",)), torch.randn(4, 256))
+    for suffix in (".json", ".png", ".html"):
+        report.save(tmp_path / f"report{suffix}")
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert [layer["name"] for layer in values["layers"]] == ["first", "second"] and "head" in values["left_alone"]
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page and "ignored by" in page and "http" not in page
+    with pytest.raises(ValueError, match=r"\.json, \.png or \.html"):
+        report.save(tmp_path / "report.pdf")
+
+
+def test_prints_nothing(capfd):
+    engine.compress_(Mlp(), Recipe(**BOTH), torch.randn(4, 256))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,186 @@
+"""Compressed modules live through everything that a module lives through."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+from engine.formats import Bitmap, Csr, DenseInt8
+from engine.nn import CompressedEmbedding, CompressedLinear
+
+HOW = {
+    "int8": (DenseInt8, {}),
+    "int8 static": (DenseInt8, {"activation": "static", "input_scale": 0.03}),
+    "int8 weights only": (DenseInt8, {"activation": "none"}),
+    "bitmap": (Bitmap, {"threshold": 0.03}),
+    "bitmap int8": (Bitmap, {"threshold": 0.03, "values": torch.int8}),
+    "csr": (Csr, {"threshold": 0.05}),
+}
+
+
+@pytest.fixture(params=HOW)
+def linear(request):
+    format_type, how = HOW[request.param]
+    return CompressedLinear.from_dense(nn.Linear(96, 40), format_type, **how)
+
+
+def another(linear, **changed):
+    """A module of the same format over another weight: other values, another number of them."""
+    format_type = linear._format_type
+    how = next(
+        h for t, h in HOW.values() if t is format_type and ("values" in h) == (linear.values.dtype == torch.int8)
+    )
+    if format_type is DenseInt8:
+        how = {"activation": "none"} if not linear._settings["quantize_input"] else how
+        how = {"activation": "static", "input_scale": 0.5} if linear.input_scale is not None else how
+    return CompressedLinear.from_dense(nn.Linear(96, 40), format_type, **{**how, **changed})
+
+
+def test_forward_is_the_format(linear):
+    x = torch.randn(2, 3, 96)
+    assert torch.equal(linear(x), linear.format.linear(x, linear.bias))
+    assert (linear.in_features, linear.out_features) == (96, 40)
+    assert linear.weight.shape == (40, 96) and linear.weight.dtype == torch.float32
+
+
+def test_state_dict(linear):
+    x, other = torch.randn(5, 96), another(linear)
+    assert not torch.equal(other(x), linear(x))
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other(x), linear(x))
+    buffer = io.BytesIO()
+    torch.save(linear.state_dict(), buffer)
+    buffer.seek(0)
+    again = another(linear)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(again(x), linear(x))
+
+
+def test_loading_damage_is_an_error():
+    linear = CompressedLinear.from_dense(nn.Linear(96, 40), Bitmap, threshold=0.03)
+    state = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    state["bitmask"][3, 2] ^= 1
+    with pytest.raises(RuntimeError, match="row 3"):
+        linear.load_state_dict(state)
+
+
+def test_deepcopy_and_pickle(linear):
+    x = torch.randn(5, 96)
+    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert torch.equal(twin(x), linear(x))
+        assert repr(twin) == repr(linear)
+        assert all(a is not b for a, b in zip(twin.parameters(), linear.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_to_dtype(linear, dtype):
+    before = linear.weight
+    linear.to(dtype)
+    if linear._parameters.get("scale") is not None:
+        assert linear.scale.dtype == torch.float32
+    assert linear.weight.dtype == dtype and linear.bias.dtype == dtype
+    torch.testing.assert_close(linear.weight.float(), before, rtol=2**-8, atol=0)
+    assert linear(torch.randn(5, 96, dtype=dtype)).dtype == dtype
+    linear.to(torch.float32)
+    assert linear.weight.dtype == torch.float32
+
+
+def test_to_meta_device(linear):
+    linear.to("meta")
+    assert linear(torch.empty(5, 96, device="meta")).shape == (5, 40)
+
+
+def test_compile_and_export(linear):
+    x = torch.randn(5, 96)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), linear(x), rtol=1e-6, atol=1e-6)
+        exported = torch.export.export(linear, (x,))
+        torch.testing.assert_close(exported.module()(x), linear(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int8", "bitmap int8"])
+def test_compile_with_inductor(name):
+    format_type, how = HOW[name]
+    model = nn.Sequential(CompressedLinear.from_dense(nn.Linear(96, 40), format_type, **how), nn.GELU())
+    x = torch.randn(5, 96)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_export_with_a_dynamic_batch(linear):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(linear, (torch.randn(5, 96),), dynamic_shapes=({0: batch},))
+    x = torch.randn(17, 96)
+    torch.testing.assert_close(exported.module()(x), linear(x), rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_goes_through_frozen_layers(linear):
+    x = torch.randn(5, 96, requires_grad=True)
+    grad = torch.randn(5, 40)
+    linear(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ linear.weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.bias.grad, grad.sum(0))
+
+
+def test_sparse_fine_tuning_keeps_the_pattern():
+    torch.manual_seed(0)
+    linear = CompressedLinear.from_dense(nn.Linear(96, 40), Bitmap, threshold=0.05)
+    assert linear.values.requires_grad
+    mask, x, goal = linear.weight != 0, torch.randn(64, 96), torch.randn(64, 40)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (linear(x) - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(linear.weight != 0, mask)
+
+
+def test_repr_tells_format_shape_sparsity_bytes():
+    linear = CompressedLinear.from_dense(nn.Linear(96, 40), Bitmap, threshold=0.05, values=torch.int8)
+    text = repr(linear)
+    assert "in_features=96, out_features=40, bias=True, format=bitmap int8, sparsity=0.4" in text
+    assert f"bytes={linear.format.nbytes:,}" in text
+
+
+def test_embedding():
+    embedding = nn.Embedding(50, 24, padding_idx=3)
+    module = CompressedEmbedding.from_dense(embedding)
+    indices = torch.randint(0, 50, (4, 7))
+    assert torch.equal(module(indices), module.weight[indices])
+    torch.testing.assert_close(module(indices), embedding(indices), atol=0.02, rtol=0)
+    assert module.padding_idx == 3 and not module(torch.tensor(3)).any()
+    assert (module.num_embeddings, module.embedding_dim) == (50, 24)
+    assert module.to(torch.bfloat16)(indices).dtype == torch.bfloat16
+    with pytest.raises(IndexError):
+        module(torch.tensor([50]))
+    with torch.no_grad():
+        exported = torch.export.export(module, (indices,))
+        assert torch.equal(exported.module()(indices), module(indices))
+
+
+def test_bad_modules():
+    format = DenseInt8.from_dense(torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"bias: expected \[4\], got \[5\]"):
+        CompressedLinear(format, torch.zeros(5))
+    with pytest.raises(TypeError, match="expected a DenseInt8, got Bitmap"):
+        CompressedEmbedding(Bitmap.from_dense(torch.randn(4, 8), 0.5))
+    with pytest.raises(ValueError, match="max_norm"):
+        CompressedEmbedding.from_dense(nn.Embedding(4, 8, max_norm=1.0))
+
+
+def test_reference_mode_is_the_same_layer(linear):
+    x = torch.randn(5, 96)
+    with engine.reference_mode():
+        want = linear(x)
+    torch.testing.assert_close(linear(x), want, rtol=1e-5, atol=1e-5)
