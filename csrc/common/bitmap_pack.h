@@ -60,22 +60,36 @@ ENGINE_AVX2 ENGINE_INLINE __m128i pack_positions_avx2(uint32_t mask_byte) {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPackPositions[mask_byte].data()));
 }
 
+// The kept ones of row[0..8) by mask byte `m` to out, of which 8 are written.
+template <class W>
+ENGINE_AVX2 ENGINE_INLINE void pack_8_avx2(const W* row, uint32_t m, W* out) {
+    if constexpr (sizeof(W) == 2) {
+        const auto control = _mm_load_si128(reinterpret_cast<const __m128i*>(kPackPairs[m].data()));
+        const auto all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(all, control));
+    } else {
+        static_assert(sizeof(W) == 4);
+        const auto all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+        const __m256i packed = _mm256_permutevar8x32_epi32(all, _mm256_cvtepu8_epi32(pack_positions_avx2(m)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), packed);
+    }
+}
+
 template <class W>
 ENGINE_AVX2 void pack_row_avx2(const uint8_t* mask, const W* row, int64_t k, W* out, int64_t length) {
     int64_t done = 0, i = 0;
-    for (; i + 8 <= k && done + 8 <= length; i += 8) {
-        const uint32_t m = mask[i / 8];
-        if constexpr (sizeof(W) == 2) {
-            const auto control = _mm_load_si128(reinterpret_cast<const __m128i*>(kPackPairs[m].data()));
-            const auto all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done), _mm_shuffle_epi8(all, control));
-        } else {
-            static_assert(sizeof(W) == 4);
-            const auto all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
-            const __m256i packed = _mm256_permutevar8x32_epi32(all, _mm256_cvtepu8_epi32(pack_positions_avx2(m)));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + done), packed);
+    for (; i + 64 <= k && done + 64 <= length; i += 64) {
+        const uint64_t bits = mask_bits(mask, i, k);
+#pragma GCC unroll 8
+        for (int j = 0; j < 64; j += 8) {
+            const uint32_t m = bits >> j & 0xff;
+            pack_8_avx2(row + i + j, m, out + done);
+            done += popcount64(m);
         }
-        done += popcount64(m);
+    }
+    for (; i + 8 <= k && done + 8 <= length; i += 8) {
+        pack_8_avx2(row + i, mask[i / 8], out + done);
+        done += popcount64(mask[i / 8]);
     }
     pack_rest(mask, row, i, k, out, done);
 }

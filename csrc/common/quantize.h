@@ -40,13 +40,14 @@ ENGINE_INLINE RowScale row_scale(uint32_t bits) {
 }
 
 // x · inverse is at most 2^22 in magnitude once clamped, where adding and taking away 1.5 · 2^23 rounds half to even.
-ENGINE_INLINE int8_t quantize_one(float x, float inverse) {
+ENGINE_INLINE int32_t quantize_to_int(float x, float inverse) {
     constexpr float kRound = 12582912.0f;
     float v = x * inverse;
     v = v < -127.0f ? -127.0f : v;
     v = v > 127.0f ? 127.0f : v;
-    return static_cast<int8_t>(static_cast<int32_t>((v + kRound) - kRound));
+    return static_cast<int32_t>((v + kRound) - kRound);
 }
+ENGINE_INLINE int8_t quantize_one(float x, float inverse) { return static_cast<int8_t>(quantize_to_int(x, inverse)); }
 
 // q[i] for one row. `s.finite` must hold, or inverse be 0 and q wanted as 0: then 0 is written without reading x.
 template <class T>

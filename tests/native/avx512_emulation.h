@@ -1,11 +1,13 @@
-// AVX-512 intrinsics as plain functions, so that the AVX-512 variants of the kernels run, slowly, on a processor that has
-// only AVX2. For tests: force-included before everything else, together with -DENGINE_EMULATE_AVX512 (csrc/common/isa.h).
+// AVX-512 intrinsics as plain functions, so that the AVX-512 variants of the kernels run, slowly, on a processor that
+// has only AVX2. For tests: force-included before everything else, together with -DENGINE_EMULATE_AVX512
+// (csrc/common/isa.h).
 //
 // Each intrinsic is one line of the alphabetical list below, a macro over a few templates that work lane by lane on any
-// vector width. What reads or writes memory touches just the bytes that the instruction touches, so that AddressSanitizer
-// sees them, and an aligned access to an unaligned address stops the program as the instruction would.
+// vector width. What reads or writes memory touches just the bytes that the instruction touches, so that
+// AddressSanitizer sees them, and an aligned access to an unaligned address stops the program as the instruction would.
 // Names and meanings: Intel Intrinsics Guide.
 #pragma once
+#pragma GCC system_header  // the compiler has some of these names as macros, which the list below replaces
 #pragma GCC diagnostic ignored "-Wpsabi"  // a 512-bit argument travels in memory here
 
 #include <immintrin.h>
@@ -40,8 +42,9 @@ EMULATED V vector(const A& a) {
 }
 
 template <size_t n>
-using Mask = std::conditional_t<n == 64, __mmask64,
-                                std::conditional_t<n == 32, __mmask32, std::conditional_t<n == 16, __mmask16, __mmask8>>>;
+using Mask =
+    std::conditional_t<n == 64, __mmask64,
+                       std::conditional_t<n == 32, __mmask32, std::conditional_t<n == 16, __mmask16, __mmask8>>>;
 
 EMULATED bool bit(uint64_t mask, size_t i) { return (mask >> i) & 1; }
 
@@ -97,6 +100,10 @@ EMULATED void compress_store(void* p, uint64_t mask, V v) {
     for (size_t i = 0; i < in.size(); ++i)
         if (bit(mask, i)) __builtin_memcpy(to, &in[i], sizeof(T)), to += sizeof(T);
 }
+template <class T, size_t count, class V>
+EMULATED void store_first(void* p, uint64_t mask, V v) {  // of the first `count` lanes
+    store_some<T>(p, mask & (count == 64 ? ~uint64_t{0} : (uint64_t{1} << count % 64) - 1), v);
+}
 template <class T, class V>
 EMULATED V gather(V off, uint64_t mask, __m512i index, const void* p, int scale) {
     auto out = lanes<T>(off);
@@ -108,12 +115,19 @@ EMULATED V gather(V off, uint64_t mask, __m512i index, const void* p, int scale)
 
 // ---- lane by lane -----------------------------------------------------------------------------------------------
 
+template <class F, class A, class... B>
+EMULATED A map_lanes(F f, A a, const B&... more) {
+    for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<typename A::value_type>(f(a[i], more[i]...));
+    return a;
+}
 // f(a[i], b[i], ...) in every lane.
 template <class T, class F, class V, class... W>
 EMULATED V map(F f, V a, W... more) {
-    auto out = lanes<T>(a);
-    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<T>(f(out[i], lanes<T>(more)[i]...));
-    return vector<V>(out);
+    return vector<V>(map_lanes(f, lanes<T>(a), lanes<T>(more)...));
+}
+template <class F, class V>
+EMULATED V map_bits(F f, V a, V b) {  // bit operations on floats
+    return map<uint32_t>(f, a, b);
 }
 template <class V, class T>
 EMULATED V fill(T x) {
@@ -124,20 +138,24 @@ EMULATED V fill(T x) {
 template <class T, class V>
 EMULATED V blend(uint64_t mask, V off, V on) {
     auto out = lanes<T>(off);
-    for (size_t i = 0; i < out.size(); ++i) out[i] = bit(mask, i) ? lanes<T>(on)[i] : out[i];
+    const auto in = lanes<T>(on);
+    for (size_t i = 0; i < out.size(); ++i) out[i] = bit(mask, i) ? in[i] : out[i];
     return vector<V>(out);
 }
 template <class T, class V>
 EMULATED V zero_unless(uint64_t mask, V on) {
     return blend<T>(mask, V{}, on);
 }
+template <class F, class A, class... B>
+EMULATED auto test_lanes(F f, const A& a, const B&... more) {
+    uint64_t mask = 0;
+    for (size_t i = 0; i < a.size(); ++i) mask |= uint64_t{f(a[i], more[i]...)} << i;
+    return static_cast<Mask<std::tuple_size_v<A>>>(mask);
+}
 // The mask of the lanes where f holds.
 template <class T, class F, class V, class... W>
 EMULATED auto test(F f, V a, W... more) {
-    uint64_t mask = 0;
-    for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i)
-        mask |= uint64_t{f(lanes<T>(a)[i], lanes<T>(more)[i]...)} << i;
-    return static_cast<Mask<sizeof(V) / sizeof(T)>>(mask);
+    return test_lanes(f, lanes<T>(a), lanes<T>(more)...);
 }
 // f over all lanes, folding halves onto each other in the compiler's order (it decides the bits of a float sum).
 template <class T, class F, class V>
@@ -152,6 +170,7 @@ EMULATED T reduce(F f, V v) {
 constexpr auto kAdd = [](auto a, auto b) { return a + b; };
 constexpr auto kSub = [](auto a, auto b) { return a - b; };
 constexpr auto kMul = [](auto a, auto b) { return a * b; };
+constexpr auto kMulLow = [](auto a, auto b) { return static_cast<uint64_t>(a) * b; };
 constexpr auto kDiv = [](auto a, auto b) { return a / b; };
 constexpr auto kAnd = [](auto a, auto b) { return a & b; };
 constexpr auto kAndNot = [](auto a, auto b) { return ~a & b; };
@@ -173,8 +192,13 @@ constexpr auto kNoBit = [](auto a, auto b) { return (a & b) == 0; };
 constexpr auto kNegative = [](auto a) { return a < 0; };
 // A shift by the width or more gives 0, or the sign everywhere.
 constexpr auto kShiftLeft = [](auto a, uint64_t n) { return n >= 8 * sizeof a ? 0 : static_cast<uint64_t>(a) << n; };
-constexpr auto kShiftRight = [](auto a, uint64_t n) { return n >= 8 * sizeof a ? a : a >> n; };
-
+constexpr auto kShiftRightUnsigned = [](auto a, uint64_t n) {
+    return n >= 8 * sizeof a ? 0 : static_cast<uint64_t>(a) >> n;
+};
+constexpr auto kShiftRightSigned = [](auto a, uint64_t n) { return a >> (n >= 8 * sizeof a ? 8 * sizeof a - 1 : n); };
+constexpr auto kShiftRightSignedBy = [](auto a, auto n) {  // a count from a lane, which counts as unsigned
+    return kShiftRightSigned(a, static_cast<std::make_unsigned_t<decltype(n)>>(n));
+};
 template <class F>
 struct ShiftBy {  // every lane by one count
     F f;
@@ -184,9 +208,6 @@ struct ShiftBy {  // every lane by one count
         return f(a, count);
     }
 };
-constexpr auto kShiftRightUnsigned = [](auto a, uint64_t n) { return n >= 8 * sizeof a ? decltype(a){0} : static_cast<decltype(a)>(a >> n); };
-constexpr auto kShiftRightSigned = [](auto a, uint64_t n) { return a >> (n >= 8 * sizeof a ? 8 * sizeof a - 1 : n); };
-
 struct Compare {  // the integer predicates of _MM_CMPINT_ENUM
     int predicate;
     template <class T>
@@ -199,8 +220,9 @@ struct CompareFloat {  // the predicates _CMP_EQ_OQ to _CMP_TRUE_US; signalling 
     int predicate;
     bool operator()(float a, float b) const {
         const bool unordered = std::isnan(a) || std::isnan(b);
-        const bool is[16] = {a == b,      a < b,      a <= b, unordered, a != b,               !(a < b), !(a <= b), !unordered,
-                             !(a < b || a > b), !(a >= b), !(a > b), false, a < b || a > b, a >= b,   a > b,     true};
+        const bool is[16] = {
+            a == b,    a < b,    a <= b, unordered,      a != b, !(a < b), !(a <= b), !unordered, !(a < b || a > b),
+            !(a >= b), !(a > b), false,  a < b || a > b, a >= b, a > b,    true};
         return is[predicate & 15];
     }
 };
@@ -336,12 +358,16 @@ EMULATED V compress(V off, uint64_t mask, V v) {
 // a[index[i] mod n]
 template <class T, class V>
 EMULATED V permute(V index, V a) {
-    using I = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>>;
+    using I = std::conditional_t<
+        sizeof(T) == 8, uint64_t,
+        std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>>;
     auto out = lanes<T>(a);
     for (size_t i = 0; i < out.size(); ++i) out[i] = lanes<T>(a)[lanes<I>(index)[i] % out.size()];
     return vector<V>(out);
 }
-EMULATED __m512 permute_float(__m512i index, __m512 a) { return vector<__m512>(permute<uint32_t>(index, vector<__m512i>(a))); }
+EMULATED __m512 permute_float(__m512i index, __m512 a) {
+    return vector<__m512>(permute<uint32_t>(index, vector<__m512i>(a)));
+}
 // The same from a and b one after the other.
 template <class T, class V, class I>
 EMULATED V permute2(V a, I index, V b) {
@@ -350,6 +376,17 @@ EMULATED V permute2(V a, I index, V b) {
         const size_t from = static_cast<std::make_unsigned_t<T>>(lanes<T>(index)[i]) % (2 * out.size());
         out[i] = lanes<T>(from < out.size() ? a : b)[from % out.size()];
     }
+    return vector<V>(out);
+}
+EMULATED __m512 permute2_float(__m512 a, __m512i index, __m512 b) {
+    return vector<__m512>(permute2<int32_t>(vector<__m512i>(a), index, vector<__m512i>(b)));
+}
+// Within each 64 bits: byte i is the eight bits of a that begin at index[i], going round.
+template <class V>
+EMULATED V multishift(V index, V a) {
+    Lanes<uint8_t, V> out;
+    for (size_t i = 0; i < out.size(); ++i)
+        out[i] = static_cast<uint8_t>(std::rotr(lanes<uint64_t>(a)[i / 8], lanes<uint8_t>(index)[i] & 63));
     return vector<V>(out);
 }
 // Within each 128 bits: byte i from byte index[i] % 16, 0 where the index is negative.
@@ -389,8 +426,7 @@ template <class T, class V>
 EMULATED V unpack(V a, V b, size_t half) {
     constexpr size_t n = 16 / sizeof(T);
     Lanes<T, V> out;
-    for (size_t i = 0; i < out.size(); ++i)
-        out[i] = lanes<T>(i % 2 ? b : a)[i / n * n + half * n / 2 + i % n / 2];
+    for (size_t i = 0; i < out.size(); ++i) out[i] = lanes<T>(i % 2 ? b : a)[i / n * n + half * n / 2 + i % n / 2];
     return vector<V>(out);
 }
 template <class V, class Part>
@@ -443,7 +479,7 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 }  // namespace emulated
 
 // ---- the intrinsics, in alphabetical order (_mm512, then _mm256, then _mm) ----------------------------------------
-
+// clang-format off
 #define _mm512_abs_epi16(...) emulated::map<int16_t>(emulated::kAbs, __VA_ARGS__)
 #define _mm512_abs_epi32(...) emulated::map<int32_t>(emulated::kAbs, __VA_ARGS__)
 #define _mm512_abs_epi8(...) emulated::map<int8_t>(emulated::kAbs, __VA_ARGS__)
@@ -616,6 +652,9 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_madd_epi16(...) emulated::dot<int16_t, int16_t>(__m512i{}, __VA_ARGS__)
 #define _mm512_maddubs_epi16(...) emulated::maddubs<__m512i>(__VA_ARGS__)
 #define _mm512_mask3_fmadd_ps(a, b, c, mask) emulated::blend<float>(mask, c, _mm512_fmadd_ps(a, b, c))
+#define _mm512_mask_abs_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_abs_epi16(__VA_ARGS__))
+#define _mm512_mask_abs_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_abs_epi32(__VA_ARGS__))
+#define _mm512_mask_abs_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_abs_epi8(__VA_ARGS__))
 #define _mm512_mask_add_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_add_epi16(__VA_ARGS__))
 #define _mm512_mask_add_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_add_epi32(__VA_ARGS__))
 #define _mm512_mask_add_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_add_epi64(__VA_ARGS__))
@@ -630,6 +669,63 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_mask_blend_epi64(...) emulated::blend<uint64_t>(__VA_ARGS__)
 #define _mm512_mask_blend_epi8(...) emulated::blend<uint8_t>(__VA_ARGS__)
 #define _mm512_mask_blend_ps(...) emulated::blend<float>(__VA_ARGS__)
+#define _mm512_mask_cmp_epi16_mask(k, a, b, predicate) static_cast<__mmask32>((k) & _mm512_cmp_epi16_mask(a, b, predicate))
+#define _mm512_mask_cmp_epi32_mask(k, a, b, predicate) static_cast<__mmask16>((k) & _mm512_cmp_epi32_mask(a, b, predicate))
+#define _mm512_mask_cmp_epi64_mask(k, a, b, predicate) static_cast<__mmask8>((k) & _mm512_cmp_epi64_mask(a, b, predicate))
+#define _mm512_mask_cmp_epi8_mask(k, a, b, predicate) static_cast<__mmask64>((k) & _mm512_cmp_epi8_mask(a, b, predicate))
+#define _mm512_mask_cmp_epu16_mask(k, a, b, predicate) static_cast<__mmask32>((k) & _mm512_cmp_epu16_mask(a, b, predicate))
+#define _mm512_mask_cmp_epu32_mask(k, a, b, predicate) static_cast<__mmask16>((k) & _mm512_cmp_epu32_mask(a, b, predicate))
+#define _mm512_mask_cmp_epu64_mask(k, a, b, predicate) static_cast<__mmask8>((k) & _mm512_cmp_epu64_mask(a, b, predicate))
+#define _mm512_mask_cmp_epu8_mask(k, a, b, predicate) static_cast<__mmask64>((k) & _mm512_cmp_epu8_mask(a, b, predicate))
+#define _mm512_mask_cmp_ps_mask(k, a, b, predicate) static_cast<__mmask16>((k) & _mm512_cmp_ps_mask(a, b, predicate))
+#define _mm512_mask_cmpeq_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpeq_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpeq_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpeq_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpeq_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpeq_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpeq_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpeq_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_cmpeq_epu16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpeq_epu16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpeq_epu32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpeq_epu32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpeq_epu64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpeq_epu64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpeq_epu8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpeq_epu8_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpge_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpge_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpge_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpge_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epu16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpge_epu16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epu32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpge_epu32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epu64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpge_epu64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpge_epu8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpge_epu8_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpgt_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpgt_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpgt_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpgt_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epu16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpgt_epu16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epu32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpgt_epu32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epu64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpgt_epu64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpgt_epu8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpgt_epu8_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmple_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmple_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmple_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmple_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epu16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmple_epu16_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epu32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmple_epu32_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epu64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmple_epu64_mask(__VA_ARGS__))
+#define _mm512_mask_cmple_epu8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmple_epu8_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmplt_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmplt_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmplt_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmplt_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epu16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmplt_epu16_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epu32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmplt_epu32_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epu64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmplt_epu64_mask(__VA_ARGS__))
+#define _mm512_mask_cmplt_epu8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmplt_epu8_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpneq_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpneq_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpneq_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpneq_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epu16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_cmpneq_epu16_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epu32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_cmpneq_epu32_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epu64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_cmpneq_epu64_mask(__VA_ARGS__))
+#define _mm512_mask_cmpneq_epu8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_cmpneq_epu8_mask(__VA_ARGS__))
 #define _mm512_mask_compress_epi16(...) emulated::compress<uint16_t, __m512i>(__VA_ARGS__)
 #define _mm512_mask_compress_epi32(...) emulated::compress<uint32_t, __m512i>(__VA_ARGS__)
 #define _mm512_mask_compress_epi64(...) emulated::compress<uint64_t, __m512i>(__VA_ARGS__)
@@ -659,7 +755,25 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_mask_loadu_epi64(...) emulated::load_some<uint64_t, __m512i>(__VA_ARGS__)
 #define _mm512_mask_loadu_epi8(...) emulated::load_some<uint8_t, __m512i>(__VA_ARGS__)
 #define _mm512_mask_loadu_ps(...) emulated::load_some<float, __m512>(__VA_ARGS__)
+#define _mm512_mask_madd_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_madd_epi16(__VA_ARGS__))
+#define _mm512_mask_maddubs_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_maddubs_epi16(__VA_ARGS__))
+#define _mm512_mask_max_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_max_epi16(__VA_ARGS__))
+#define _mm512_mask_max_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_max_epi32(__VA_ARGS__))
+#define _mm512_mask_max_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_max_epi64(__VA_ARGS__))
+#define _mm512_mask_max_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_max_epi8(__VA_ARGS__))
+#define _mm512_mask_max_epu16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_max_epu16(__VA_ARGS__))
+#define _mm512_mask_max_epu32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_max_epu32(__VA_ARGS__))
+#define _mm512_mask_max_epu64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_max_epu64(__VA_ARGS__))
+#define _mm512_mask_max_epu8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_max_epu8(__VA_ARGS__))
 #define _mm512_mask_max_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_max_ps(__VA_ARGS__))
+#define _mm512_mask_min_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_min_epi16(__VA_ARGS__))
+#define _mm512_mask_min_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_min_epi32(__VA_ARGS__))
+#define _mm512_mask_min_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_min_epi64(__VA_ARGS__))
+#define _mm512_mask_min_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_min_epi8(__VA_ARGS__))
+#define _mm512_mask_min_epu16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_min_epu16(__VA_ARGS__))
+#define _mm512_mask_min_epu32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_min_epu32(__VA_ARGS__))
+#define _mm512_mask_min_epu64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_min_epu64(__VA_ARGS__))
+#define _mm512_mask_min_epu8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_min_epu8(__VA_ARGS__))
 #define _mm512_mask_min_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_min_ps(__VA_ARGS__))
 #define _mm512_mask_mov_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, __VA_ARGS__)
 #define _mm512_mask_mov_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, __VA_ARGS__)
@@ -667,12 +781,36 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_mask_mov_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, __VA_ARGS__)
 #define _mm512_mask_mov_ps(off, mask, ...) emulated::blend<float>(mask, off, __VA_ARGS__)
 #define _mm512_mask_mul_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_mul_ps(__VA_ARGS__))
+#define _mm512_mask_mullo_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_mullo_epi16(__VA_ARGS__))
+#define _mm512_mask_mullo_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_mullo_epi32(__VA_ARGS__))
+#define _mm512_mask_mullo_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_mullo_epi64(__VA_ARGS__))
 #define _mm512_mask_or_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_or_epi32(__VA_ARGS__))
 #define _mm512_mask_or_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_or_epi64(__VA_ARGS__))
+#define _mm512_mask_permutexvar_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_permutexvar_epi16(__VA_ARGS__))
+#define _mm512_mask_permutexvar_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_permutexvar_epi32(__VA_ARGS__))
+#define _mm512_mask_permutexvar_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_permutexvar_epi64(__VA_ARGS__))
+#define _mm512_mask_permutexvar_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_permutexvar_epi8(__VA_ARGS__))
 #define _mm512_mask_set1_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_set1_epi16(__VA_ARGS__))
 #define _mm512_mask_set1_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_set1_epi32(__VA_ARGS__))
 #define _mm512_mask_set1_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_set1_epi64(__VA_ARGS__))
 #define _mm512_mask_set1_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_set1_epi8(__VA_ARGS__))
+#define _mm512_mask_shuffle_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_shuffle_epi32(__VA_ARGS__))
+#define _mm512_mask_shuffle_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_shuffle_epi8(__VA_ARGS__))
+#define _mm512_mask_slli_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_slli_epi16(__VA_ARGS__))
+#define _mm512_mask_slli_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_slli_epi32(__VA_ARGS__))
+#define _mm512_mask_slli_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_slli_epi64(__VA_ARGS__))
+#define _mm512_mask_sllv_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_sllv_epi16(__VA_ARGS__))
+#define _mm512_mask_sllv_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_sllv_epi32(__VA_ARGS__))
+#define _mm512_mask_sllv_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_sllv_epi64(__VA_ARGS__))
+#define _mm512_mask_srai_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_srai_epi16(__VA_ARGS__))
+#define _mm512_mask_srai_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_srai_epi32(__VA_ARGS__))
+#define _mm512_mask_srai_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_srai_epi64(__VA_ARGS__))
+#define _mm512_mask_srli_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_srli_epi16(__VA_ARGS__))
+#define _mm512_mask_srli_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_srli_epi32(__VA_ARGS__))
+#define _mm512_mask_srli_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_srli_epi64(__VA_ARGS__))
+#define _mm512_mask_srlv_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_srlv_epi16(__VA_ARGS__))
+#define _mm512_mask_srlv_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_srlv_epi32(__VA_ARGS__))
+#define _mm512_mask_srlv_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_srlv_epi64(__VA_ARGS__))
 #define _mm512_mask_storeu_epi16(...) emulated::store_some<uint16_t>(__VA_ARGS__)
 #define _mm512_mask_storeu_epi32(...) emulated::store_some<uint32_t>(__VA_ARGS__)
 #define _mm512_mask_storeu_epi64(...) emulated::store_some<uint64_t>(__VA_ARGS__)
@@ -683,8 +821,27 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_mask_sub_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_sub_epi64(__VA_ARGS__))
 #define _mm512_mask_sub_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_sub_epi8(__VA_ARGS__))
 #define _mm512_mask_sub_ps(off, mask, ...) emulated::blend<float>(mask, off, _mm512_sub_ps(__VA_ARGS__))
+#define _mm512_mask_test_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_test_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_test_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_test_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_test_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_test_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_test_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_test_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_testn_epi16_mask(k, ...) static_cast<__mmask32>((k) & _mm512_testn_epi16_mask(__VA_ARGS__))
+#define _mm512_mask_testn_epi32_mask(k, ...) static_cast<__mmask16>((k) & _mm512_testn_epi32_mask(__VA_ARGS__))
+#define _mm512_mask_testn_epi64_mask(k, ...) static_cast<__mmask8>((k) & _mm512_testn_epi64_mask(__VA_ARGS__))
+#define _mm512_mask_testn_epi8_mask(k, ...) static_cast<__mmask64>((k) & _mm512_testn_epi8_mask(__VA_ARGS__))
+#define _mm512_mask_unpackhi_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_unpackhi_epi16(__VA_ARGS__))
+#define _mm512_mask_unpackhi_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_unpackhi_epi32(__VA_ARGS__))
+#define _mm512_mask_unpackhi_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_unpackhi_epi64(__VA_ARGS__))
+#define _mm512_mask_unpackhi_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_unpackhi_epi8(__VA_ARGS__))
+#define _mm512_mask_unpacklo_epi16(off, mask, ...) emulated::blend<uint16_t>(mask, off, _mm512_unpacklo_epi16(__VA_ARGS__))
+#define _mm512_mask_unpacklo_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_unpacklo_epi32(__VA_ARGS__))
+#define _mm512_mask_unpacklo_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_unpacklo_epi64(__VA_ARGS__))
+#define _mm512_mask_unpacklo_epi8(off, mask, ...) emulated::blend<uint8_t>(mask, off, _mm512_unpacklo_epi8(__VA_ARGS__))
 #define _mm512_mask_xor_epi32(off, mask, ...) emulated::blend<uint32_t>(mask, off, _mm512_xor_epi32(__VA_ARGS__))
 #define _mm512_mask_xor_epi64(off, mask, ...) emulated::blend<uint64_t>(mask, off, _mm512_xor_epi64(__VA_ARGS__))
+#define _mm512_maskz_abs_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_abs_epi16(__VA_ARGS__))
+#define _mm512_maskz_abs_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_abs_epi32(__VA_ARGS__))
+#define _mm512_maskz_abs_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_abs_epi8(__VA_ARGS__))
 #define _mm512_maskz_add_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_add_epi16(__VA_ARGS__))
 #define _mm512_maskz_add_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_add_epi32(__VA_ARGS__))
 #define _mm512_maskz_add_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_add_epi64(__VA_ARGS__))
@@ -717,7 +874,25 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_maskz_loadu_epi64(...) emulated::load_some<uint64_t>(__m512i{}, __VA_ARGS__)
 #define _mm512_maskz_loadu_epi8(...) emulated::load_some<uint8_t>(__m512i{}, __VA_ARGS__)
 #define _mm512_maskz_loadu_ps(...) emulated::load_some<float>(__m512{}, __VA_ARGS__)
+#define _mm512_maskz_madd_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_madd_epi16(__VA_ARGS__))
+#define _mm512_maskz_maddubs_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_maddubs_epi16(__VA_ARGS__))
+#define _mm512_maskz_max_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_max_epi16(__VA_ARGS__))
+#define _mm512_maskz_max_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_max_epi32(__VA_ARGS__))
+#define _mm512_maskz_max_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_max_epi64(__VA_ARGS__))
+#define _mm512_maskz_max_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_max_epi8(__VA_ARGS__))
+#define _mm512_maskz_max_epu16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_max_epu16(__VA_ARGS__))
+#define _mm512_maskz_max_epu32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_max_epu32(__VA_ARGS__))
+#define _mm512_maskz_max_epu64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_max_epu64(__VA_ARGS__))
+#define _mm512_maskz_max_epu8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_max_epu8(__VA_ARGS__))
 #define _mm512_maskz_max_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_max_ps(__VA_ARGS__))
+#define _mm512_maskz_min_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_min_epi16(__VA_ARGS__))
+#define _mm512_maskz_min_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_min_epi32(__VA_ARGS__))
+#define _mm512_maskz_min_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_min_epi64(__VA_ARGS__))
+#define _mm512_maskz_min_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_min_epi8(__VA_ARGS__))
+#define _mm512_maskz_min_epu16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_min_epu16(__VA_ARGS__))
+#define _mm512_maskz_min_epu32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_min_epu32(__VA_ARGS__))
+#define _mm512_maskz_min_epu64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_min_epu64(__VA_ARGS__))
+#define _mm512_maskz_min_epu8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_min_epu8(__VA_ARGS__))
 #define _mm512_maskz_min_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_min_ps(__VA_ARGS__))
 #define _mm512_maskz_mov_epi16(...) emulated::zero_unless<uint16_t>(__VA_ARGS__)
 #define _mm512_maskz_mov_epi32(...) emulated::zero_unless<uint32_t>(__VA_ARGS__)
@@ -725,6 +900,9 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_maskz_mov_epi8(...) emulated::zero_unless<uint8_t>(__VA_ARGS__)
 #define _mm512_maskz_mov_ps(...) emulated::zero_unless<float>(__VA_ARGS__)
 #define _mm512_maskz_mul_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_mul_ps(__VA_ARGS__))
+#define _mm512_maskz_mullo_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_mullo_epi16(__VA_ARGS__))
+#define _mm512_maskz_mullo_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_mullo_epi32(__VA_ARGS__))
+#define _mm512_maskz_mullo_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_mullo_epi64(__VA_ARGS__))
 #define _mm512_maskz_or_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_or_epi32(__VA_ARGS__))
 #define _mm512_maskz_or_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_or_epi64(__VA_ARGS__))
 #define _mm512_maskz_permutexvar_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_permutexvar_epi16(__VA_ARGS__))
@@ -735,12 +913,36 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_maskz_set1_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_set1_epi32(__VA_ARGS__))
 #define _mm512_maskz_set1_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_set1_epi64(__VA_ARGS__))
 #define _mm512_maskz_set1_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_set1_epi8(__VA_ARGS__))
+#define _mm512_maskz_shuffle_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_shuffle_epi32(__VA_ARGS__))
 #define _mm512_maskz_shuffle_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_shuffle_epi8(__VA_ARGS__))
+#define _mm512_maskz_slli_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_slli_epi16(__VA_ARGS__))
+#define _mm512_maskz_slli_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_slli_epi32(__VA_ARGS__))
+#define _mm512_maskz_slli_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_slli_epi64(__VA_ARGS__))
+#define _mm512_maskz_sllv_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_sllv_epi16(__VA_ARGS__))
+#define _mm512_maskz_sllv_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_sllv_epi32(__VA_ARGS__))
+#define _mm512_maskz_sllv_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_sllv_epi64(__VA_ARGS__))
+#define _mm512_maskz_srai_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_srai_epi16(__VA_ARGS__))
+#define _mm512_maskz_srai_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_srai_epi32(__VA_ARGS__))
+#define _mm512_maskz_srai_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_srai_epi64(__VA_ARGS__))
+#define _mm512_maskz_srli_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_srli_epi16(__VA_ARGS__))
+#define _mm512_maskz_srli_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_srli_epi32(__VA_ARGS__))
+#define _mm512_maskz_srli_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_srli_epi64(__VA_ARGS__))
+#define _mm512_maskz_srlv_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_srlv_epi16(__VA_ARGS__))
+#define _mm512_maskz_srlv_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_srlv_epi32(__VA_ARGS__))
+#define _mm512_maskz_srlv_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_srlv_epi64(__VA_ARGS__))
 #define _mm512_maskz_sub_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_sub_epi16(__VA_ARGS__))
 #define _mm512_maskz_sub_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_sub_epi32(__VA_ARGS__))
 #define _mm512_maskz_sub_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_sub_epi64(__VA_ARGS__))
 #define _mm512_maskz_sub_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_sub_epi8(__VA_ARGS__))
 #define _mm512_maskz_sub_ps(mask, ...) emulated::zero_unless<float>(mask, _mm512_sub_ps(__VA_ARGS__))
+#define _mm512_maskz_unpackhi_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_unpackhi_epi16(__VA_ARGS__))
+#define _mm512_maskz_unpackhi_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_unpackhi_epi32(__VA_ARGS__))
+#define _mm512_maskz_unpackhi_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_unpackhi_epi64(__VA_ARGS__))
+#define _mm512_maskz_unpackhi_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_unpackhi_epi8(__VA_ARGS__))
+#define _mm512_maskz_unpacklo_epi16(mask, ...) emulated::zero_unless<uint16_t>(mask, _mm512_unpacklo_epi16(__VA_ARGS__))
+#define _mm512_maskz_unpacklo_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_unpacklo_epi32(__VA_ARGS__))
+#define _mm512_maskz_unpacklo_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_unpacklo_epi64(__VA_ARGS__))
+#define _mm512_maskz_unpacklo_epi8(mask, ...) emulated::zero_unless<uint8_t>(mask, _mm512_unpacklo_epi8(__VA_ARGS__))
 #define _mm512_maskz_xor_epi32(mask, ...) emulated::zero_unless<uint32_t>(mask, _mm512_xor_epi32(__VA_ARGS__))
 #define _mm512_maskz_xor_epi64(mask, ...) emulated::zero_unless<uint64_t>(mask, _mm512_xor_epi64(__VA_ARGS__))
 #define _mm512_max_epi16(...) emulated::map<int16_t>(emulated::kMax, __VA_ARGS__)
@@ -825,9 +1027,9 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_set_epi8(...) emulated::listed<int8_t>(true, __VA_ARGS__)
 #define _mm512_setr_epi32(...) emulated::listed<int32_t>(false, __VA_ARGS__)
 #define _mm512_setr_epi64(...) emulated::listed<int64_t>(false, __VA_ARGS__)
-#define _mm512_setzero_epi32() __m512i{}
-#define _mm512_setzero_ps() __m512{}
-#define _mm512_setzero_si512() __m512i{}
+#define _mm512_setzero_epi32() __m512i {}
+#define _mm512_setzero_ps() __m512 {}
+#define _mm512_setzero_si512() __m512i {}
 #define _mm512_shuffle_epi32(a, imm) emulated::shuffle_words(a, a, imm)
 #define _mm512_shuffle_epi8(...) emulated::shuffle_bytes(__VA_ARGS__)
 #define _mm512_shuffle_f32x4(...) emulated::shuffle_blocks(__VA_ARGS__)
@@ -845,9 +1047,9 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_srai_epi16(a, count) emulated::map<int16_t>(emulated::ShiftBy{emulated::kShiftRightSigned, static_cast<uint64_t>(count)}, a)
 #define _mm512_srai_epi32(a, count) emulated::map<int32_t>(emulated::ShiftBy{emulated::kShiftRightSigned, static_cast<uint64_t>(count)}, a)
 #define _mm512_srai_epi64(a, count) emulated::map<int64_t>(emulated::ShiftBy{emulated::kShiftRightSigned, static_cast<uint64_t>(count)}, a)
-#define _mm512_srav_epi16(...) emulated::map<int16_t>(emulated::ShiftRightVariable{}, __VA_ARGS__)
-#define _mm512_srav_epi32(...) emulated::map<int32_t>(emulated::ShiftRightVariable{}, __VA_ARGS__)
-#define _mm512_srav_epi64(...) emulated::map<int64_t>(emulated::ShiftRightVariable{}, __VA_ARGS__)
+#define _mm512_srav_epi16(...) emulated::map<int16_t>(emulated::kShiftRightSignedBy, __VA_ARGS__)
+#define _mm512_srav_epi32(...) emulated::map<int32_t>(emulated::kShiftRightSignedBy, __VA_ARGS__)
+#define _mm512_srav_epi64(...) emulated::map<int64_t>(emulated::kShiftRightSignedBy, __VA_ARGS__)
 #define _mm512_srli_epi16(a, count) emulated::map<uint16_t>(emulated::ShiftBy{emulated::kShiftRightUnsigned, static_cast<uint64_t>(count)}, a)
 #define _mm512_srli_epi32(a, count) emulated::map<uint32_t>(emulated::ShiftBy{emulated::kShiftRightUnsigned, static_cast<uint64_t>(count)}, a)
 #define _mm512_srli_epi64(a, count) emulated::map<uint64_t>(emulated::ShiftBy{emulated::kShiftRightUnsigned, static_cast<uint64_t>(count)}, a)
@@ -882,8 +1084,8 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_testn_epi32_mask(...) emulated::test<uint32_t>(emulated::kNoBit, __VA_ARGS__)
 #define _mm512_testn_epi64_mask(...) emulated::test<uint64_t>(emulated::kNoBit, __VA_ARGS__)
 #define _mm512_testn_epi8_mask(...) emulated::test<uint8_t>(emulated::kNoBit, __VA_ARGS__)
-#define _mm512_undefined_epi32() __m512i{}
-#define _mm512_undefined_ps() __m512{}
+#define _mm512_undefined_epi32() __m512i {}
+#define _mm512_undefined_ps() __m512 {}
 #define _mm512_unpackhi_epi16(a, b) emulated::unpack<uint16_t>(a, b, 1)
 #define _mm512_unpackhi_epi32(a, b) emulated::unpack<uint32_t>(a, b, 1)
 #define _mm512_unpackhi_epi64(a, b) emulated::unpack<uint64_t>(a, b, 1)
@@ -1216,3 +1418,4 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _cvtu32_mask32(...) static_cast<__mmask32>(__VA_ARGS__)
 #define _cvtu32_mask8(...) static_cast<__mmask8>(__VA_ARGS__)
 #define _cvtu64_mask64(...) static_cast<__mmask64>(__VA_ARGS__)
+// clang-format on

@@ -1,0 +1,135 @@
+// Linear layers in fp32 arithmetic whose weights are stored smaller: what they share.
+//
+// For many rows of activations float_panel_linear: each thread takes a group of outputs and, stretch by stretch of K,
+// has the PROVIDER turn their weights into fp32 once, to multiply all activations by them. Activations are packed once
+// for all threads, in STRIPS of as many rows as the microkernel's vectors are wide: [k][row of the strip]. So the
+// weights may stay row by row, as they come; each is broadcast.
+//
+// A provider is copied for each thread, so that it may keep a position, and has one function:
+//
+//   void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel);
+//
+// It writes the weights [row, row + rows) × [k0, k0 + kc) to `panel`, rows kFloatDepth apart, and may write anything to
+// the rest of a row of the panel.
+//   rows ≤ kFloatGroup; kc ≤ kFloatDepth; k0 is a multiple of kFloatDepth, and kc is kFloatDepth unless the row ends.
+//   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
+//
+// For a few rows float_dot_linear: activations as fp32 row by row, and a kernel that multiplies them by the weights
+// where they lie.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "common/int8_activations.h"
+
+namespace engine {
+
+constexpr int64_t kFloatDepth = 256;  // a strip of such depth stays in L1, a panel of it in L2
+constexpr int64_t kFloatGroup = 112;  // at most so many weight rows to a group
+
+// y = (x · weightᵀ) · scale + bias, in fp32 and then cast.
+template <class T>
+struct FloatLinear {
+    const T* x;          // [m, k]
+    const float* scale;  // [n], or null: 1
+    const float* bias;   // [n], or null: 0
+    T* y;                // [m, n]
+    int64_t m, n, k;
+};
+
+// The last step of every kernel; `column` is the output's number.
+template <class T>
+ENGINE_INLINE T float_output(float sum, const FloatLinear<T>& call, int64_t column) {
+    if (call.scale) sum = sum * call.scale[column];
+    if (call.bias) sum = sum + call.bias[column];
+    return from_float<T>(sum);
+}
+
+// The product of all sizes but the last.
+inline int64_t rows_of(const std::vector<int64_t>& sizes) {
+    int64_t rows = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
+    return rows;
+}
+
+// Makes a row of outputs NaN.
+template <class T>
+void fill_nan(const FloatLinear<T>& call, int64_t row) {
+    std::fill_n(call.y + row * call.n, call.n, from_float<T>(std::numeric_limits<float>::quiet_NaN()));
+}
+
+template <class T>
+ENGINE_INLINE bool all_finite(const T* x, int64_t k) {
+    return amax_bits(x, k) < 0x7f800000u;
+}
+
+// y of the whole call, on torch's threads.
+template <class T, class Provider>
+void float_panel_linear(const FloatLinear<T>& call, const Provider& weights);
+
+// ---- a few rows -------------------------------------------------------------------------------------------------
+
+constexpr int64_t kDotRows = 8;  // rows of activations at most
+
+// Activations as fp32 rows, for the length of a call.
+struct FloatRows {
+    float* x;        // [m, stride]: k values, then zeros; 64-byte aligned
+    int64_t stride;  // a multiple of 64
+    static int64_t stride_for(int64_t k) { return (k + 63) / 64 * 64; }
+};
+
+// The body for every instruction set: it vectorises by itself where it is inlined.
+template <class T>
+ENGINE_INLINE void float_rows(const FloatLinear<T>& call, const FloatRows& rows,
+                              bool* finite) {  // [m]
+    for (int64_t row = 0; row < call.m; ++row) {
+        const T* from = call.x + row * call.k;
+        float* to = rows.x + row * rows.stride;
+        for (int64_t i = 0; i < call.k; ++i) to[i] = to_float(from[i]);
+        std::fill(to + call.k, to + rows.stride, 0.0f);
+        finite[row] = all_finite(to, call.k);
+    }
+}
+template <class T>
+void float_rows_portable(const FloatLinear<T>& call, const FloatRows& rows, bool* finite) {
+    float_rows(call, rows, finite);
+}
+#if ENGINE_X86
+template <class T>
+ENGINE_AVX2 void float_rows_avx2(const FloatLinear<T>& call, const FloatRows& rows, bool* finite) {
+    float_rows(call, rows, finite);
+}
+template <class T>
+ENGINE_AVX512 void float_rows_avx512(const FloatLinear<T>& call, const FloatRows& rows, bool* finite) {
+    float_rows(call, rows, finite);
+}
+#endif
+
+struct FloatRowsScratch;  // tag: the activations of a call, held by the calling thread
+
+// Runs dots(begin, end, rows) over all weight rows, on torch's threads; it writes y[:, begin:end). m ≤ kDotRows.
+template <class T, class Dots>
+void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, const Dots& dots) {
+    if (call.m == 0 || call.n == 0) return;
+    const int64_t stride = FloatRows::stride_for(call.k);
+    Scratch<FloatRowsScratch> scratch(Scratch<FloatRowsScratch>::template bytes_for<float>(call.m * stride) + 64);
+    const FloatRows rows{scratch.template take<float>(call.m * stride), stride};
+    bool finite[kDotRows];
+    auto convert = float_rows_portable<T>;
+#if ENGINE_X86
+    if (isa() == Isa::avx2) convert = float_rows_avx2<T>;
+    if (isa() == Isa::avx512) convert = float_rows_avx512<T>;
+#endif
+    convert(call, rows, finite);
+    parallel_rows(call.n, weight_row_bytes * (call.m + 3) / 4,
+                  [&](int64_t begin, int64_t end) { dots(begin, end, rows); });
+    for (int64_t row = 0; row < call.m; ++row) {
+        if (!finite[row]) fill_nan(call, row);
+    }
+}
+
+}  // namespace engine
+
+#include "common/gemm_float_driver.h"

@@ -1,0 +1,147 @@
+// The microkernel of common/gemm_float.h with AVX2 and FMA: 6 weights by 16 activations in 12 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/gemm_float.h"
+#include "common/gemm_float_portable.h"
+
+namespace engine {
+
+ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const float* x) { return _mm256_loadu_ps(x); }
+ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const Half* x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const BFloat16* x) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(float* y, __m256 v) { _mm256_storeu_ps(y, v); }
+ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(Half* y, __m256 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(BFloat16* y, __m256 v) {  // as from_float
+    const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_castsi256_si128(packed));
+}
+
+ENGINE_AVX2 ENGINE_INLINE float sum_8_avx2(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+ENGINE_AVX2 ENGINE_INLINE void transpose_8x8_avx2(__m256 (&v)[8]) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+
+struct FloatPanelAvx2 {
+    static constexpr int64_t kWidth = 16, kNarrow = 8, kRows = 12, kGroup = 96;
+
+    template <class T>
+    ENGINE_AVX2 static void pack(const T* x,  // [rows, stride]
+                                 int64_t stride, int64_t rows, int64_t kc, int64_t width,
+                                 float* strip,       // [kc, width]: beyond `rows` zeros
+                                 uint8_t* finite) {  // [rows]
+        if (rows < width) std::fill(strip, strip + kc * width, 0.0f);
+        int64_t row = 0;
+        for (; row + 8 <= rows; row += 8) {
+            int64_t i = 0;
+            for (; i + 8 <= kc; i += 8) {
+                __m256 v[8];
+                for (int j = 0; j < 8; ++j) v[j] = floats_8_avx2(x + (row + j) * stride + i);
+                transpose_8x8_avx2(v);
+                for (int j = 0; j < 8; ++j) _mm256_store_ps(strip + (i + j) * width + row, v[j]);
+            }
+            pack_rest(x, stride, row, row + 8, i, kc, width, strip);
+        }
+        pack_rest(x, stride, row, rows, 0, kc, width, strip);
+        for (row = 0; row < rows; ++row) finite[row] = all_finite(x + row * stride, kc);
+    }
+
+    // R weight rows by V vectors of activations.
+    template <int R, int V>
+    ENGINE_AVX2 ENGINE_INLINE static void tile_of(const float* w, const float* strip, int64_t kc, bool add,
+                                                  float* sums) {
+        __m256 acc[R][V];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) acc[r][v] = _mm256_setzero_ps();
+        }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kc; ++i) {
+            __m256 x[V];
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) x[v] = _mm256_load_ps(strip + (i * V + v) * 8);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const __m256 weight = _mm256_broadcast_ss(w + r * kFloatDepth + i);
+#pragma GCC unroll 16
+                for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(weight, x[v], acc[r][v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) {
+                float* to = sums + (r * V + v) * 8;
+                _mm256_store_ps(to, add ? _mm256_add_ps(_mm256_load_ps(to), acc[r][v]) : acc[r][v]);
+            }
+        }
+    }
+
+    ENGINE_AVX2 static void tile(const float* w,      // [kRows, kFloatDepth], of which kc are used
+                                 const float* strip,  // [kc, width]
+                                 int64_t kc, int64_t width, bool add,
+                                 float* sums) {  // [kRows, width]
+        if (width == kNarrow) return tile_of<12, 1>(w, strip, kc, add, sums);
+        tile_of<6, 2>(w, strip, kc, add, sums);
+        tile_of<6, 2>(w + 6 * kFloatDepth, strip, kc, add, sums + 6 * kWidth);
+    }
+
+    template <class T>
+    ENGINE_AVX2 static void finish(const FloatLinear<T>& call,
+                                   const float* sums,  // [columns, width]
+                                   int64_t width, int64_t first_row, int64_t rows, int64_t column, int64_t columns) {
+        int64_t row = 0;
+        for (; row + 8 <= rows; row += 8) {
+            int64_t j = 0;
+            for (; j + 8 <= columns; j += 8) {
+                __m256 v[8];
+                for (int i = 0; i < 8; ++i) v[i] = _mm256_load_ps(sums + (j + i) * width + row);
+                transpose_8x8_avx2(v);
+                for (int i = 0; i < 8; ++i) {
+                    if (call.scale) v[i] = _mm256_mul_ps(v[i], _mm256_loadu_ps(call.scale + column + j));
+                    if (call.bias) v[i] = _mm256_add_ps(v[i], _mm256_loadu_ps(call.bias + column + j));
+                    store_8_avx2(call.y + (first_row + row + i) * call.n + column + j, v[i]);
+                }
+            }
+            finish_rest(call, sums, width, first_row, row, row + 8, column, j, columns);
+        }
+        finish_rest(call, sums, width, first_row, row, rows, column, 0, columns);
+    }
+};
+
+}  // namespace engine

@@ -1,0 +1,167 @@
+// The loops around the microkernels of common/gemm_float.h, the same for every instruction set. A microkernel is a
+// struct:
+//
+//   kWidth, kNarrow  rows of activations in a strip; in the last one where they suffice
+//   kRows            weight rows that one call of tile() multiplies
+//   kGroup           weight rows to a group at most, a multiple of kRows
+//   pack(...)        activations to a strip
+//   tile(...)        kRows × width sums
+//   finish(...)      sums to outputs
+#pragma once
+
+#include "common/gemm_float.h"
+#include "common/gemm_float_portable.h"
+#if ENGINE_X86
+#include "common/gemm_float_avx2.h"
+#include "common/gemm_float_avx512.h"
+#endif
+
+namespace engine {
+
+struct FloatPanelScratch;   // tag: a thread's panel and sums
+struct FloatStripsScratch;  // tag: the packed activations, held by the calling thread
+
+// How a call is cut into tasks.
+struct FloatPlan {
+    int64_t chunk_rows;  // rows of activations packed at a time, so that they stay in cache
+    int64_t columns;     // outputs to a task
+    int64_t groups;      // tasks along the outputs
+    int64_t strips;      // of a chunk, to a task
+    int64_t parts;       // tasks along the strips of a chunk
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Kernel>
+FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads) {
+    constexpr int64_t kChunkBytes = 8 << 20;
+    constexpr int64_t kMostRows = 512;  // sums of a task: up to 200 KB
+    const auto whole = [](int64_t count, int64_t unit) { return divide_up(count, unit) * unit; };
+    const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, k);
+    const int64_t most = std::clamp<int64_t>(fitting, 64, kMostRows);
+    FloatPlan plan;
+    plan.chunk_rows = whole(divide_up(m, divide_up(m, most)), Kernel::kWidth);
+    const int64_t groups = whole(divide_up(n, Kernel::kGroup), threads);
+    plan.columns = whole(divide_up(n, groups), Kernel::kRows);
+    plan.groups = divide_up(n, plan.columns);
+    // Where outputs are too few for all threads, cut along the rows too, though each part converts the weights again.
+    const int64_t strips = plan.chunk_rows / Kernel::kWidth;
+    plan.strips = divide_up(strips, std::min(strips, std::max<int64_t>(1, threads / plan.groups)));
+    plan.parts = divide_up(strips, plan.strips);
+    return plan;
+}
+
+// Packed activations of a chunk.
+template <class Kernel>
+struct FloatStrips {
+    float* data;      // strip after strip, each [k, its width], kWidth · k apart
+    uint8_t* finite;  // [stretches of K, chunk_rows]: whether a stretch of a row is
+    int64_t rows, k;
+
+    int64_t count() const { return divide_up(rows, Kernel::kWidth); }
+    int64_t stretches() const { return divide_up(k, kFloatDepth); }
+    int64_t width(int64_t strip) const {
+        return rows - strip * Kernel::kWidth <= Kernel::kNarrow ? Kernel::kNarrow : Kernel::kWidth;
+    }
+    const float* at(int64_t strip, int64_t k0) const { return data + strip * Kernel::kWidth * k + k0 * width(strip); }
+};
+
+template <class Kernel, class T>
+void pack_strips(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, int64_t chunk, bool serial) {
+    const int64_t stretches = strips.stretches();
+    const auto tasks = [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
+            const int64_t strip = task / stretches, stretch = task % stretches;
+            const int64_t row = strip * Kernel::kWidth, k0 = stretch * kFloatDepth;
+            Kernel::pack(call.x + (chunk + row) * call.k + k0, call.k, std::min(Kernel::kWidth, strips.rows - row),
+                         std::min(kFloatDepth, call.k - k0), strips.width(strip),
+                         const_cast<float*>(strips.at(strip, k0)), strips.finite + stretch * strips.rows + row);
+        }
+    };
+    const int64_t count = strips.count() * stretches;
+    if (serial) {
+        tasks(0, count);
+    } else {
+        torch::stable::parallel_for(0, count, 4, tasks);
+    }
+}
+
+// One task: strips [begin, end) by the outputs [column, column + columns).
+template <class Kernel, class T, class Provider>
+void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, Provider& weights,
+                float* panel,   // [columns, kFloatDepth], columns made whole to kRows
+                float* sums,    // strip after strip, each [columns, its width], kWidth · columns apart
+                int64_t chunk,  // the call's row that is row 0 of the strips
+                int64_t begin, int64_t end, int64_t column, int64_t columns) {
+    const int64_t whole = divide_up(columns, Kernel::kRows) * Kernel::kRows;
+    std::fill(panel + columns * kFloatDepth, panel + whole * kFloatDepth, 0.0f);
+    for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kFloatDepth) {
+        const int64_t kc = std::min(kFloatDepth, call.k - k0);
+        weights.block(column, columns, k0, kc, panel);
+        for (int64_t strip = begin; strip < end; ++strip) {
+            const int64_t width = strips.width(strip), row = strip * Kernel::kWidth;
+            float* mine = sums + (strip - begin) * Kernel::kWidth * whole;
+            for (int64_t r = 0; r < whole; r += Kernel::kRows) {
+                Kernel::tile(panel + r * kFloatDepth, strips.at(strip, k0), kc, width, k0 > 0, mine + r * width);
+            }
+            if (k0 + kc >= call.k) {
+                Kernel::finish(call, mine, width, chunk + row, std::min(width, strips.rows - row), column, columns);
+            }
+        }
+    }
+}
+
+template <class Kernel, class T, class Provider>
+void float_panels(const FloatLinear<T>& call, const Provider& weights) {
+    constexpr int64_t kSerialWork = 1 << 18;  // multiplications that are done before another thread has woken
+    using StripsScratch = Scratch<FloatStripsScratch>;
+    const bool serial = call.m * call.n * call.k < kSerialWork;
+    const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+    const FloatPlan plan = plan_float<Kernel>(call.m, call.n, call.k, threads);
+    const int64_t flags = plan.chunk_rows * divide_up(call.k, kFloatDepth);
+    StripsScratch scratch(StripsScratch::template bytes_for<float>(plan.chunk_rows * call.k) +
+                          StripsScratch::template bytes_for<uint8_t>(flags) + 64);
+    FloatStrips<Kernel> strips{scratch.template take<float>(plan.chunk_rows * call.k),
+                               scratch.template take<uint8_t>(flags), 0, call.k};
+    for (int64_t chunk = 0; chunk < call.m; chunk += plan.chunk_rows) {
+        strips.rows = std::min(plan.chunk_rows, call.m - chunk);
+        pack_strips(call, strips, chunk, serial);
+        const auto tasks = [&](int64_t first, int64_t last) {
+            const int64_t panel = plan.columns * kFloatDepth, sums = plan.strips * Kernel::kWidth * plan.columns;
+            Scratch<FloatPanelScratch> own((panel + sums) * static_cast<int64_t>(sizeof(float)) + 128);
+            float* const own_panel = own.template take<float>(panel);
+            float* const own_sums = own.template take<float>(sums);
+            Provider position = weights;
+            for (int64_t task = first; task < last; ++task) {
+                const int64_t column = task / plan.parts * plan.columns, begin = task % plan.parts * plan.strips;
+                const int64_t end = std::min(strips.count(), begin + plan.strips);
+                if (begin < end) {
+                    float_task<Kernel>(call, strips, position, own_panel, own_sums, chunk, begin, end, column,
+                                       std::min(plan.columns, call.n - column));
+                }
+            }
+        };
+        if (serial) {
+            tasks(0, plan.groups * plan.parts);
+        } else {
+            torch::stable::parallel_for(0, plan.groups * plan.parts, 1, tasks);
+        }
+        for (int64_t row = 0; row < strips.rows; ++row) {
+            bool finite = true;
+            for (int64_t i = 0; i < strips.stretches(); ++i) finite &= strips.finite[i * strips.rows + row] != 0;
+            if (!finite) fill_nan(call, chunk + row);
+        }
+    }
+}
+
+template <class T, class Provider>
+void float_panel_linear(const FloatLinear<T>& call, const Provider& weights) {
+    if (call.m == 0 || call.n == 0) return;
+#if ENGINE_X86
+    if (isa() == Isa::avx512) return float_panels<FloatPanelAvx512>(call, weights);
+    if (isa() == Isa::avx2) return float_panels<FloatPanelAvx2>(call, weights);
+#endif
+    float_panels<FloatPanelPortable>(call, weights);
+}
+
+}  // namespace engine

@@ -1,0 +1,90 @@
+// int8 linear for many rows of activations: weights go panel by panel through the processor's own layout.
+//
+// Activations are quantised once (common/int8_activations.h). Each thread takes groups of up to kPanelColumns outputs;
+// for a group and a stretch of K it asks the PROVIDER for the weights, converts them once to the layout of the
+// microkernel (common/gemm_int8_<isa>.h), and multiplies all rows by them.
+//
+// A provider says where weights come from, so that compressed ones can be expanded on the way. It is copied for each
+// thread, so that it may keep a position, and has one function:
+//
+//   const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride);
+//
+// It returns the weights [row, row + rows) × [k0, k0 + kc) as rows of int8, *stride apart: where they are, or written
+// to `scratch`, which holds kProviderScratch bytes (a row needs kPanelDepth at most) and is 64-byte aligned.
+//   rows ≤ kPanelColumns; kc ≤ kPanelDepth; k0 is a multiple of kPanelDepth, and kc of 64 unless the row ends.
+//   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/int8_activations.h"
+
+namespace engine {
+
+constexpr int64_t kPanelColumns = 64;  // at most so many weight rows to a group
+constexpr int64_t kPanelDepth = 384;   // at most so much of K at once: a panel and its activations stay in L1
+constexpr int64_t kProviderScratch = kPanelColumns * (kPanelDepth + 64) + 64;
+
+// Weights that lie in memory as rows of int8.
+struct DenseProvider {
+    const int8_t* weight;  // [n, k]
+    int64_t k;
+    const int8_t* block(int64_t row, int64_t, int64_t k0, int64_t, int8_t*, int64_t* stride) const {
+        *stride = k;
+        return weight + row * k + k0;
+    }
+};
+
+// y of the whole call, exact for every K, on torch's threads.
+template <class T, class Provider>
+void int8_panel_linear(const LinearCall<T>& call, const Provider& weights);
+
+// ---- for the microkernels ----
+
+// What the sums of rows [row, row + rows) need to become outputs; columns from `column` on, `columns` of them.
+template <class T>
+struct FinishRows {
+    const LinearCall<T>& call;
+    const float* row_scale;  // of the first row
+    const int64_t* row_sum;  // of the first row
+    int64_t row, rows, column, columns;
+};
+
+template <bool has_bias, class T, class Acc>
+ENGINE_INLINE void finish_row(const Acc* __restrict from, int64_t excess, float row_scale,
+                              const float* __restrict scale, const float* __restrict bias, int64_t columns,
+                              T* __restrict to) {
+    using Bits = std::make_unsigned_t<Acc>;  // the sum may wrap round, and back here
+    for (int64_t j = 0; j < columns; ++j) {
+        const auto acc = static_cast<Acc>(static_cast<Bits>(from[j]) - static_cast<Bits>(excess));
+        float y = static_cast<float>(acc) * (row_scale * scale[j]);
+        if constexpr (has_bias) y = y + bias[j];
+        to[j] = from_float<T>(y);
+    }
+}
+
+// The body of every Kernel::finish: it vectorises by itself where it is inlined. `factor` times the row's sum is what
+// the kernel's sums are too large by.
+template <int factor, class T, class Acc>
+ENGINE_INLINE void finish_rows(const FinishRows<T>& f,
+                               const Acc* sums,  // [f.rows, width]
+                               int64_t width) {
+    const float* __restrict scale = f.call.scale + f.column;
+    const float* __restrict bias = f.call.bias ? f.call.bias + f.column : nullptr;
+    for (int64_t r = 0; r < f.rows; ++r) {
+        const Acc* __restrict from = sums + r * width;
+        T* __restrict to = f.call.y + (f.row + r) * f.call.n + f.column;
+        const int64_t excess = factor ? factor * f.row_sum[r] : 0;
+        if (bias) {
+            finish_row<true>(from, excess, f.row_scale[r], scale, bias, f.columns, to);
+        } else {
+            finish_row<false>(from, excess, f.row_scale[r], scale, bias, f.columns, to);
+        }
+    }
+}
+
+}  // namespace engine
+
+#include "common/gemm_int8_driver.h"

@@ -1,0 +1,162 @@
+// The loops around the microkernels of common/gemm_int8.h, the same for every instruction set. A microkernel is a
+// struct:
+//
+//   Q                the type of the activations it multiplies
+//   kRows, kColumns  the tile that it keeps in registers; kColumns is also the width of a strip of the panel
+//   kStrips          how many strips make a group: activations in L1 serve all of them
+//   kStripBytes      bytes of a packed strip of kPanelDepth
+//   pack(...)        weights to a strip
+//   tile(...)        rows × columns sums of one strip
+//   finish(...)      sums to outputs
+#pragma once
+
+#include "common/gemm_int8.h"
+#include "common/gemm_int8_portable.h"
+#if ENGINE_X86
+#include "common/gemm_int8_avx2.h"
+#include "common/gemm_int8_avx512.h"
+#endif
+
+namespace engine {
+
+struct PanelScratch;  // tag: what a thread packs and sums in
+
+// How a call is cut into tasks.
+struct PanelPlan {
+    int64_t chunk_rows;  // rows of activations quantised at a time, so that they stay in cache
+    int64_t block_rows;  // of these, rows to a task
+    int64_t blocks;      // tasks along the rows of a chunk
+    int64_t groups;      // tasks along the outputs
+    bool one_stretch;    // K fits one panel: sums need no memory but the tile's
+    bool wide;           // K is too long for int32 sums
+};
+
+template <class Kernel>
+PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
+    constexpr int64_t kChunkBytes = 4 << 20;
+    constexpr int64_t kBlockRows = 1024;  // sums of a task: up to 256 KB
+    const int64_t row_bytes = QuantizedRows<typename Kernel::Q>::stride_for(k) * sizeof(typename Kernel::Q);
+    const int64_t tile = Kernel::kRows;
+    const auto whole_tiles = [tile](int64_t rows) { return (rows + tile - 1) / tile * tile; };
+    PanelPlan plan;
+    plan.chunk_rows = std::min(m, whole_tiles(std::max<int64_t>(192, kChunkBytes / std::max<int64_t>(1, row_bytes))));
+    plan.groups = (n + Kernel::kStrips * Kernel::kColumns - 1) / (Kernel::kStrips * Kernel::kColumns);
+    // Few groups are shared out unevenly: cut along the rows too, though each block packs the weights again.
+    const int64_t wanted = plan.groups % threads == 0 ? 1 : (4 * threads + plan.groups - 1) / plan.groups;
+    plan.block_rows = std::max(whole_tiles((plan.chunk_rows + wanted - 1) / wanted), whole_tiles(48));
+    plan.block_rows = std::min({plan.block_rows, whole_tiles(kBlockRows), whole_tiles(plan.chunk_rows)});
+    plan.blocks = (plan.chunk_rows + plan.block_rows - 1) / plan.block_rows;
+    plan.one_stretch = k <= kPanelDepth;
+    plan.wide = k > kExactDepth;
+    return plan;
+}
+
+// One thread's memory.
+template <class Kernel>
+struct PanelMemory {
+    static constexpr int64_t kGroup = Kernel::kStrips * Kernel::kColumns;
+    int8_t* provider;  // [kProviderScratch]
+    char* strips;      // [kStrips][kStripBytes]
+    int32_t* sums;     // [block_rows, kGroup], or one tile's where K fits one stretch
+    int64_t* wide;     // [block_rows, kGroup] where K is wide
+
+    static int64_t sum_rows(const PanelPlan& plan) { return plan.one_stretch ? Kernel::kRows : plan.block_rows; }
+    static int64_t bytes(const PanelPlan& plan) {
+        return kProviderScratch + 64 + Kernel::kStrips * Kernel::kStripBytes +
+               sum_rows(plan) * kGroup * static_cast<int64_t>(sizeof(int32_t)) + 64 +
+               (plan.wide ? plan.block_rows * kGroup * static_cast<int64_t>(sizeof(int64_t)) : 0) + 64;
+    }
+    PanelMemory(Scratch<PanelScratch>& scratch, const PanelPlan& plan)
+        : provider(scratch.take<int8_t>(kProviderScratch)),
+          strips(scratch.take<char>(Kernel::kStrips * Kernel::kStripBytes)),
+          sums(scratch.take<int32_t>(sum_rows(plan) * kGroup)),
+          wide(plan.wide ? scratch.take<int64_t>(plan.block_rows * kGroup) : nullptr) {}
+};
+
+// One task: rows [begin, end) of the chunk by the outputs [column, column + columns).
+template <class Kernel, class T, class Provider>
+void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const PanelPlan& plan,
+                const PanelMemory<Kernel>& memory, Provider& weights,
+                int64_t chunk,  // the call's row that is row 0 of `rows`
+                int64_t begin, int64_t end, int64_t column, int64_t columns) {
+    constexpr int64_t kGroup = PanelMemory<Kernel>::kGroup;
+    const int64_t strips = (columns + Kernel::kColumns - 1) / Kernel::kColumns;
+    if (plan.wide) std::fill(memory.wide, memory.wide + (end - begin) * kGroup, int64_t{0});
+    for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kPanelDepth) {
+        const int64_t kc = std::min(kPanelDepth, call.k - k0);
+        int64_t stride = 0;
+        const int8_t* w = weights.block(column, columns, k0, kc, memory.provider, &stride);
+        for (int64_t s = 0; s < strips; ++s) {
+            const int64_t first = s * Kernel::kColumns;
+            Kernel::pack(w + first * stride, stride, std::min(Kernel::kColumns, columns - first), kc,
+                         memory.strips + s * Kernel::kStripBytes);
+        }
+        const bool last = k0 + kc >= call.k;
+        const bool add = k0 % kExactDepth != 0;  // else a new stretch of int32 sums begins
+        const bool widen = plan.wide && (last || (k0 + kc) % kExactDepth == 0);  // and here it ends
+        for (int64_t row = begin; row < end; row += Kernel::kRows) {
+            const int64_t tile_rows = std::min<int64_t>(Kernel::kRows, end - row);
+            int32_t* sums = memory.sums + (plan.one_stretch ? 0 : (row - begin) * kGroup);
+            for (int64_t s = 0; s < strips; ++s) {
+                const int64_t first = s * Kernel::kColumns;
+                Kernel::tile(tile_rows, std::min(Kernel::kColumns, columns - first), rows.q + row * rows.stride + k0,
+                             rows.stride, memory.strips + s * Kernel::kStripBytes, kc, add, sums + first, kGroup);
+            }
+            const FinishRows<T> f{call, rows.scale + row, rows.sum + row, chunk + row, tile_rows, column, columns};
+            if (widen) {
+                int64_t* wide = memory.wide + (row - begin) * kGroup;
+                for (int64_t i = 0; i < tile_rows * kGroup; ++i) wide[i] += sums[i];
+                if (last) Kernel::finish(f, wide, kGroup);
+            } else if (last) {
+                Kernel::finish(f, sums, kGroup);
+            }
+        }
+    }
+}
+
+template <class Kernel, class T, class Provider>
+void panel_linear(const LinearCall<T>& call, const Provider& weights) {
+    using Rows = QuantizedRows<typename Kernel::Q>;
+    constexpr int64_t kGroup = PanelMemory<Kernel>::kGroup;
+    constexpr int64_t kSerialWork = 1 << 19;  // multiplications that are done before another thread has woken
+    const bool serial = call.m * call.n * call.k < kSerialWork;
+    const PanelPlan plan = plan_panels<Kernel>(call.m, call.n, call.k,
+                                               serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads()));
+    Scratch<ActivationScratch> scratch(Rows::scratch_bytes(plan.chunk_rows, call.k));
+    const Rows memory_rows(scratch, plan.chunk_rows, call.k);
+    for (int64_t chunk = 0; chunk < call.m; chunk += plan.chunk_rows) {
+        Rows rows = memory_rows;
+        rows.rows = std::min(plan.chunk_rows, call.m - chunk);
+        quantize_activations(call.x + chunk * call.k, call.input_scale, rows);
+        const auto tasks = [&](int64_t first, int64_t last) {
+            Scratch<PanelScratch> own(PanelMemory<Kernel>::bytes(plan));
+            const PanelMemory<Kernel> memory(own, plan);
+            Provider position = weights;
+            for (int64_t task = first; task < last; ++task) {
+                const int64_t column = task / plan.blocks * kGroup, begin = task % plan.blocks * plan.block_rows;
+                const int64_t end = std::min(rows.rows, begin + plan.block_rows);
+                if (begin < end) {
+                    panel_task<Kernel>(call, rows, plan, memory, position, chunk, begin, end, column,
+                                       std::min(kGroup, call.n - column));
+                }
+            }
+        };
+        if (serial) {
+            tasks(0, plan.groups * plan.blocks);
+        } else {
+            torch::stable::parallel_for(0, plan.groups * plan.blocks, 1, tasks);
+        }
+    }
+}
+
+template <class T, class Provider>
+void int8_panel_linear(const LinearCall<T>& call, const Provider& weights) {
+    if (call.m == 0 || call.n == 0) return;
+#if ENGINE_X86
+    if (isa() == Isa::avx512) return panel_linear<PanelAvx512>(call, weights);
+    if (isa() == Isa::avx2) return panel_linear<PanelAvx2>(call, weights);
+#endif
+    panel_linear<PanelPortable>(call, weights);
+}
+
+}  // namespace engine

@@ -1,0 +1,231 @@
+// The activations of an int8 linear call: quantised once, row by row, into scratch from which every kernel reads them.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "common/int8_activations_avx2.h"
+#include "common/isa.h"
+#include "common/quantize.h"
+#include "common/tensor.h"
+
+namespace engine {
+
+// The longest stretch of K that kernels sum in int32. No kernel's sums, however it shifts its operands, leave 2^31 in
+// it: the largest are of products of 255 · 127. Longer rows are summed stretch by stretch in int64. A multiple of
+// kPanelDepth.
+constexpr int64_t kExactDepth = 32640;
+
+// 64-byte aligned memory for one call. Kept by its thread up to 1 MB, so that small calls neither allocate nor fault
+// pages in; the heap's beyond. `Tag` tells apart scratches that one thread uses at the same time.
+template <class Tag>
+class Scratch {
+  public:
+    explicit Scratch(int64_t bytes) {
+        if (bytes > kKept) {
+            own_.reset(allocate(bytes));
+            memory_ = own_.get();
+            return;
+        }
+        thread_local Kept kept;
+        if (kept.size < bytes) {
+            kept.memory.reset();
+            kept.size = 0;
+            kept.memory.reset(allocate(bytes));
+            kept.size = bytes;
+        }
+        memory_ = kept.memory.get();
+    }
+    // `count` elements, 64-byte aligned, after what was taken before.
+    template <class T>
+    T* take(int64_t count) {
+        T* taken = reinterpret_cast<T*>(memory_ + used_);
+        used_ += bytes_for<T>(count);
+        return taken;
+    }
+    // What take<T>(count) uses.
+    template <class T>
+    static int64_t bytes_for(int64_t count) {
+        return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    }
+
+  private:
+    static constexpr int64_t kKept = 1 << 20;
+    struct Free {
+        void operator()(char* memory) const { std::free(memory); }
+    };
+    struct Kept {
+        std::unique_ptr<char, Free> memory;
+        int64_t size = 0;
+    };
+    static char* allocate(int64_t bytes) {
+        void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+        if (memory == nullptr) throw std::bad_alloc();
+        return static_cast<char*>(memory);
+    }
+
+    std::unique_ptr<char, Free> own_;
+    char* memory_ = nullptr;
+    int64_t used_ = 0;
+};
+
+struct ActivationScratch;  // tag: the quantised activations of a call, held by the calling thread
+struct BiasScratch;        // tag: its bias as fp32
+
+// Rows of quantised activations. Q is int8_t, or int16_t for kernels that multiply 16-bit integers.
+template <class Q>
+struct QuantizedRows {
+    Q* q;                     // [rows, stride]: k values, then zeros
+    float* scale;             // [rows]; NaN for a row that is not finite (its q are 0)
+    int64_t* sum;             // [rows], the sum of a row's q; for int8_t only
+    int64_t rows, k, stride;  // stride is a multiple of 64
+
+    static int64_t stride_for(int64_t k) { return (k + 63) / 64 * 64; }
+    static int64_t scratch_bytes(int64_t rows, int64_t k) {
+        using S = Scratch<ActivationScratch>;
+        return S::bytes_for<Q>(rows * stride_for(k)) + S::bytes_for<float>(rows) + S::bytes_for<int64_t>(rows);
+    }
+    QuantizedRows(Scratch<ActivationScratch>& scratch, int64_t rows, int64_t k)
+        : q(scratch.take<Q>(rows * stride_for(k))),
+          scale(scratch.take<float>(rows)),
+          sum(scratch.take<int64_t>(rows)),
+          rows(rows),
+          k(k),
+          stride(stride_for(k)) {}
+};
+
+// What one scale for all activations gives to a row: q = x · (1 / s). By a scale that is not positive, or that has no
+// finite reciprocal, nothing can be divided: NaN.
+ENGINE_INLINE RowScale static_scale(float s, uint32_t amax) {
+    const float inverse = 1.0f / s;
+    const bool usable =
+        s > 0.0f && s < std::numeric_limits<float>::infinity() && inverse < std::numeric_limits<float>::infinity();
+    if (amax >= 0x7f800000u || !usable) return {std::numeric_limits<float>::quiet_NaN(), 0.0f, false};
+    return {s, inverse, true};
+}
+
+// What kernels that shift their operands have to take away (QuantizedRows::sum).
+template <class Q>
+ENGINE_INLINE int64_t row_sum(const Q* q,  // [stride]
+                              int64_t stride) {
+    int64_t sum = 0;
+    for (int64_t begin = 0; begin < stride; begin += kExactDepth) {
+        const int64_t end = std::min(stride, begin + kExactDepth);
+        int32_t part = 0;
+        if constexpr (sizeof(Q) == 1) {
+            for (int64_t i = begin; i < end; ++i) part += q[i];
+        } else {
+            for (int64_t i = begin; i < end; i += 4) part += q[i] * q[i + 2] + q[i + 1] * q[i + 3];
+        }
+        sum += part;
+    }
+    return sum;
+}
+
+// One row quantised: its scale and sum, its q and the zeros beyond k. `amax` is amax_bits of the row.
+template <class Q>
+ENGINE_INLINE RowScale begin_row(uint32_t amax,
+                                 const float* input_scale,  // [1], or null: by the row's own maximum
+                                 const QuantizedRows<Q>& rows, int64_t row) {
+    const RowScale s = input_scale ? static_scale(*input_scale, amax) : row_scale(amax);
+    rows.scale[row] = s.scale;
+    if (s.inverse == 0.0f) {
+        Q* q = rows.q + row * rows.stride;
+        std::fill(q, q + rows.stride, Q{0});
+        rows.sum[row] = 0;
+    }
+    return s;
+}
+
+template <class Q, class T>
+void quantize_activation_rows_portable(const T* x,                // [rows.rows, rows.k]
+                                       const float* input_scale,  // [1], or null: each row by its own maximum
+                                       const QuantizedRows<Q>& rows, int64_t begin, int64_t end) {
+    const int64_t k = rows.k;
+    for (int64_t row = begin; row < end; ++row) {
+        const T* from = x + row * k;
+        Q* q = rows.q + row * rows.stride;
+        const RowScale s = begin_row(amax_bits(from, k), input_scale, rows, row);
+        if (s.inverse == 0.0f) continue;
+        for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(from[i]), s.inverse));
+        std::fill(q + k, q + rows.stride, Q{0});
+        rows.sum[row] = row_sum(q, rows.stride);
+    }
+}
+#if ENGINE_X86
+template <class Q, class T>
+ENGINE_AVX2 void quantize_activation_rows_avx2(const T* x, const float* input_scale, const QuantizedRows<Q>& rows,
+                                               int64_t begin, int64_t end) {
+    const int64_t k = rows.k;
+    for (int64_t row = begin; row < end; ++row) {
+        const T* from = x + row * k;
+        const RowScale s = begin_row(amax_bits_avx2(from, k), input_scale, rows, row);
+        if (s.inverse == 0.0f) continue;
+        rows.sum[row] = quantize_row_avx2(from, k, s.inverse, rows.q + row * rows.stride, rows.stride);
+    }
+}
+#endif
+
+// Quantises all of `rows` from x, on torch's threads where it is worth it.
+template <class Q, class T>
+void quantize_activations(const T* x,                // [rows.rows, rows.k]
+                          const float* input_scale,  // [1], or null: each row by its own maximum
+                          const QuantizedRows<Q>& rows) {
+    auto kernel = quantize_activation_rows_portable<Q, T>;
+#if ENGINE_X86
+    if (isa() != Isa::portable) kernel = quantize_activation_rows_avx2<Q, T>;
+#endif
+    parallel_rows(rows.rows, rows.k * static_cast<int64_t>(sizeof(T) + sizeof(Q)),
+                  [&](int64_t begin, int64_t end) { kernel(x, input_scale, rows, begin, end); });
+}
+
+// What a linear kernel works on.
+template <class T>
+struct LinearCall {
+    const T* x;                // [m, k]
+    const float* input_scale;  // [1], or null: activations are quantised row by row
+    const float* scale;        // [n], of the weights
+    const float* bias;         // [n], or null
+    T* y;                      // [m, n]
+    int64_t m, n, k;
+};
+
+// The last step of every kernel, always in this order and in fp32, then cast: (float(acc) · (s_x · s_w)) + bias.
+// `column` is the output's number.
+template <class T, class Acc>
+ENGINE_INLINE T linear_output(Acc acc, float row_scale, const LinearCall<T>& call, int64_t column) {
+    float y = static_cast<float>(acc) * (row_scale * call.scale[column]);
+    if (call.bias) y = y + call.bias[column];
+    return from_float<T>(y);
+}
+
+// A bias of any of the three dtypes as fp32, for the length of a call.
+class FloatBias {
+  public:
+    explicit FloatBias(const std::optional<Tensor>& bias)
+        : contiguous_(bias ? std::optional<Tensor>(as_contiguous(*bias)) : std::nullopt) {
+        if (!contiguous_) return;
+        if (contiguous_->scalar_type() == ScalarType::Float) {
+            data_ = engine::data<float>(*contiguous_);
+            return;
+        }
+        const int64_t n = contiguous_->numel();
+        scratch_.emplace(n * static_cast<int64_t>(sizeof(float)));
+        float* as_float = scratch_->take<float>(n);
+        dispatch_float(contiguous_->scalar_type(), "bias", [&](auto zero) {
+            const auto* from = engine::data<decltype(zero)>(*contiguous_);
+            for (int64_t i = 0; i < n; ++i) as_float[i] = to_float(from[i]);
+        });
+        data_ = as_float;
+    }
+    const float* data() const { return data_; }  // [n], or null
+
+  private:
+    std::optional<Tensor> contiguous_;
+    std::optional<Scratch<BiasScratch>> scratch_;
+    const float* data_ = nullptr;
+};
+
+}  // namespace engine

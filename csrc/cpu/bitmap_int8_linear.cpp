@@ -1,0 +1,417 @@
+// bitmap_int8_linear: int8 activations, quantised here, times a pruned int8 weight read as its bitmap holds it.
+//
+// One row of activations is bound by memory, which sees nothing but the mask and the kept values, each one sequential
+// stream: 64 weights at a time are spread in registers and multiplied there. A few rows of activations share what was
+// spread; many go through the panels of common/gemm_int8.h.
+
+#include "common/bitmap_int8.h"
+#include "common/tensor.h"
+#if ENGINE_X86
+#include <immintrin.h>
+#endif
+
+namespace engine {
+namespace {
+
+// Weight rows that are summed side by side, stretch by stretch, so that the activations of a stretch stay in L1.
+constexpr int64_t kGroupRows = 16;
+// Up to so many rows of activations dot products are the faster way.
+constexpr int64_t kDotRows = 16;
+
+// A weight row on its way along K.
+struct Column {
+    const uint8_t* mask;   // of the stretch
+    const int8_t* values;  // of the stretch, kc + kReadAhead readable; a kernel leaves it where it ended
+};
+
+// A kernel multiplies a stretch of kColumns weight rows by all rows of activations, in int32:
+//
+//   Q         the type of activations that it multiplies; for int8_t weights are shifted by 128, see QuantizedRows::sum
+//   stretch   sums [m, kColumns] of one stretch
+//   depth(m)  how long a stretch may be, a multiple of 64; at most kExactDepth
+struct MatrixPortable {
+    using Q = int16_t;
+    static constexpr int kColumns = 1;
+    static constexpr bool kShifted = false;
+    static int64_t depth(int64_t) { return 512; }
+
+    static void stretch(const int16_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
+        alignas(64) int8_t w[512];
+        columns[0].values += expand_stretch_portable(columns[0].mask, columns[0].values, kc, w);
+        for (int64_t r = 0; r < m; ++r) {
+            int32_t acc = 0;
+            for (int64_t i = 0; i < kc; ++i) acc += q[r * q_stride + i] * static_cast<int16_t>(w[i]);
+            sums[r] = acc;
+        }
+    }
+};
+
+#if ENGINE_X86
+ENGINE_AVX2 ENGINE_INLINE __m256i load_avx2(const void* from) {
+    return _mm256_load_si256(static_cast<const __m256i*>(from));
+}
+
+ENGINE_AVX2 ENGINE_INLINE int32_t horizontal_sum_avx2(__m256i v) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
+// One row of activations. |w| · (x with w's sign) by vpmaddubsw: exact, as pairs sum to at most 2 · 128 · 127.
+struct VectorAvx2 {
+    using Q = int8_t;
+    static constexpr int kColumns = 1;
+    static constexpr bool kShifted = false;
+    static int64_t depth(int64_t) { return kExactDepth; }
+
+    ENGINE_AVX2 ENGINE_INLINE static void half(const __m128i* part, const int8_t* q, __m256i& acc) {
+        const __m256i w = _mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1);
+        const __m256i x = _mm256_sign_epi8(load_avx2(q), w);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), x);
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+
+    ENGINE_AVX2 ENGINE_INLINE static void step(uint64_t bits, const int8_t* q, const int8_t*& values,
+                                               __m256i (&acc)[2]) {
+        const Expanded64 w = expand_64_avx2(values, bits);
+        half(w.part, q, acc[0]);
+        half(w.part + 2, q + 32, acc[1]);
+        values += w.taken;
+    }
+
+    ENGINE_AVX2 static void stretch(const int8_t* q, int64_t, int64_t, Column* columns, int64_t kc, int32_t* sums) {
+        const uint8_t* mask = columns[0].mask;
+        const int8_t* values = columns[0].values;
+        __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        int64_t k = 0;
+        for (; k + 64 <= kc; k += 64) {
+            uint64_t bits;
+            std::memcpy(&bits, mask + k / 8, 8);
+            step(bits, q + k, values, acc);
+        }
+        if (k < kc) step(mask_bits(mask, k, kc), q + k, values, acc);
+        columns[0].values = values;
+        sums[0] = horizontal_sum_avx2(_mm256_add_epi32(acc[0], acc[1]));
+    }
+};
+
+// A few rows of activations, as 16-bit integers: up to kDirect multiply what was spread while it is in registers, more
+// find it in L1.
+struct MatrixAvx2 {
+    using Q = int16_t;
+    static constexpr int kColumns = 4, kDirect = 4, kTileRows = 3;
+    static constexpr bool kShifted = false;
+    static constexpr int64_t kDepth = 1024;  // of a stretch with up to kDirect rows; else half
+    static int64_t depth(int64_t m) { return m <= kDirect ? kDepth : kDepth / 2; }
+
+    // R rows of activations by columns 0 and 1.
+    template <int R>
+    ENGINE_AVX2 static void direct(const int16_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
+        __m256i acc[2][R];
+        for (int r = 0; r < R; ++r) acc[0][r] = acc[1][r] = _mm256_setzero_si256();
+        const int8_t *values0 = columns[0].values, *values1 = columns[1].values;
+        for (int64_t k = 0; k < kc; k += 64) {
+            const Expanded64 w0 = expand_64_avx2(values0, mask_bits(columns[0].mask, k, kc));
+            const Expanded64 w1 = expand_64_avx2(values1, mask_bits(columns[1].mask, k, kc));
+            values0 += w0.taken;
+            values1 += w1.taken;
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; ++p) {
+                const __m256i wide0 = _mm256_cvtepi8_epi16(w0.part[p]), wide1 = _mm256_cvtepi8_epi16(w1.part[p]);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    const __m256i x = load_avx2(q + r * q_stride + k + 16 * p);
+                    acc[0][r] = _mm256_add_epi32(acc[0][r], _mm256_madd_epi16(wide0, x));
+                    acc[1][r] = _mm256_add_epi32(acc[1][r], _mm256_madd_epi16(wide1, x));
+                }
+            }
+        }
+        columns[0].values = values0;
+        columns[1].values = values1;
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < 2; ++c) sums[r * kColumns + c] = horizontal_sum_avx2(acc[c][r]);
+        }
+    }
+
+    // A stretch as 16-bit integers.
+    ENGINE_AVX2 static void expand(Column& column, int64_t kc, int16_t* out) {
+        for (int64_t k = 0; k < kc; k += 64) {
+            const Expanded64 w = expand_64_avx2(column.values, mask_bits(column.mask, k, kc));
+            for (int p = 0; p < 4; ++p) {
+                _mm256_store_si256(reinterpret_cast<__m256i*>(out + k + 16 * p), _mm256_cvtepi8_epi16(w.part[p]));
+            }
+            column.values += w.taken;
+        }
+    }
+
+    // R rows of activations by kColumns rows of weights.
+    template <int R>
+    ENGINE_AVX2 static void tile(const int16_t* q, int64_t q_stride,
+                                 const int16_t* w,  // [kColumns, kDepth / 2]
+                                 int64_t kc, int32_t* sums) {
+        __m256i acc[R][kColumns];
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < kColumns; ++c) acc[r][c] = _mm256_setzero_si256();
+        }
+        for (int64_t k = 0; k < kc; k += 16) {
+            __m256i x[R];
+            for (int r = 0; r < R; ++r) x[r] = load_avx2(q + r * q_stride + k);
+            for (int c = 0; c < kColumns; ++c) {
+                const __m256i wide = load_avx2(w + c * (kDepth / 2) + k);
+                for (int r = 0; r < R; ++r) acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(wide, x[r]));
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const __m256i low = _mm256_hadd_epi32(acc[r][0], acc[r][1]), high = _mm256_hadd_epi32(acc[r][2], acc[r][3]);
+            const __m256i both = _mm256_hadd_epi32(low, high);
+            const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + r * kColumns), sum);
+        }
+    }
+
+    static void direct_of(int64_t m, const int16_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
+        if (m == 4) return direct<4>(q, q_stride, columns, kc, sums);
+        if (m == 3) return direct<3>(q, q_stride, columns, kc, sums);
+        if (m == 2) return direct<2>(q, q_stride, columns, kc, sums);
+        direct<1>(q, q_stride, columns, kc, sums);
+    }
+
+    static void stretch(const int16_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
+        if (m <= kDirect) {
+            direct_of(m, q, q_stride, columns, kc, sums);
+            return direct_of(m, q, q_stride, columns + 2, kc, sums + 2);
+        }
+        alignas(64) int16_t w[kColumns][kDepth / 2];
+        for (int c = 0; c < kColumns; ++c) expand(columns[c], kc, w[c]);
+        int64_t r = 0;
+        for (; r + kTileRows <= m; r += kTileRows) {
+            tile<kTileRows>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
+        }
+        if (m - r == 2) tile<2>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
+        if (m - r == 1) tile<1>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
+    }
+};
+
+// 64 weights, shifted to unsigned.
+ENGINE_AVX512 ENGINE_INLINE __m512i expand_shifted_avx512(const int8_t*& values, uint64_t bits) {
+    const __m512i w = _mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(values));
+    values += popcount64(bits);
+    return _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+}
+
+// One row of activations: four sums, as one would wait for itself.
+struct VectorAvx512 {
+    using Q = int8_t;
+    static constexpr int kColumns = 1;
+    static constexpr bool kShifted = true;
+    static int64_t depth(int64_t) { return kExactDepth; }
+
+    ENGINE_AVX512 static void stretch(const int8_t* q, int64_t, int64_t, Column* columns, int64_t kc, int32_t* sums) {
+        constexpr int64_t kAhead = 8 << 10;  // bytes of values; an eighth of it for the mask, which is read as fast at 80 %
+        const uint8_t* mask = columns[0].mask;
+        const int8_t* values = columns[0].values;
+        __m512i acc[4];
+        for (auto& a : acc) a = _mm512_setzero_si512();
+        int64_t k = 0;
+        for (; k + 256 <= kc; k += 256) {
+            uint64_t bits[4];
+            std::memcpy(bits, mask + k / 8, 32);
+            __builtin_prefetch(mask + k / 8 + kAhead / 4);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                __builtin_prefetch(values + kAhead);
+                const __m512i w = expand_shifted_avx512(values, bits[i]);
+                acc[i] = _mm512_dpbusd_epi32(acc[i], w, _mm512_load_si512(q + k + 64 * i));
+            }
+        }
+        for (; k < kc; k += 64) {
+            const __m512i w = expand_shifted_avx512(values, mask_bits(mask, k, kc));
+            acc[0] = _mm512_dpbusd_epi32(acc[0], w, _mm512_load_si512(q + k));
+        }
+        columns[0].values = values;
+        sums[0] = _mm512_reduce_add_epi32(
+            _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3])));
+    }
+};
+
+// A few rows of activations: to spread 64 weights costs as much as two or three products, and is done again for each
+// eight rows.
+struct MatrixAvx512 {
+    using Q = int8_t;
+    static constexpr int kColumns = 2, kTileRows = 8;
+    static constexpr bool kShifted = true;
+    static int64_t depth(int64_t) { return 1024; }
+
+    // R rows of activations by kColumns rows of weights.
+    template <int R>
+    ENGINE_AVX512 static void tile(const int8_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
+        __m512i acc[R][kColumns];
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+        const int8_t *values0 = columns[0].values, *values1 = columns[1].values;
+        for (int64_t k = 0; k < kc; k += 64) {
+            const __m512i w0 = expand_shifted_avx512(values0, mask_bits(columns[0].mask, k, kc));
+            const __m512i w1 = expand_shifted_avx512(values1, mask_bits(columns[1].mask, k, kc));
+            for (int r = 0; r < R; ++r) {
+                const __m512i x = _mm512_load_si512(q + r * q_stride + k);
+                acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, x);
+                acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, x);
+            }
+        }
+        columns[0].values = values0;
+        columns[1].values = values1;
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < kColumns; ++c) sums[r * kColumns + c] = _mm512_reduce_add_epi32(acc[r][c]);
+        }
+    }
+
+    static void tile_of(int64_t rows, const int8_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
+        constexpr decltype(&tile<1>) kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
+        kTiles[rows - 1](q, q_stride, columns, kc, sums);
+    }
+
+    static void stretch(const int8_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
+        const Column start[] = {columns[0], columns[1]};
+        for (int64_t r = 0; r < m; r += kTileRows) {
+            std::copy_n(start, kColumns, columns);
+            tile_of(std::min<int64_t>(kTileRows, m - r), q + r * q_stride, q_stride, columns, kc, sums + r * kColumns);
+        }
+    }
+};
+#endif
+
+struct ValuesScratch;  // tag: a thread's copies of values at the tensor's end
+
+// Asks memory for what the next stretch of a row will need: about as much as the last did.
+inline void prefetch_stretch(const Int8Bitmap& weight, const uint8_t* mask, int64_t position, int64_t kc, int64_t taken) {
+    for (int64_t i = 0; i < mask_bytes(kc); i += 64) __builtin_prefetch(mask + i);
+    const int64_t end = std::min(weight.nnz, position + taken);
+    for (int64_t i = position; i < end; i += 64) __builtin_prefetch(weight.values + i);
+}
+
+// Outputs [begin, end) of every row of activations.
+template <class Kernel, class T>
+void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const Int8Bitmap& weight,
+                 int64_t begin, int64_t end, BadRow& bad) {
+    constexpr int kColumns = Kernel::kColumns;
+    const int64_t depth = Kernel::depth(call.m), buffer_bytes = std::min(depth, call.k) + kReadAhead;
+    Scratch<ValuesScratch> scratch(kColumns * (buffer_bytes + 64));
+    int8_t* buffers[kColumns];
+    for (auto& buffer : buffers) buffer = scratch.take<int8_t>(buffer_bytes);
+
+    for (int64_t first = begin; first < end; first += kGroupRows) {
+        const int64_t group = std::min(kGroupRows, end - first);
+        int64_t position[kGroupRows], sums[kGroupRows][kDotRows];
+        for (int64_t j = 0; j < group; ++j) {
+            position[j] = weight.row_offsets[first + j];
+            for (int64_t r = 0; r < call.m; ++r) sums[j][r] = Kernel::kShifted ? -128 * rows.sum[r] : 0;
+        }
+        for (int64_t k0 = 0; k0 < call.k; k0 += depth) {
+            const int64_t kc = std::min(depth, call.k - k0);
+            for (int64_t j = 0; j < group; j += kColumns) {
+                Column columns[kColumns];
+                const int8_t* start[kColumns];
+                for (int c = 0; c < kColumns; ++c) {
+                    // In the place of a row that is missing the first is read once more.
+                    const int64_t row = j + c < group ? j + c : j;
+                    start[c] = weight.readable(position[row], kc, buffers[c]);
+                    columns[c] = {weight.row_mask(first + row) + k0 / 8, start[c]};
+                }
+                int32_t part[kDotRows * kColumns];
+                Kernel::stretch(rows.q + k0, rows.stride, call.m, columns, kc, part);
+                for (int c = 0; c < kColumns && j + c < group; ++c) {
+                    const int64_t taken = columns[c].values - start[c];
+                    position[j + c] += taken;
+                    for (int64_t r = 0; r < call.m; ++r) sums[j + c][r] += part[r * kColumns + c];
+                    if (depth == kExactDepth) continue;  // whole rows, which memory sees as one stream
+                    if (k0 + kc < call.k) {
+                        prefetch_stretch(weight, columns[c].mask + depth / 8, position[j + c], kc, taken);
+                    } else if (first + kGroupRows + j + c < end) {
+                        const int64_t next = first + kGroupRows + j + c;
+                        prefetch_stretch(weight, weight.row_mask(next), weight.row_offsets[next], kc, taken);
+                    }
+                }
+            }
+        }
+        for (int64_t j = 0; j < group; ++j) {
+            if (!weight.ends_well(first + j, position[j])) bad.record(first + j);
+            for (int64_t r = 0; r < call.m; ++r) {
+                call.y[r * call.n + first + j] = linear_output(sums[j][r], rows.scale[r], call, first + j);
+            }
+        }
+    }
+}
+
+template <class Kernel, class T>
+void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
+    using Rows = QuantizedRows<typename Kernel::Q>;
+    Scratch<ActivationScratch> scratch(Rows::scratch_bytes(call.m, call.k));
+    const Rows rows(scratch, call.m, call.k);
+    quantize_activations(call.x, call.input_scale, rows);
+    parallel_rows(call.n, call.k * (1 + call.m / 4), [&](int64_t begin, int64_t end) {
+        dot_outputs<Kernel>(call, rows, weight, begin, end, bad);
+    });
+}
+
+template <class T>
+void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
+    if (call.m > kDotRows) return int8_panel_linear(call, BitmapProvider(weight, bad));
+#if ENGINE_X86
+    if (isa() == Isa::avx512) {
+        return call.m == 1 ? dot_linear<VectorAvx512>(call, weight, bad) : dot_linear<MatrixAvx512>(call, weight, bad);
+    }
+    if (isa() == Isa::avx2) {
+        return call.m == 1 ? dot_linear<VectorAvx2>(call, weight, bad) : dot_linear<MatrixAvx2>(call, weight, bad);
+    }
+#endif
+    dot_linear<MatrixPortable>(call, weight, bad);
+}
+
+void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
+           const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
+    STD_TORCH_CHECK(x.dim() >= 1, "bitmap_int8_linear: x: expected at least one dimension");
+    STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte &&
+                        bitmask.size(1) == mask_bytes(x.size(-1)),
+                    "bitmap_int8_linear: bitmask: expected uint8 [N, ceil(K / 8)]");
+    const int64_t n = bitmask.size(0);
+    STD_TORCH_CHECK(
+        row_offsets.dim() == 1 && row_offsets.size(0) == n + 1 && row_offsets.scalar_type() == ScalarType::Long,
+        "bitmap_int8_linear: row_offsets: expected int64 [N + 1]");
+    STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == ScalarType::Char,
+                    "bitmap_int8_linear: values: expected int8 [nnz]");
+    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
+                    "bitmap_int8_linear: scale: expected float32 [N]");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n),
+                    "bitmap_int8_linear: bias: expected shape [N]");
+    STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float),
+                    "bitmap_int8_linear: input_scale: expected one float32");
+}
+
+Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale_in,
+                          std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
+    check(x_in, bitmask_in, row_offsets_in, values_in, scale_in, bias, input_scale);
+    const Tensor x = as_contiguous(x_in), bitmask = as_contiguous(bitmask_in), scale = as_contiguous(scale_in);
+    const Tensor row_offsets = as_contiguous(row_offsets_in), values = as_contiguous(values_in);
+    const int64_t n = bitmask.size(0), k = x.size(-1), nnz = values.numel();
+    check_row_offsets("bitmap_int8_linear", data<int64_t>(row_offsets), n, nnz);
+    std::vector<int64_t> sizes = sizes_of(x);
+    sizes.back() = n;
+    int64_t m = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
+    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    const FloatBias as_float(bias);
+    const Int8Bitmap weight{data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<int8_t>(values), n, k, nnz};
+    BadRow bad;
+    dispatch_float(x.scalar_type(), "bitmap_int8_linear: x", [&](auto zero) {
+        using T = decltype(zero);
+        linear<T>({data<T>(x), input_scale ? data<float>(*input_scale) : nullptr, data<float>(scale), as_float.data(),
+                   mutable_data<T>(y), m, n, k},
+                  weight, bad);
+    });
+    bad.raise("bitmap_int8_linear");
+    return y;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("bitmap_int8_linear", TORCH_BOX(&engine::bitmap_int8_linear)); }

@@ -1,0 +1,321 @@
+// bitmap_linear: float activations times a bitmap's float weights, in fp32, read directly from the bitmap. For many
+// rows of activations the panels of common/gemm_float.h; for a few, each row of weights is spread register by register
+// and multiplied at once. Memory is safe by the scheme of common/bitmap.h.
+
+#include "common/bitmap.h"
+#include "common/bitmap_expand_float.h"
+#include "common/gemm_float.h"
+#include "common/tensor.h"
+
+namespace engine {
+namespace {
+
+constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the value being read memory is asked for
+
+// A checked bitmap.
+template <class V>
+struct Bitmap {
+    const uint8_t* bitmask;      // [n, ceil(k/8)]
+    const int64_t* row_offsets;  // [n + 1]
+    const V* values;             // [nnz]
+    int64_t k, nnz;
+    BadRow* bad;
+
+    const uint8_t* mask(int64_t row) const { return bitmask + row * mask_bytes(k); }
+    void check_row(int64_t row, int64_t taken) const {
+        if (taken != row_offsets[row + 1] - row_offsets[row] || has_padding_bits(mask(row), k)) bad->record(row);
+    }
+};
+
+// ---- panels -----------------------------------------------------------------------------------------------------
+
+// Spreads a stretch of a row over out[0, kc), and may write on to the next multiple of 16. Returns how many values it
+// took.
+template <class V>
+using ExpandFloats = int64_t (*)(const uint8_t* mask,  // of the stretch
+                                 const V* values,      // kc + kReadAhead may be read
+                                 int64_t kc, float* out);
+
+template <class V>
+int64_t expand_floats_portable(const uint8_t* mask, const V* values, int64_t kc, float* out) {
+    int64_t taken = 0;
+    for (int64_t i = 0; i < kc; ++i) {
+        const bool kept = (mask[i / 8] >> (i % 8) & 1) != 0;
+        const float value = to_float(values[taken]);
+        out[i] = kept ? value : 0.0f;
+        taken += kept;
+    }
+    return taken;
+}
+
+#if ENGINE_X86
+template <class V>
+ENGINE_AVX2 int64_t expand_floats_avx2(const uint8_t* mask, const V* values, int64_t kc, float* out) {
+    const V* p = values;
+    for (int64_t i = 0; i < kc; i += 64) {
+        uint64_t bits = mask_bits(mask, i, kc);
+        for (int64_t j = i; j < i + 64 && j < kc; j += 8, bits >>= 8) {
+            const uint32_t m = bits & 0xff;
+            _mm256_storeu_ps(out + j, expand_8_avx2(p, m));
+            p += popcount64(m);
+        }
+    }
+    return p - values;
+}
+
+template <class V>
+ENGINE_AVX512 int64_t expand_floats_avx512(const uint8_t* mask, const V* values, int64_t kc, float* out) {
+    const V* p = values;
+    for (int64_t i = 0; i < kc; i += 64) {
+        uint64_t bits = mask_bits(mask, i, kc);
+        for (int64_t j = i; j < i + 64 && j < kc; j += 16, bits >>= 16) {
+            const auto m = static_cast<__mmask16>(bits);
+            _mm512_storeu_ps(out + j, expand_16_avx512(p, m));
+            p += popcount64(m);
+        }
+    }
+    return p - values;
+}
+#endif
+
+template <class V>
+ExpandFloats<V> expand_floats() {
+#if ENGINE_X86
+    if (isa() == Isa::avx2) return expand_floats_avx2<V>;
+    if (isa() == Isa::avx512) return expand_floats_avx512<V>;
+#endif
+    return expand_floats_portable<V>;
+}
+
+template <class V>
+struct BitmapProvider {
+    Bitmap<V> weights;
+    ExpandFloats<V> expand;
+    std::array<int64_t, kFloatGroup> taken;           // values that each row of the group has given so far
+    std::array<V, kFloatDepth + kReadAhead> scratch;  // the last values, where a vector would read beyond the tensor
+
+    explicit BitmapProvider(const Bitmap<V>& weights)
+        : weights(weights), expand(expand_floats<V>()), taken{}, scratch{} {}
+
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) {
+        if (k0 == 0) taken.fill(0);
+        for (int64_t r = 0; r < rows; ++r) {
+            // Never negative: each stretch is cut down to what the tensor holds, and so is what it may have taken.
+            const int64_t begin = std::min(weights.nnz, weights.row_offsets[row + r] + taken[r]);
+            const int64_t left = weights.nnz - begin;
+            const V* from = weights.values + begin;
+            if (left < kc + kReadAhead) {
+                std::copy_n(from, std::min(left, kc), scratch.data());
+                from = scratch.data();
+            } else {
+                __builtin_prefetch(from + kc / 2), __builtin_prefetch(from + kc);
+            }
+            taken[r] += expand(weights.mask(row + r) + k0 / 8, from, kc, panel + r * kFloatDepth);
+            if (k0 + kc >= weights.k) weights.check_row(row + r, taken[r]);
+        }
+    }
+};
+
+// ---- dot products -----------------------------------------------------------------------------------------------
+
+// A kernel multiplies a row of weights by M of activations, and returns how many values it took. Several sums each, so
+// that additions need not wait for each other.
+struct DotPortable {
+    template <int M, class V>
+    static int64_t dot(const uint8_t* mask,  // [ceil(k/8)]
+                       const V* values,      // k + kReadAhead may be read
+                       int64_t k,
+                       const float* x,  // [M, stride]
+                       int64_t stride,
+                       float* sums) {  // [M]
+        constexpr int64_t kLanes = 8;
+        float acc[M][kLanes] = {};
+        int64_t taken = 0;
+        for (int64_t i = 0; i < k; i += kLanes) {
+            float weight[kLanes];
+            taken += expand_floats_portable(mask + i / 8, values + taken, std::min(kLanes, k - i), weight);
+            for (int64_t j = k - i; j < kLanes; ++j) weight[j] = 0.0f;
+            for (int m = 0; m < M; ++m) {
+                for (int64_t j = 0; j < kLanes; ++j) acc[m][j] += x[m * stride + i + j] * weight[j];
+            }
+        }
+        for (int m = 0; m < M; ++m) {
+            const float* a = acc[m];
+            sums[m] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+        }
+        return taken;
+    }
+};
+
+#if ENGINE_X86
+struct DotAvx2 {
+    template <int M, class V>
+    ENGINE_AVX2 static int64_t dot(const uint8_t* mask,  // [ceil(k/8)]
+                                   const V* values,      // k + kReadAhead may be read
+                                   int64_t k,
+                                   const float* x,  // [M, stride]
+                                   int64_t stride,
+                                   float* sums) {  // [M]
+        constexpr int U = M == 1 ? 4 : M <= 4 ? 2 : 1;
+        __m256 acc[U][M];
+#pragma GCC unroll 16
+        for (int i = 0; i < U * M; ++i) acc[i / M][i % M] = _mm256_setzero_ps();
+        const V* p = values;
+        int64_t i = 0;
+        for (; i + 64 <= k; i += 64) {
+            prefetch_values(p);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) {
+                const uint32_t m8 = mask[i / 8 + j];
+                const __m256 weight = expand_8_avx2(p, m8);
+                p += popcount64(m8);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    acc[j % U][m] = _mm256_fmadd_ps(weight, _mm256_load_ps(x + m * stride + i + j * 8), acc[j % U][m]);
+                }
+            }
+        }
+        uint64_t bits = mask_bits(mask, i, k);
+        for (; i < k; i += 8, bits >>= 8) {
+            const __m256 weight = expand_8_avx2(p, bits & 0xff);
+            p += popcount64(bits & 0xff);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                acc[0][m] = _mm256_fmadd_ps(weight, _mm256_load_ps(x + m * stride + i), acc[0][m]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+            for (int u = 1; u < U; ++u) acc[0][m] = _mm256_add_ps(acc[0][m], acc[u][m]);
+            sums[m] = sum_8_avx2(acc[0][m]);
+        }
+        return p - values;
+    }
+
+    template <class V>
+    ENGINE_AVX2 ENGINE_INLINE static void prefetch_values(const V* p) {
+        for (size_t i = 0; i < 64 * sizeof(V); i += 64) {
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + i);
+        }
+    }
+};
+
+struct DotAvx512 {
+    template <int M, class V>
+    ENGINE_AVX512 static int64_t dot(const uint8_t* mask,  // [ceil(k/8)]
+                                     const V* values,      // k + kReadAhead may be read
+                                     int64_t k,
+                                     const float* x,  // [M, stride]
+                                     int64_t stride,
+                                     float* sums) {  // [M]
+        constexpr int U = M <= 4 ? 4 : 2;
+        __m512 acc[U][M];
+#pragma GCC unroll 16
+        for (int i = 0; i < U * M; ++i) acc[i / M][i % M] = _mm512_setzero_ps();
+        const V* p = values;
+        for (int64_t i = 0; i < k; i += 64) {
+            uint64_t bits = mask_bits(mask, i, k);
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + 64);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j, bits >>= 16) {
+                const auto m16 = static_cast<__mmask16>(bits);
+                const __m512 weight = expand_16_avx512(p, m16);
+                p += popcount64(m16);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    acc[j % U][m] =
+                        _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + m * stride + i + j * 16), acc[j % U][m]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+            for (int u = 1; u < U; ++u) acc[0][m] = _mm512_add_ps(acc[0][m], acc[u][m]);
+            sums[m] = _mm512_reduce_add_ps(acc[0][m]);
+        }
+        return p - values;
+    }
+};
+#endif
+
+// All rows of activations by weight rows [begin, end).
+template <class Kernel, int M, class T, class V>
+void dot_outputs(const FloatLinear<T>& call, const FloatRows& rows, const Bitmap<V>& weights, int64_t begin,
+                 int64_t end) {
+    std::vector<V> scratch;
+    for (int64_t column = begin; column < end; ++column) {
+        const uint8_t* mask = weights.mask(column);
+        const V* values = row_values(weights.values, weights.row_offsets, column, call.k, weights.nnz, scratch);
+        float sums[M];
+        const int64_t taken = Kernel::template dot<M>(mask, values, call.k, rows.x, rows.stride, sums);
+        weights.check_row(column, taken);
+        for (int m = 0; m < M; ++m) call.y[m * call.n + column] = float_output(sums[m], call, column);
+    }
+}
+
+template <class Kernel, class T, class V, int M = kDotRows>
+void dot_linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
+    if constexpr (M > 1) {
+        if (call.m < M) return dot_linear<Kernel, T, V, M - 1>(call, weights);
+    }
+    const int64_t row_bytes = mask_bytes(call.k) + weights.nnz / call.n * static_cast<int64_t>(sizeof(V));
+    float_dot_linear(call, row_bytes, [&](int64_t begin, int64_t end, const FloatRows& rows) {
+        dot_outputs<Kernel, M>(call, rows, weights, begin, end);
+    });
+}
+
+template <class T, class V>
+void linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
+    if (call.m == 0 || call.n == 0) return;
+    if (call.m > kDotRows) return float_panel_linear(call, BitmapProvider<V>(weights));
+#if ENGINE_X86
+    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weights);
+    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weights);
+#endif
+    dot_linear<DotPortable>(call, weights);
+}
+
+void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values,
+           const std::optional<Tensor>& bias) {
+    STD_TORCH_CHECK(bitmask.scalar_type() == ScalarType::Byte && row_offsets.scalar_type() == ScalarType::Long,
+                    "bitmap_linear: expected a uint8 bitmask and int64 row_offsets");
+    STD_TORCH_CHECK(x.dim() >= 1 && bitmask.dim() == 2 && bitmask.size(1) == mask_bytes(x.size(-1)),
+                    "bitmap_linear: expected x [..., K] and bitmask [N, ceil(K / 8)]");
+    STD_TORCH_CHECK(row_offsets.dim() == 1 && row_offsets.size(0) == bitmask.size(0) + 1 && values.dim() == 1,
+                    "bitmap_linear: expected row_offsets [N + 1] and values [nnz]");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == bitmask.size(0)),
+                    "bitmap_linear: bias: expected shape [N]");
+}
+
+Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in,
+                     std::optional<Tensor> bias) {
+    check(x_in, bitmask_in, row_offsets_in, values_in, bias);
+    const Tensor x = as_contiguous(x_in), bitmask = as_contiguous(bitmask_in);
+    const Tensor row_offsets = as_contiguous(row_offsets_in), values = as_contiguous(values_in);
+    const int64_t n = bitmask.size(0), k = x.size(-1), nnz = values.numel();
+    check_row_offsets("bitmap_linear", data<int64_t>(row_offsets), n, nnz);
+    std::vector<int64_t> sizes = sizes_of(x);
+    sizes.back() = n;
+    const int64_t m = rows_of(sizes);
+    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    const FloatBias as_float(bias);
+    BadRow bad;
+    dispatch_float(x.scalar_type(), "bitmap_linear: x", [&](auto x_zero) {
+        using T = decltype(x_zero);
+        const FloatLinear<T> call{data<T>(x), nullptr, as_float.data(), mutable_data<T>(y), m, n, k};
+        dispatch_float(values.scalar_type(), "bitmap_linear: values", [&](auto zero) {
+            using V = decltype(zero);
+            linear<T, V>(call, {data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<V>(values), k, nnz, &bad});
+        });
+    });
+    bad.raise("bitmap_linear");
+    return y;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("bitmap_linear", TORCH_BOX(&engine::bitmap_linear)); }

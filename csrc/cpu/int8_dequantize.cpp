@@ -1,0 +1,58 @@
+// int8_dequantize: q * scale by row. Memory decides: one byte read for two or four written.
+
+#include "common/dequantize.h"
+#include "common/isa.h"
+#include "common/tensor.h"
+
+namespace engine {
+namespace {
+
+template <class T>
+void rows_portable(const int8_t* q,     // [rows, k]
+                   const float* scale,  // [rows]
+                   T* x,                // [rows, k]
+                   int64_t begin, int64_t end, int64_t k) {
+    for (int64_t row = begin; row < end; ++row) dequantize_row(q + row * k, k, scale[row], x + row * k);
+}
+#if ENGINE_X86
+template <class T>
+ENGINE_AVX2 void rows_avx2(const int8_t* q, const float* scale, T* x, int64_t begin, int64_t end, int64_t k) {
+    for (int64_t row = begin; row < end; ++row) dequantize_row_x86(q + row * k, k, scale[row], x + row * k);
+}
+template <class T>
+ENGINE_AVX512 void rows_avx512(const int8_t* q, const float* scale, T* x, int64_t begin, int64_t end, int64_t k) {
+    for (int64_t row = begin; row < end; ++row) dequantize_row_x86(q + row * k, k, scale[row], x + row * k);
+}
+#endif
+
+Tensor int8_dequantize(Tensor q_in, Tensor scale_in, ScalarType dtype) {
+    STD_TORCH_CHECK(q_in.scalar_type() == ScalarType::Char, "int8_dequantize: q: expected int8");
+    STD_TORCH_CHECK(scale_in.scalar_type() == ScalarType::Float, "int8_dequantize: scale: expected float32");
+    STD_TORCH_CHECK(q_in.dim() >= 1, "int8_dequantize: q: expected at least one dimension");
+    std::vector<int64_t> rows_shape = sizes_of(q_in);
+    const int64_t k = rows_shape.back();
+    rows_shape.pop_back();
+    STD_TORCH_CHECK(sizes_of(scale_in) == rows_shape, "int8_dequantize: scale: expected one for each row of q");
+
+    const Tensor q = as_contiguous(q_in), scale = as_contiguous(scale_in);
+    Tensor x = new_tensor(q, sizes_of(q), dtype);
+    dispatch_float(dtype, "int8_dequantize: dtype", [&](auto zero) {
+        using T = decltype(zero);
+        const int8_t* from = data<int8_t>(q);
+        const float* scales = data<float>(scale);
+        T* to = mutable_data<T>(x);
+        auto kernel = rows_portable<T>;
+#if ENGINE_X86
+        if (isa() == Isa::avx2) kernel = rows_avx2<T>;
+        if (isa() == Isa::avx512) kernel = rows_avx512<T>;
+#endif
+        parallel_rows(scale.numel(), k * (sizeof(T) + 1),
+                      [&](int64_t begin, int64_t end) { kernel(from, scales, to, begin, end, k); });
+    });
+    return x;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("int8_dequantize", TORCH_BOX(&engine::int8_dequantize)); }

@@ -1,0 +1,298 @@
+"""Compresses a model on disk without its code: one tensor in memory at a time, told apart by name and shape.
+
+Two passes. The first finds thresholds, counts what is kept and so knows every size; the second compresses and writes.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, weight_parts
+from engine._safetensors import CheckpointError, Entry, TensorWriter, explained
+from engine.compress.recipe import Recipe
+from engine.compress.targets import check_patterns, matches
+from engine.formats import Bitmap, DenseInt8, Format
+from engine.ops._check import FLOAT_DTYPES
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What other tools keep weights in: never copied beside the compressed ones.
+WEIGHT_SUFFIXES = {
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".tflite",
+}
+PIPELINE_MODULE = re.compile(r"\d+_\w+")  # sentence-transformers keeps further layers of its pipeline in such folders
+EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
+CHUNK_ELEMENTS = 1 << 22
+
+Tick = Callable[[str, int], object]  # called with a tensor's name and its bytes when a pass has dealt with it
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One compressed tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    sparsity: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of a model: compressed tensors, the reason for each one left alone, names that were only copied."""
+
+    compressed: list[Outcome]
+    left_alone: dict[str, str]
+    copied: list[str]
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return dataclasses.asdict(self)
+
+
+class Source:
+    """A safetensors file, or a Hugging Face folder with one or several: where each tensor is.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no weights in it.
+        CheckpointError: the index or a file is damaged, or compressed already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.is_folder = path, path.is_dir()
+        self.files: dict[str, CheckpointFile] = {}
+        for name, file in _files_by_tensor(path) if self.is_folder else _all_of(CheckpointFile(path)):
+            if file.weights:
+                raise CheckpointError(f"{file.path}: compressed already")
+            self.files[name] = file
+
+    def entry(self, name: str) -> Entry:
+        """Type and shape of a tensor."""
+        return self.files[name].entries[name]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor."""
+        return self.files[name].read(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.entry(name).nbytes for name in self.files)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Header strings of all files."""
+        return {key: value for file in self.files.values() for key, value in file.metadata.items()}
+
+
+def _all_of(file: CheckpointFile) -> Iterable[tuple[str, CheckpointFile]]:
+    return [(name, file) for name in file.entries]
+
+
+def _files_by_tensor(folder: Path) -> Iterable[tuple[str, CheckpointFile]]:
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return _all_of(CheckpointFile(folder / WEIGHTS))
+    where = f"{folder / INDEX}"
+    with explained(where):
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(places, dict):
+            raise ValueError("weight_map: expected an object")
+    shards: dict[str, CheckpointFile] = {}
+    found = []
+    for name, shard in places.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{where}: {name}: expected a file's name, got {shard!r:.200}")
+        if shard not in shards:
+            shards[shard] = CheckpointFile(folder / shard)
+        if name not in shards[shard].entries:
+            raise CheckpointError(f"{where}: {name}: is not in {shard}")
+        found.append((name, shards[shard]))
+    return found
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What the first pass found for one weight: the threshold, or None to quantise only; the form it will have."""
+
+    threshold: Tensor | float | None
+    format: Format  # on the meta device
+
+
+def compress_file(source: Source, out: Path, recipe: Recipe, tick: Tick = lambda name, count: None) -> Result:
+    """Writes `source`, compressed as `recipe` says, to the safetensors file `out`.
+
+    Two-dimensional float tensors named `<module>.weight` count as Linear, or as Embedding where the name says so.
+
+    Raises:
+        ValueError: a target matches nothing, a weight holds a NaN or an infinity.
+        CheckpointError: the source is damaged, or names a tensor as a compressed one would be named.
+        OSError: reading or writing failed.
+    """
+    chosen, left = _choose(source, recipe)
+    threshold = _model_threshold(source, chosen, recipe)
+    plans: dict[str, _Plan] = {}
+    outcomes: list[Outcome] = []
+    for name in source.files:
+        if name in chosen:
+            plan = _plan(name, source.read(name), chosen[name], recipe, threshold)
+            before, after = source.entry(name).nbytes, plan.format.nbytes
+            if recipe.guard == "size" and after >= before:
+                left[name] = f"not smaller: {before:,} → {after:,} bytes as {plan.format.label}"
+            else:
+                shape, label, sparsity = plan.format.shape, plan.format.label, plan.format.sparsity
+                plans[name] = plan
+                outcomes.append(Outcome(name, shape, label, sparsity, before, after))
+        tick(name, source.entry(name).nbytes)
+    entries: dict[str, Entry] = {}
+    for name in source.files:
+        parts = weight_parts(name, plans[name].format) if name in plans else {}
+        described = {part: Entry.of(tensor) for part, tensor in parts.items()} or {name: source.entry(name)}
+        if taken := entries.keys() & described.keys():
+            raise CheckpointError(f"{source.path}: {min(taken)}: a compressed weight's tensor would have the same name")
+        entries |= described
+    weights = {name: WeightInfo.of(plan.format, _dtype(source, name)) for name, plan in plans.items()}
+    metadata = {**source.metadata, **header_metadata(weights, {}, recipe.to_dict())}
+    with TensorWriter(out, entries, metadata) as writer:
+        for name in source.files:
+            weight = source.read(name)
+            written = weight_parts(name, _compress(weight, plans[name])) if name in plans else {name: weight}
+            for part, tensor in written.items():
+                writer.write(part, tensor)
+            tick(name, source.entry(name).nbytes)
+    copied = [name for name in source.files if name not in plans and name not in left]
+    return Result(outcomes, left, copied, source.nbytes, sum(entry.nbytes for entry in entries.values()))
+
+
+def _dtype(source: Source, name: str) -> torch.dtype:
+    dtype = source.entry(name).dtype
+    assert dtype is not None
+    return dtype
+
+
+def _choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
+    """The weights to compress, each with the class its name speaks for, and those left alone with the reason."""
+    check_patterns("compress", (*recipe.targets, *recipe.ignore))
+    chosen: dict[str, str] = {}
+    left: dict[str, str] = {}
+    used: set[str] = set()
+    for name in source.files:
+        module, _, last = name.rpartition(".")
+        entry = source.entry(name)
+        if last != "weight" or len(entry.shape) != 2:
+            continue
+        kind = "Embedding" if EMBEDDING.search(module) else "Linear"
+        hits = [pattern for pattern in recipe.targets if _means(pattern, module, kind)]
+        used.update(hits)
+        ignored = next((pattern for pattern in recipe.ignore if _means(pattern, module, kind)), None)
+        if not hits:
+            left[name] = "not a target"
+        elif ignored is not None:
+            left[name] = f"ignored by {ignored!r}"
+        elif entry.dtype not in FLOAT_DTYPES:
+            left[name] = f"its dtype is {str(entry.dtype).removeprefix('torch.')}"
+        elif math.prod(entry.shape) == 0:
+            left[name] = "empty"
+        elif kind == "Embedding" and recipe.quantize is None:
+            left[name] = "embeddings are quantised but never pruned"
+        else:
+            chosen[name] = kind
+    unused = [pattern for pattern in recipe.targets if pattern not in used]
+    if unused and (len(unused) == len(recipe.targets) or set(unused) - {"Linear", "Embedding"}):
+        raise ValueError(f"target {unused[0]!r} matches no weight")
+    return chosen, left
+
+
+def _means(pattern: str, module: str, kind: str) -> bool:
+    """As `matches`; a block's name also stands for the layers inside it."""
+    return matches(pattern, module, kind) or (not pattern.startswith("re:") and module.startswith(f"{pattern}."))
+
+
+def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> float | None:
+    """The threshold that all weights share where that is known before they are looked at one by one."""
+    if recipe.prune is None:
+        return None
+    if recipe.prune.sparsity is not None and recipe.prune.scope == "model":
+        raise ValueError("scope 'model' needs all weights at once: use engine.compress_, or scope 'layer' or 'row'")
+    return recipe.prune.threshold
+
+
+def _plan(name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: float | None) -> _Plan:
+    rows, columns = weight.shape
+    if not all(bool(chunk.isfinite().all()) for chunk in _chunks(weight)):
+        raise ValueError(f"{name}: holds a NaN or an infinity")
+    meta = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+    scale = torch.empty(rows, dtype=torch.float32, device="meta")
+    if kind == "Embedding" or recipe.prune is None:
+        assert recipe.quantize is not None
+        return _Plan(None, DenseInt8(meta, scale))
+    limit: Tensor | float | None = threshold
+    if limit is None:
+        assert recipe.prune.sparsity is not None
+        scope = "row" if recipe.prune.scope == "row" else "tensor"
+        limit = ops.magnitude_threshold(weight, recipe.prune.sparsity, scope)
+    kept = _count_kept(weight, torch.as_tensor(limit, dtype=torch.float32))
+    values = torch.empty(kept, dtype=torch.int8 if recipe.quantize else weight.dtype, device="meta")
+    bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
+    row_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
+    return _Plan(limit, Bitmap(values, bitmask, row_offsets, columns, scale if recipe.quantize else None))
+
+
+def _compress(weight: Tensor, plan: _Plan) -> Format:
+    if plan.threshold is None:
+        return DenseInt8.from_dense(weight)
+    values = torch.int8 if plan.format.values.dtype == torch.int8 else None
+    return Bitmap.from_dense(weight, plan.threshold, values)
+
+
+def _chunks(weight: Tensor) -> Iterable[Tensor]:
+    return weight.split(max(1, CHUNK_ELEMENTS // max(1, weight.shape[1])))
+
+
+def _count_kept(weight: Tensor, threshold: Tensor) -> int:
+    """How many weights lie above the threshold, `[]` or `[N, 1]`."""
+    limits = threshold.expand(weight.shape[0], 1) if threshold.dim() < 2 else threshold
+    pairs = zip(_chunks(weight), limits.split(max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))), strict=True)
+    return sum(int((chunk.float().abs() > limit).sum()) for chunk, limit in pairs)
+
+
+def copy_companions(folder: Path, out: Path) -> None:
+    """Copies configuration, tokenizer and the like from one model folder to another, but no weights."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(root).relative_to(folder)
+        pipeline = bool(inside.parts) and PIPELINE_MODULE.fullmatch(inside.parts[0]) is not None
+        for name in files:
+            weights = Path(name).suffix in WEIGHT_SUFFIXES or name.endswith(".index.json")
+            if name.startswith(".") or (weights and not pipeline):
+                continue
+            (out / inside).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(root) / name, out / inside / name)
+
+
+def remove_stale_weights(out: Path) -> None:
+    """Removes the shards and index of a model that was in this folder before: a reader would take them for current."""
+    for path in (*out.glob("model-*-of-*.safetensors"), out / INDEX):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,232 @@
+"""Safetensors files one tensor at a time: read lazily, written beside their target and renamed into place."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import secrets
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library reads no longer one
+REOPEN_BYTES = 64 << 20  # mapped pages that were read count as this process's memory until the file is closed
+WRITE_BYTES = 64 << 20  # a single write takes no more than 2 GiB on Linux
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or not for this model; the message names the file and the tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a header says of a tensor. `dtype` is None where PyTorch or this engine has no such type."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Entry":
+        """The entry that describes `tensor`."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data, 0 for an unknown type."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.dtype else 0
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@contextlib.contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Turns what a bad file makes safetensors, json and PyTorch raise into CheckpointError, beginning with `where`."""
+    try:
+        yield
+    except (CheckpointError, OSError):
+        raise
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, RecursionError) as error:
+        lines = str(error).splitlines()  # PyTorch appends a stack trace to some
+        raise CheckpointError(f"{where}: {lines[0] if lines else type(error).__name__}") from error
+
+
+class TensorFile:
+    """A safetensors file whose header has been read and checked; its tensors are read when asked for.
+
+    Attributes:
+        path: the file.
+        entries: type and shape of each tensor, by name.
+        metadata: the header's strings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no file, or its header is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        status = self.path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{self.path}: not a file")
+        if status.st_size < 10:
+            raise CheckpointError(f"{self.path}: too short for a safetensors file: {status.st_size} bytes")
+        self._bytes_read = 0
+        with explained(f"{self.path}"):
+            self._file = safe_open(self.path, "pt")
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            self.entries = {name: self._entry(name) for name in self._file.keys()}  # noqa: SIM118 (no mapping)
+
+    def _entry(self, name: str) -> Entry:
+        part = self._file.get_slice(name)
+        return Entry(DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+
+    def read(self, name: str) -> Tensor:
+        """A copy of a tensor in memory of its own, on the CPU. CheckpointError where that fails."""
+        where, entry = f"{self.path}: {name}", self.entries[name]
+        if entry.dtype is None:
+            raise CheckpointError(f"{where}: its data type is not supported")
+        with explained(where):
+            if self._bytes_read > REOPEN_BYTES:
+                self._file, self._bytes_read = safe_open(self.path, "pt"), 0
+            self._bytes_read += entry.nbytes
+            tensor = self._file.get_tensor(name).clone()
+        if Entry.of(tensor) != entry:  # only where the file was replaced in the meantime
+            raise CheckpointError(f"{where}: the file changed while it was read: {entry}, then {Entry.of(tensor)}")
+        return tensor
+
+
+class TensorWriter:
+    """Writes a safetensors file whose tensors are known by type and shape, each written when its data is there.
+
+    The header comes first and needs no rewriting: as every size is known, each tensor has its place from the start. Wider
+    types come first, so that every tensor is aligned. All of it goes to a temporary file in the same folder, which takes
+    the target's name when the `with` block ends well, and is removed when it doesn't.
+
+    Args:
+        path: the target, replaced if it exists.
+        entries: type and shape of every tensor, by name.
+        metadata: strings for the header.
+
+    Raises:
+        CheckpointError: a data type that safetensors doesn't have, or more names than a header holds.
+        OSError: the file can't be written; a full disk is noticed before the first tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+        self.path = Path(path)
+        self._entries = dict(entries)
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: -_item_size(*item)):
+            self._offsets[name], end = end, end + entry.nbytes
+            assert entry.dtype is not None
+            header[name] = {
+                "dtype": _DTYPE_NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [self._offsets[name], end],
+            }
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) > HEADER_LIMIT:
+            raise CheckpointError(f"{self.path}: the header would take {len(text)} bytes, the limit is {HEADER_LIMIT}")
+        self._header = struct.pack("<Q", len(text)) + text
+        self._missing = set(entries)
+        self.nbytes = len(self._header) + end
+        self._fd = -1
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
+
+    def __enter__(self) -> "TensorWriter":
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder")
+        try:
+            self._fd = os.open(
+                self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
+            )
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, self.nbytes)
+            self._write_at(0, memoryview(self._header))
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes a tensor's data in its place. ValueError unless type and shape are those that were announced."""
+        if Entry.of(tensor) != self._entries[name]:
+            raise ValueError(f"{name}: announced as {self._entries[name]}, got {Entry.of(tensor)}")
+        data = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        if data.numel():
+            self._write_at(len(self._header) + self._offsets[name], memoryview(data.view(torch.uint8).numpy().data))
+        self._missing.discard(name)
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        os.lseek(self._fd, offset, os.SEEK_SET)
+        done = 0
+        while done < len(data):
+            done += os.write(self._fd, data[done : done + WRITE_BYTES])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._missing:
+                    raise ValueError(f"{min(self._missing)}: announced, but never written")
+                os.fsync(self._fd)
+                os.close(self._fd)
+                self._fd = -1
+                os.replace(self._temporary, self.path)
+                _sync_folder(self.path.parent)
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._temporary.unlink(missing_ok=True)
+
+
+def _item_size(name: str, entry: Entry) -> int:
+    if entry.dtype not in _DTYPE_NAMES:
+        raise CheckpointError(f"{name}: {entry.dtype} can't be stored in a safetensors file")
+    assert entry.dtype is not None
+    return entry.dtype.itemsize
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut, where folders can be synced at all."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

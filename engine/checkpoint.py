@@ -1,0 +1,339 @@
+"""save and load_: a model, compressed or not, to one safetensors file and back.
+
+How the file looks is said in engine/_checkpoint_file.py.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, read_weight, weight_parts
+from engine._safetensors import CheckpointError, Entry, TensorWriter
+from engine.formats import DenseInt8, Format
+from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn.compressed import _Compressed
+
+__all__ = ["CheckpointError", "CheckpointFile", "load_", "read_weight", "save"]
+
+MOST_PREFIX_PARTS = 16
+NAMES_SHOWN = 5
+
+
+def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
+    """Writes `model`, compressed or not, to a safetensors file that :func:`load_` reads.
+
+    Memory that several names share (tied weights) is written once. The file appears whole or not at all.
+
+    Args:
+        model: the model.
+        path: the file; one that exists is replaced.
+        recipe: the Recipe that made the model, or its dict: kept in the header for whoever asks later.
+
+    Raises:
+        CheckpointError: the state dict holds something that is no tensor, or a tensor that safetensors can't hold.
+        OSError: the file can't be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, WeightInfo] = {}
+    aliases: dict[str, str] = {}
+    state = model.state_dict()
+    seen: dict[Any, str] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, _Compressed):
+            continue
+        prefix = f"{module_name}." if module_name else ""
+        name = f"{prefix}weight"
+        format = module.format
+        key = tuple(id(getattr(format, field)) for field in format.TENSORS)
+        for field in format.TENSORS:
+            state.pop(prefix + field, None)
+        if seen.setdefault(key, name) != name:
+            aliases[name] = seen[key]
+            continue
+        weights[name] = WeightInfo.of(format, _dense_dtype(module))
+        _add(tensors, weight_parts(name, format))
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{name}: only dense tensors with data can be saved, got {type(tensor).__name__}")
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and seen.setdefault(memory, name) != name:
+            aliases[name] = seen[memory]
+        else:
+            _add(tensors, {name: tensor})
+    plain_recipe = recipe.to_dict() if hasattr(recipe, "to_dict") else recipe
+    metadata = header_metadata(weights, aliases, plain_recipe)
+    with TensorWriter(path, {name: Entry.of(tensor) for name, tensor in tensors.items()}, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, tensor in more.items():
+        if tensors.setdefault(name, tensor) is not tensor:
+            raise CheckpointError(f"{name}: two tensors would be stored under this name")
+
+
+def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Loads a file written by :func:`save` or `engine compress`, or a plain safetensors file, into `model`.
+
+    Every compressed weight replaces the nn.Linear or nn.Embedding that stands at its name; all other tensors are copied
+    into the model's own. What was tied when the file was written is tied again. Names that differ from the model's by
+    one prefix common to all of them ("bert.") are taken as the same. The whole file is checked before the model changes
+    at all, and after an error or an interrupt the model is as it was. The file is closed on return.
+
+    Args:
+        model: freshly constructed, or compressed in the same places.
+        path: the file.
+
+    Returns:
+        `model`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, or not for this model; the message names the tensor.
+    """
+    file = CheckpointFile(path)
+    slots = _Slots(model)
+    names = _match_names(file, slots)
+    replacements = _replacements(file, slots, names)
+    copies, ties = _copies(file, slots, names)
+    _commit(model, file, replacements, copies, ties)
+    return model
+
+
+class _Slots:
+    """What a model has to be loaded: modules with a weight, and tensors, by the names that the file has for them.
+
+    Attributes:
+        tensors: parameters and buffers in the state dict, but for those of compressed modules.
+        modules: by the name of its weight, each module that is compressed or may be replaced.
+        identity: for each name, what is equal for two names exactly when they mean the same memory.
+        skipped: buffers that are not in the state dict: a file from another version of the model may have them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tensors: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+        self.modules: dict[str, nn.Module] = {}
+        self.identity: dict[str, Any] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            if isinstance(module, _Compressed):
+                for field in module.format.TENSORS:
+                    self.tensors.pop(prefix + field, None)
+                self.identity[f"{prefix}weight"] = id(module._parameters["values"])
+            elif f"{prefix}weight" not in self.tensors:
+                continue
+            self.modules[f"{prefix}weight"] = module
+        self.identity |= {name: id(tensor) for name, tensor in self.tensors.items()}
+        self.skipped = {name for name, _ in model.named_buffers(remove_duplicate=False)} - self.identity.keys()
+
+
+def _match_names(file: CheckpointFile, slots: _Slots) -> dict[str, str]:
+    """For every name in the model the name of the weight or tensor in the file that belongs there."""
+    stored = {**{name: name for name in (*file.weights, *file.plain)}, **file.aliases}
+    problem = None
+    for rename in _renamings(stored, slots):
+        names = {rename(name): source for name, source in stored.items()}
+        sources = {slots.identity[name]: source for name, source in names.items() if name in slots.identity}
+        for name, identity in slots.identity.items():  # what the model ties may be stored under one of its names
+            if name not in names and identity in sources:
+                names[name] = sources[identity]
+        missing = sorted(slots.identity.keys() - names.keys())
+        unexpected = sorted(names.keys() - slots.identity.keys() - slots.skipped)
+        if not missing and not unexpected:
+            return {name: source for name, source in names.items() if name not in slots.skipped}
+        problem = problem or (missing, unexpected)
+    assert problem is not None
+    described = [
+        f"{what} {', '.join(found[:NAMES_SHOWN])}"
+        + (f" and {len(found) - NAMES_SHOWN} more" * (len(found) > NAMES_SHOWN))
+        for what, found in zip(("missing:", "unexpected:"), problem, strict=True)
+        if found
+    ]
+    raise CheckpointError(f"{file.path}: not for this {type(slots.model).__name__}: {'; '.join(described)}")
+
+
+def _renamings(stored: Mapping[str, str], slots: _Slots) -> Iterator[Callable[[str], str]]:
+    """Names as they are; without a prefix that all of the file's share; with one that all of the model's share."""
+    yield lambda name: name
+    for prefix in _common_prefixes(stored):
+        yield lambda name, prefix=prefix: name[len(prefix) :]  # type: ignore[misc]
+    for prefix in _common_prefixes(slots.identity):
+        yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
+
+
+def _common_prefixes(names: Mapping[str, Any]) -> list[str]:
+    # By characters, and then back to the last whole part.
+    shared = os.path.commonprefix(list(names)).split(".")[:-1][:MOST_PREFIX_PARTS]  # noqa: RUF071
+    return [".".join(shared[: i + 1]) + "." for i in range(len(shared))]
+
+
+def _replacements(file: CheckpointFile, slots: _Slots, names: Mapping[str, str]) -> dict[str, nn.Module]:
+    """The compressed modules by qualified name: read, checked, and fit for the modules that they replace."""
+    homes: dict[str, list[str]] = {}
+    for name, source in names.items():
+        if source in file.weights:
+            _check_home(file, slots, name, source)
+            homes.setdefault(source, []).append(name)
+    found: dict[str, nn.Module] = {}
+    for source, weight_names in homes.items():
+        format = read_weight(file, source)
+        twins: dict[int, nn.Module] = {}
+        for name in weight_names:
+            module, where = slots.modules[name], f"{file.path}: {source}"
+            if format.shape != (expected := _dense_shape(module)):
+                raise CheckpointError(f"{where}: has shape {list(format.shape)}, the model {list(expected)}")
+            if id(module) not in twins:
+                twin = twins[id(module)] = _twin(where, module, format, file.weights[source].dtype)
+                format = twin.format  # the next one shares these parameters
+            found[name.removesuffix("weight").removesuffix(".")] = twins[id(module)]
+    return found
+
+
+def _check_home(file: CheckpointFile, slots: _Slots, name: str, source: str) -> None:
+    """Raises unless the module at `name` can be replaced by a compressed one of the file's dtype."""
+    where, module = f"{file.path}: {source}", slots.modules.get(name)
+    kind = type(module)
+    if module is slots.model:
+        raise CheckpointError(
+            f"{where}: the model is this one layer, which can't be replaced in place: put it in a module"
+        )
+    if module is None or kind not in (nn.Linear, nn.Embedding, CompressedLinear, CompressedEmbedding):
+        raise CheckpointError(f"{where}: compressed, but the model has no Linear or Embedding there: {kind.__name__}")
+    embeds = kind in (nn.Embedding, CompressedEmbedding)
+    if embeds and file.weights[source].format is not DenseInt8:
+        raise CheckpointError(f"{where}: is {file.weights[source].format.__name__}, an embedding takes DenseInt8")
+    if getattr(module, "max_norm", None) is not None:
+        raise CheckpointError(f"{where}: an embedding with max_norm can't be compressed")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise CheckpointError(f"{where}: the model's layer has forward hooks, which a replacement would lose")
+    _check_dtype(where, file.weights[source].dtype, _dense_dtype(module))
+
+
+def _check_dtype(where: str, stored: torch.dtype | None, expected: torch.dtype) -> None:
+    if stored != expected:
+        hint = f": load into model.to({stored})" if stored is not None and stored.is_floating_point else ""
+        raise CheckpointError(f"{where}: is {stored}, the model's is {expected}{hint}")
+
+
+def _dense_dtype(module: Any) -> torch.dtype:
+    marker: Any = module._dtype_marker if isinstance(module, _Compressed) else module.weight
+    return marker.dtype
+
+
+def _dense_shape(module: Any) -> tuple[int, ...]:
+    return tuple(module.format.shape if isinstance(module, _Compressed) else module.weight.shape)
+
+
+def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
+    """The compressed module over `format` that takes the place of `dense`, sharing its bias."""
+    before = dense._parameters["values" if isinstance(dense, _Compressed) else "weight"]
+    if not before.is_meta:
+        moved: dict[str, Any] = {
+            name: value.to(before.device) if type(value) is Tensor else value for name, value in vars(format).items()
+        }
+        format = type(format)(**moved)
+    module: Any
+    if isinstance(dense, (nn.Embedding, CompressedEmbedding)):
+        if not isinstance(format, DenseInt8):
+            raise CheckpointError(f"{where}: an embedding takes DenseInt8")
+        module = CompressedEmbedding(format, dense.padding_idx, dtype)
+    else:
+        module = CompressedLinear(format, dense.bias, dtype)
+    module._dtype_marker = module._dtype_marker.to(module.values.device)
+    if module.values.is_floating_point():
+        module.values.requires_grad_(before.requires_grad)
+    return module.train(dense.training)
+
+
+def _copies(
+    file: CheckpointFile, slots: _Slots, names: Mapping[str, str]
+) -> tuple[list[tuple[Tensor, str]], list[tuple[str, Tensor]]]:
+    """Checked: what of the file to copy into which tensor of the model, and which names to tie to which tensor."""
+    copies: list[tuple[Tensor, str]] = []
+    ties: list[tuple[str, Tensor]] = []
+    sources: dict[int, str] = {}  # by the model's tensor, the one that is copied into it
+    homes: dict[str, Tensor] = {}  # by name in the file, the first of the model's tensors for it
+    for name, source in names.items():
+        if source in file.weights:
+            continue
+        tensor = slots.tensors.get(name)
+        _check_tensor(file, slots, name, source)
+        assert tensor is not None
+        first = homes.setdefault(source, tensor)
+        if first is not tensor and isinstance(first, nn.Parameter) == isinstance(tensor, nn.Parameter):
+            ties.append((name, first))
+            continue
+        if id(tensor) not in sources:
+            sources[id(tensor)] = source
+            copies.append((tensor, source))
+        elif (other := sources[id(tensor)]) != source and not _same_bits(file.read(other), file.read(source)):
+            raise CheckpointError(f"{file.path}: {source}: differs from {other}, but the model ties them")
+    return copies, ties
+
+
+def _check_tensor(file: CheckpointFile, slots: _Slots, name: str, source: str) -> None:
+    """Raises unless the file's tensor can be copied to where the model has `name`."""
+    where, entry, tensor = f"{file.path}: {source}", file.entries[source], slots.tensors.get(name)
+    if not isinstance(tensor, Tensor):
+        compressed = isinstance(slots.modules.get(name), _Compressed)
+        what = "a compressed weight there: load into a fresh model" if compressed else "no tensor there"
+        raise CheckpointError(f"{where}: the model has {what}")
+    if tensor.is_meta:
+        raise CheckpointError(f"{where}: the model is on the meta device: call to_empty() first")
+    if tuple(tensor.shape) != entry.shape:
+        raise CheckpointError(f"{where}: has shape {list(entry.shape)}, the model {list(tensor.shape)}")
+    _check_dtype(where, entry.dtype, tensor.dtype)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _commit(
+    model: nn.Module,
+    file: CheckpointFile,
+    replacements: Mapping[str, nn.Module],
+    copies: list[tuple[Tensor, str]],
+    ties: list[tuple[str, Tensor]],
+) -> None:
+    """Changes the model; on any exception everything is put back."""
+    undo: list[Callable[[], object]] = []
+    try:
+        with torch.no_grad():
+            for tensor, source in copies:
+                undo.append(functools.partial(_copy, tensor, tensor.detach().clone()))
+                tensor.copy_(file.read(source))
+        for path, module in replacements.items():
+            parent, child = _parent(model, path)
+            _set_item(parent._modules, child, module, undo)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Its fused path would take the dense weight out of the layers instead of calling them.
+                _set_item(vars(parent), "activation_relu_or_gelu", 0, undo)
+        for name, tensor in ties:  # after the replacements, which may hold biases that are tied
+            parent, child = _parent(model, name)
+            _set_item(parent._parameters if isinstance(tensor, nn.Parameter) else parent._buffers, child, tensor, undo)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, child = name.rpartition(".")
+    return model.get_submodule(path), child
+
+
+def _set_item(registry: dict[str, Any], key: str, value: Any, undo: list[Callable[[], object]]) -> None:
+    undo.append(functools.partial(registry.__setitem__, key, registry[key]))
+    registry[key] = value
+
+
+def _copy(tensor: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(values)

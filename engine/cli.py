@@ -1,0 +1,327 @@
+"""The command line: engine compress | inspect | doctor."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engine import backends
+from engine._checkpoint_file import CheckpointFile, read_weight
+from engine._compress_file import WEIGHTS, Result, Source, compress_file, copy_companions, remove_stale_weights
+from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
+
+app = typer.Typer(
+    name="engine",
+    help="Makes PyTorch models smaller and faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+BAD_OPTION, BAD_FILE = 2, 1
+LEFT_ALONE_SHOWN = 20
+
+
+def main() -> None:
+    """Entry point of the `engine` command."""
+    # Ended by a scheduler, a command still removes its temporary file.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    app()
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    text = " ".join(str(message).split())
+    typer.echo(f"engine: {text.removeprefix('engine.')}", err=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a bad file or folder raises, said in one line and without a traceback."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        _fail(f"{error.filename or error}: no such file or folder", BAD_FILE)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, BAD_FILE)
+    except ValueError as error:  # CheckpointError is one
+        _fail(error, BAD_FILE)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("compression-engine")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that isn't installed
+        return "unknown"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"engine {_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compress(
+    model: Annotated[Path, typer.Argument(help="A .safetensors file, or a Hugging Face model folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write: a file for a file, a folder for a folder.")],
+    threshold: Annotated[float | None, typer.Option(help="Prune weights whose magnitude is at most this.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Prune this fraction of the weights, from 0 to 1.")] = None,
+    scope: Annotated[
+        str, typer.Option(help="Where sparsity is reached: in each row, in each layer, or model.")
+    ] = "layer",
+    pattern: Annotated[str, typer.Option(help="Which weights may be pruned: unstructured means any.")] = "unstructured",
+    int8: Annotated[bool, typer.Option(help="Store what is kept as int8.")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="Module to leave alone: its name, or re:PATTERN.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Module to compress: Linear, Embedding, its name, or re:PATTERN.")
+    ] = None,
+    guard: Annotated[
+        str, typer.Option(help="size: leave alone what wouldn't get smaller. none: compress all.")
+    ] = "size",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Compress a model on disk, without its code, one tensor in memory at a time."""
+    recipe = _recipe(
+        threshold, sparsity, scope, pattern, int8, tuple(target or DEFAULT_TARGETS), tuple(ignore or ()), guard
+    )
+    with _one_line_errors():
+        source = Source(model)
+        _check_out(model, out, force)
+        if source.is_folder:
+            result = _compress_folder(source, out, recipe)
+        else:
+            result = _compress_with_progress(source, out, recipe)
+    _print_result(result, out)
+
+
+def _recipe(
+    threshold: float | None,
+    sparsity: float | None,
+    scope: str,
+    pattern: str,
+    int8: bool,
+    targets: tuple[str, ...],
+    ignore: tuple[str, ...],
+    guard: str,
+) -> Recipe:
+    """The recipe that the options mean; anything wrong with them ends the command."""
+    if threshold is None and sparsity is None and not int8:
+        _fail("nothing to do: give --threshold or --sparsity, --int8, or both", BAD_OPTION)
+    if threshold is not None and sparsity is not None:
+        _fail("give --threshold or --sparsity, not both", BAD_OPTION)
+    if guard == "speed":
+        _fail(
+            "--guard speed measures layers as they run, which needs the model's code and inputs: "
+            "use engine.compress_ in Python, or --guard size",
+            BAD_OPTION,
+        )
+    if scope == "model" and sparsity is not None:
+        _fail("--scope model needs all weights at once: use engine.compress_, or --scope layer or row", BAD_OPTION)
+    try:
+        prunes = threshold is not None or sparsity is not None
+        prune = Prune(sparsity, threshold, scope, pattern) if prunes else None
+        return Recipe(prune, Quantize() if int8 else None, targets, ignore, guard)
+    except (TypeError, ValueError) as error:
+        _fail(error, BAD_OPTION)
+
+
+def _check_out(model: Path, out: Path, force: bool) -> None:
+    """Raises where writing `out` would touch the model itself, or something that is there already."""
+    home, target = model.resolve(), out.resolve()
+    if target == home or (model.is_dir() and home in target.parents) or (out.exists() and out.samefile(model)):
+        raise ValueError(f"{out}: would be written into the model itself")
+    if model.is_dir() and target in home.parents:
+        raise ValueError(f"{out}: holds the model's own folder")
+    if out.exists() and out.is_dir() != model.is_dir():
+        kinds = ("a folder", "a file") if out.is_dir() else ("a file", "a folder")
+        raise ValueError(f"{out}: is {kinds[0]}, but the model is {kinds[1]}")
+    if out.exists() and not force and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists; --force replaces it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(2, "", str(out.parent))
+
+
+def _compress_folder(source: Source, out: Path, recipe: Recipe) -> Result:
+    """The weights first, as only they take long; a folder that was made for nothing is removed again."""
+    fresh = not out.exists()
+    out.mkdir(exist_ok=True)
+    try:
+        result = _compress_with_progress(source, out / WEIGHTS, recipe)
+        remove_stale_weights(out)
+        copy_companions(source.path, out)
+        text = json.dumps({"recipe": recipe.to_dict(), **result.to_dict()}, indent=2, ensure_ascii=False)
+        (out / "compression.json").write_text(text + "\n", encoding="utf-8")
+    except BaseException:
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    return result
+
+
+def _compress_with_progress(source: Source, out: Path, recipe: Recipe) -> Result:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("compressing", total=2 * source.nbytes)
+        return compress_file(source, out, recipe, lambda name, count: progress.advance(task, count))
+
+
+def _console() -> Console:
+    """Standard output, as wide as it is on a terminal and without a limit in a pipe or file."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=240)
+
+
+def _table(*columns: str, left: int = 2) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _print_result(result: Result, out: Path) -> None:
+    console = _console()
+    table = _table("tensor", "shape", "format", "sparsity", "bytes before", "after", "share", left=3)
+    for row in result.compressed:
+        share = f"{row.bytes_after / max(1, row.bytes_before):.1%}"
+        bytes_before, bytes_after = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
+        table.add_row(row.name, _shape(row.shape), row.format, f"{row.sparsity:.2f}", bytes_before, bytes_after, share)
+    if result.compressed:
+        console.print(table)
+    total = f"{result.bytes_before:,} → {result.bytes_after:,} bytes"
+    ratio = result.bytes_before / max(1, result.bytes_after)
+    counts = f"{len(result.compressed)} weights compressed, {len(result.left_alone)} left alone"
+    console.print(f"{out}: {total} ({ratio:.2f}x smaller); {counts}, {len(result.copied)} other tensors copied")
+    if result.left_alone:
+        console.print("left alone:")
+        for name, reason in list(result.left_alone.items())[:LEFT_ALONE_SHOWN]:
+            console.print(f"  {name}: {reason}", markup=False)
+        if len(result.left_alone) > LEFT_ALONE_SHOWN:
+            console.print(f"  and {len(result.left_alone) - LEFT_ALONE_SHOWN} more")
+    console.print("Load it by engine.load_(model, ...) into the model built from its configuration.")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, or any safetensors file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a checkpoint holds, after checking all of it."""
+    with _one_line_errors():
+        rows, checkpoint = _inspect(file)
+    totals = {key: sum(row[key] for row in rows) for key in ("bytes", "dense_bytes")}
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "recipe": checkpoint.recipe, "tensors": rows, **totals}, indent=2))
+        return
+    console = _console()
+    table = _table("name", "format", "shape", "dtype", "sparsity", "bytes", "of dense", left=4)
+    for row in rows:
+        sparsity = "–" if row["sparsity"] is None else f"{row['sparsity']:.2f}"
+        share = f"{row['bytes'] / row['dense_bytes']:.1%}" if row["dense_bytes"] else "–"
+        table.add_row(
+            row["name"], row["format"], _shape(row["shape"]), row["dtype"], sparsity, f"{row['bytes']:,}", share
+        )
+    console.print(table)
+    for alias, name in checkpoint.aliases.items():
+        console.print(f"{alias} = {name}", markup=False)
+    share = f"{totals['bytes'] / totals['dense_bytes']:.1%}" if totals["dense_bytes"] else "–"
+    console.print(
+        f"{len(rows)} tensors, {len(checkpoint.weights)} compressed: {totals['bytes']:,} bytes, {share} of dense"
+    )
+    if checkpoint.recipe is not None:
+        console.print(f"recipe: {json.dumps(checkpoint.recipe)}", markup=False)
+
+
+def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:
+    """A row for each weight and each other tensor; every one of them is read and checked."""
+    file = CheckpointFile(path)
+    rows: list[dict[str, Any]] = []
+    for name, info in file.weights.items():
+        format = read_weight(file, name)
+        rows.append(
+            {
+                "name": name,
+                "format": format.label,
+                "shape": tuple(format.shape),
+                "dtype": str(info.dtype).removeprefix("torch."),
+                "sparsity": format.sparsity,
+                "bytes": format.nbytes,
+                "dense_bytes": format.shape[0] * format.shape[1] * info.dtype.itemsize,
+            }
+        )
+    for name in file.plain:
+        file.read(name)
+        entry = file.entries[name]
+        dtype = str(entry.dtype).removeprefix("torch.")
+        row = {"name": name, "format": "dense", "shape": entry.shape, "dtype": dtype, "sparsity": None}
+        rows.append({**row, "bytes": entry.nbytes, "dense_bytes": entry.nbytes})
+    return sorted(rows, key=lambda row: row["name"]), file
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the processor, and which backends serve and why others don't."""
+    console = _console()
+    facts = _table("", "")
+    facts.show_header = False
+    name, features = _processor()
+    facts.add_row("engine", f"{_version()} at {Path(__file__).parent}")
+    facts.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    facts.add_row("torch", torch.__version__)
+    facts.add_row("processor", name)
+    facts.add_row("features", features)
+    facts.add_row("threads", str(torch.get_num_threads()))
+    facts.add_row("in use", backends.cpu_variant())
+    for module in ("triton", "transformers"):
+        found = importlib.util.find_spec(module) is not None
+        facts.add_row(module, importlib.metadata.version(module) if found else "not installed (optional)")
+    facts.add_row("nvcc", shutil.which("nvcc") or "not on the path (needed only to build the CUDA kernels)")
+    console.print(facts)
+    console.print()
+    table = _table("backend", "active", "detail", left=3)
+    for status in backends.status():
+        table.add_row(status.name, "yes" if status.active else "no", status.detail)
+    console.print(table)
+
+
+def _processor() -> tuple[str, str]:
+    """Its name, and which of the instruction sets that kernels care about it has."""
+    try:
+        native: Any = importlib.import_module("engine._native")
+    except ImportError:
+        return platform.processor() or platform.machine(), "unknown: the native module is not built"
+    features = native.cpu_features()
+    have = [feature for feature, found in features.items() if found]
+    lack = [feature for feature, found in features.items() if not found]
+    return native.cpu_name() or platform.machine(), f"{' '.join(have) or 'none'} (without {' '.join(lack) or 'none'})"
+
+
+if __name__ == "__main__":
+    main()

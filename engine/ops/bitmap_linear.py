@@ -1,0 +1,179 @@
+"""bitmap_linear: a linear layer whose sparse weight is a bitmap with float values."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+from engine.ops._bitmap import bitmap_mask, check_bitmap, check_bitmap_metadata
+from engine.ops._library import define, explained_by
+from engine.ops.bitmap_to_dense import bitmap_to_dense
+
+BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in the backward
+
+
+def _check_metadata(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    op = "bitmap_linear"
+    _check.is_float(op, "x", x)
+    _check.expect(x.dim() >= 1, op, "x", "shape [..., K]", list(x.shape))
+    _check.is_float(op, "values", values)
+    check_bitmap_metadata(op, bitmask, row_offsets, values, x.shape[-1])
+    if bias is not None:
+        _check.is_float(op, "bias", bias)
+        _check.has_shape(op, "bias", bias, (bitmask.shape[0],))
+
+
+def _check_arguments(
+    x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None
+) -> None:
+    _check_metadata(x, bitmask, row_offsets, values, bias)
+    check_bitmap("bitmap_linear", bitmask, row_offsets, values, x.shape[-1])
+
+
+def _reference(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_arguments(x, bitmask, row_offsets, values, bias)
+    weight = x.new_zeros(bitmask.shape[0], x.shape[-1], dtype=torch.float32)
+    weight[bitmap_mask(bitmask, x.shape[-1])] = values.float()
+    y = x.float() @ weight.t()
+    if bias is not None:
+        y = y + bias.float()
+    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
+
+
+def _fake(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_metadata(x, bitmask, row_offsets, values, bias)
+    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
+
+
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, bitmask, row_offsets, values, bias = inputs
+    need_x, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    ctx.save_for_backward(x if need_values else None, bitmask, row_offsets, values if need_x else None)
+    ctx.columns, ctx.nnz, ctx.dtype = x.shape[-1], values.shape[0], values.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
+    x, bitmask, row_offsets, values = ctx.saved_tensors
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _backward_input_op(grad, bitmask, row_offsets, values, ctx.columns)
+    if ctx.needs_input_grad[3]:
+        grad_values = _backward_values_op(grad, x, bitmask, row_offsets, ctx.nnz, ctx.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.float().reshape(-1, bitmask.shape[0]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_values, grad_bias
+
+
+_op = define(
+    "bitmap_linear(Tensor x, Tensor bitmask, Tensor row_offsets, Tensor values, Tensor? bias=None) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+@explained_by(_check_arguments)
+def bitmap_linear(
+    x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias` in fp32 arithmetic, read directly from the bitmap that holds `weight`.
+
+    The bitmap is checked on the way: what does not fit together is refused. A row of `x` that holds a NaN or an
+    infinity makes its row of `y` NaN, and no other.
+
+    Has gradients for `x`, `values` (at the kept places alone) and `bias`.
+
+    Args:
+        x: `[..., K]`, float32, float16 or bfloat16.
+        bitmask: uint8 `[N, ceil(K / 8)]`, the least significant bit first.
+        row_offsets: int64 `[N + 1]`, where each row's values begin.
+        values: `[nnz]`, float32, float16 or bfloat16, row after row; need not be of the dtype of `x`.
+        bias: `[N]`, float32, float16 or bfloat16.
+
+    Returns:
+        `[..., N]` of the dtype of `x`.
+
+    Raises:
+        TypeError: an argument has another dtype.
+        ValueError: the shapes do not fit, `row_offsets` does not run from 0 to nnz without a step back, a row has more
+            or fewer bits set than values, or a bit beyond K is set.
+    """
+    return _op(x, bitmask, row_offsets, values, bias)
+
+
+# The gradient's ops. Both go through the weight's rows block by block, so that it is never dense as a whole.
+
+
+def _blocks(bitmask: Tensor, row_offsets: Tensor, columns: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields a block's rows, its values' places, and its own row offsets, from 0."""
+    n = bitmask.shape[0]
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    borders = [*range(0, n, step), n]
+    offsets = row_offsets[borders].tolist()
+    for i in range(len(borders) - 1):
+        begin, end = borders[i], borders[i + 1]
+        yield (
+            slice(begin, end),
+            slice(offsets[i], offsets[i + 1]),
+            row_offsets[begin : end + 1] - offsets[i],
+        )
+
+
+def _as_matrix(op: str, argument: str, t: Tensor, columns: int) -> Tensor:
+    """`[..., columns]` of a float dtype as fp32 `[M, columns]`."""
+    _check.is_float(op, argument, t)
+    _check.expect(t.dim() >= 1 and t.shape[-1] == columns, op, argument, f"shape [..., {columns}]", list(t.shape))
+    return t.reshape(t.shape[:-1].numel(), columns).float()
+
+
+def _backward_input(grad: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, columns: int) -> Tensor:
+    """`grad @ weight` in fp32, of the dtype of `grad`."""
+    op = "bitmap_linear_backward_input"
+    check_bitmap_metadata(op, bitmask, row_offsets, values, columns)
+    g = _as_matrix(op, "grad", grad, bitmask.shape[0])
+    total = g.new_zeros(g.shape[0], columns)
+    for rows, places, offsets in _blocks(bitmask, row_offsets, columns):
+        total.addmm_(g[:, rows], bitmap_to_dense(bitmask[rows], offsets, values[places], columns).float())
+    return total.reshape(*grad.shape[:-1], columns).to(grad.dtype)
+
+
+def _backward_values(
+    grad: Tensor, x: Tensor, bitmask: Tensor, row_offsets: Tensor, nnz: int, dtype: torch.dtype
+) -> Tensor:
+    """`(grad.T @ x)` at the kept places, in fp32, cast to `dtype`."""
+    op = "bitmap_linear_backward_values"
+    columns = x.shape[-1]
+    result = x.new_empty((nnz,), dtype=dtype)
+    check_bitmap_metadata(op, bitmask, row_offsets, result, columns)
+    g, inputs = _as_matrix(op, "grad", grad, bitmask.shape[0]), _as_matrix(op, "x", x, columns)
+    for rows, places, offsets in _blocks(bitmask, row_offsets, columns):
+        dense = g[:, rows].t() @ inputs
+        result[places] = torch.ops.engine.bitmap_gather(dense, bitmask[rows], offsets, places.stop - places.start)
+    return result
+
+
+def _fake_backward_input(grad: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, columns: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], columns))
+
+
+def _fake_backward_values(
+    grad: Tensor, x: Tensor, bitmask: Tensor, row_offsets: Tensor, nnz: int, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((nnz,), dtype=dtype)
+
+
+_backward_input_op = define(
+    "bitmap_linear_backward_input(Tensor grad, Tensor bitmask, Tensor row_offsets, Tensor values, SymInt columns)"
+    " -> Tensor",
+    reference=_backward_input,
+    fake=_fake_backward_input,
+)
+_backward_values_op = define(
+    "bitmap_linear_backward_values(Tensor grad, Tensor x, Tensor bitmask, Tensor row_offsets, SymInt nnz,"
+    " ScalarType dtype) -> Tensor",
+    reference=_backward_values,
+    fake=_fake_backward_values,
+)

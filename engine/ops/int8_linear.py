@@ -1,0 +1,120 @@
+"""int8_linear: a linear layer whose weight is int8 and whose activations are quantised on the fly."""
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+from engine.ops._library import REFERENCES, define, explained_by
+
+
+def _check_arguments(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | float | None = None
+) -> None:
+    op = "int8_linear"
+    _check.is_float(op, "x", x)
+    _check.is_dtype(op, "weight", weight, torch.int8)
+    _check.is_dtype(op, "scale", scale, torch.float32)
+    _check.has_shape(op, "weight", weight, ("N", "K"))
+    n, k = weight.shape
+    _check.expect(x.dim() >= 1 and x.shape[-1] == k, op, "x", f"shape [..., {k}]", list(x.shape))
+    _check.has_shape(op, "scale", scale, (n,))
+    if bias is not None:
+        _check.is_float(op, "bias", bias)
+        _check.has_shape(op, "bias", bias, (n,))
+    if input_scale is not None and not isinstance(input_scale, float | int):
+        _check.is_dtype(op, "input_scale", input_scale, torch.float32)
+        _check.expect(input_scale.numel() == 1, op, "input_scale", "one element", list(input_scale.shape))
+
+
+def _quantize_by(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of `x` by the one given scale: `q` and a scale a row, NaN (and `q = 0`) where the row is not finite."""
+    s = input_scale.reshape(())
+    inverse = torch.full_like(s, 1) / s
+    usable = (s > 0) & s.isfinite() & inverse.isfinite()  # by any other scale the result is NaN
+    values = x.float()
+    finite = values.isfinite().all(-1) & usable
+    q = torch.where(finite.unsqueeze(-1), values * inverse, 0.0).round().clamp(-127, 127)
+    return q, torch.where(finite, s, torch.nan)
+
+
+def _reference(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
+) -> Tensor:
+    _check_arguments(x, weight, scale, bias, input_scale)
+    q, row_scale = REFERENCES["int8_quantize"](x) if input_scale is None else _quantize_by(x, input_scale)
+    acc = (q.double() @ weight.double().t()).float()  # float64 holds these sums exactly; rounded once, to fp32
+    y = acc * (row_scale.unsqueeze(-1) * scale)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
+) -> Tensor:
+    _check_arguments(x, weight, scale, bias, input_scale)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
+    x, weight, scale, bias, _ = inputs
+    ctx.save_for_backward(weight, scale)
+    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    """Straight through the quantisation: as if `x` had been multiplied by the dequantised weight."""
+    weight, scale = ctx.saved_tensors
+    grad = grad.float()
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad @ (weight * scale.unsqueeze(-1))).to(ctx.dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # left out, bias may have no place in the tuple
+        grad_bias = grad.reshape(-1, weight.shape[0]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None
+
+
+_op = define(
+    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? input_scale=None) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+@explained_by(_check_arguments)
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | float | None = None,
+) -> Tensor:
+    """`x @ (weight * scale).T + bias` with `x` quantised to int8, so that the products are of integers.
+
+    Each row of `x` is quantised as by :func:`engine.ops.int8_quantize`, or by `input_scale` where it is given:
+    `q = clamp(round_half_even(x * (1 / input_scale)), -127, 127)`. The integer sum is exact for every K, and
+    `y = sum * (s_x * s_w) + bias` is evaluated in fp32 in that order, then cast: the same to the bit on every backend.
+    A row of `x` that holds a NaN or an infinity makes its row of `y` NaN, and no other; so does, for every row, an
+    `input_scale` that is not positive, or it or its reciprocal not finite.
+
+    Has gradients for `x` and `bias`, straight through the quantisation.
+
+    Args:
+        x: `[..., K]`, float32, float16 or bfloat16.
+        weight: int8 `[N, K]`; any value, -128 too.
+        scale: float32 `[N]`.
+        bias: `[N]`, float32, float16 or bfloat16.
+        input_scale: one scale for all of `x` (static quantisation), a float32 tensor of one element or a float.
+
+    Returns:
+        `[..., N]` of the dtype of `x`.
+
+    Raises:
+        TypeError: an argument has another dtype.
+        ValueError: the shapes do not fit.
+    """
+    if isinstance(input_scale, float | int):
+        input_scale = torch.full((), input_scale, dtype=torch.float32, device=x.device)
+    return _op(x, weight, scale, bias, input_scale)

@@ -1,0 +1,113 @@
+"""int8_weight_linear: a linear layer whose weight is int8 and whose activations stay float."""
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+from engine.ops._library import define, explained_by
+
+BLOCK_ELEMENTS = 1 << 20  # of the weight turned to float at once in the backward
+
+
+def _check_arguments(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    op = "int8_weight_linear"
+    _check.is_float(op, "x", x)
+    _check.is_dtype(op, "weight", weight, torch.int8)
+    _check.is_dtype(op, "scale", scale, torch.float32)
+    _check.has_shape(op, "weight", weight, ("N", "K"))
+    n, k = weight.shape
+    _check.expect(x.dim() >= 1 and x.shape[-1] == k, op, "x", f"shape [..., {k}]", list(x.shape))
+    _check.has_shape(op, "scale", scale, (n,))
+    if bias is not None:
+        _check.is_float(op, "bias", bias)
+        _check.has_shape(op, "bias", bias, (n,))
+
+
+def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_arguments(x, weight, scale, bias)
+    y = x.float() @ weight.float().t() * scale
+    if bias is not None:
+        y = y + bias.float()
+    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
+
+
+def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_arguments(x, weight, scale, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    _, weight, scale, bias = inputs
+    ctx.save_for_backward(weight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    weight, scale = ctx.saved_tensors
+    grad_x = _backward_input_op(grad, weight, scale) if ctx.needs_input_grad[0] else None
+    grad_bias = None
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.float().reshape(-1, weight.shape[0]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias
+
+
+_op = define(
+    "int8_weight_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+@explained_by(_check_arguments)
+def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`(x @ weight.T) * scale + bias` in fp32 arithmetic: only the weight is quantised.
+
+    A row of `x` that holds a NaN or an infinity makes its row of `y` NaN, and no other.
+
+    Has gradients for `x` and `bias`.
+
+    Args:
+        x: `[..., K]`, float32, float16 or bfloat16.
+        weight: int8 `[N, K]`; any value, -128 too.
+        scale: float32 `[N]`.
+        bias: `[N]`, float32, float16 or bfloat16.
+
+    Returns:
+        `[..., N]` of the dtype of `x`.
+
+    Raises:
+        TypeError: an argument has another dtype.
+        ValueError: the shapes do not fit.
+    """
+    return _op(x, weight, scale, bias)
+
+
+# The gradient's op. It goes through the weight block by block, so that it never lies in memory as fp32 as a whole.
+
+
+def _backward_input(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    op = "int8_weight_linear_backward_input"
+    _check.is_float(op, "grad", grad)
+    _check.is_dtype(op, "weight", weight, torch.int8)
+    n, k = weight.shape
+    _check.expect(grad.dim() >= 1 and grad.shape[-1] == n, op, "grad", f"shape [..., {n}]", list(grad.shape))
+    _check.has_shape(op, "scale", scale, (n,))
+    scaled = grad.reshape(grad.shape[:-1].numel(), n).float() * scale
+    total = scaled.new_zeros(scaled.shape[0], k)
+    step = max(1, BLOCK_ELEMENTS // max(1, k))
+    for begin in range(0, n, step):
+        total.addmm_(scaled[:, begin : begin + step], weight[begin : begin + step].float())
+    return total.reshape(*grad.shape[:-1], k).to(grad.dtype)
+
+
+def _fake_backward_input(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+_backward_input_op = define(
+    "int8_weight_linear_backward_input(Tensor grad, Tensor weight, Tensor scale) -> Tensor",
+    reference=_backward_input,
+    fake=_fake_backward_input,
+)
