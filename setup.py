@@ -13,10 +13,23 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 CPU_SOURCES = [
-    "csrc/cpu/isa.cpp",
+    "csrc/cpu/bitmap_int8_linear.cpp",
+    "csrc/cpu/bitmap_linear.cpp",
+    "csrc/cpu/bitmap_to_dense.cpp",
+    "csrc/cpu/csr_linear.cpp",
+    "csrc/cpu/int8_dequantize.cpp",
+    "csrc/cpu/int8_embedding.cpp",
+    "csrc/cpu/int8_linear.cpp",
     "csrc/cpu/int8_quantize.cpp",
+    "csrc/cpu/int8_weight_linear.cpp",
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/magnitude_threshold.cpp",
+    "csrc/cpu/prune_quantize_to_bitmap.cpp",
+    "csrc/cpu/prune_to_bitmap.cpp",
+    "csrc/cpu/prune_to_csr.cpp",
+    "csrc/cpu/threshold_prune.cpp",
 ]
-CUDA_SOURCES = []
+CUDA_SOURCES = ["csrc/cuda/prune_to_bitmap.cu"]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
 CXX = [*COMMON, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]

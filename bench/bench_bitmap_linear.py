@@ -17,27 +17,31 @@ def bitmap(n: int, k: int, sparsity: float, dtype: torch.dtype) -> tuple[torch.T
     return pack_mask(mask), row_offsets, torch.randn(int(row_offsets[-1])).to(dtype)
 
 
+def bench(n: int, k: int, sparsity: float, dtype: torch.dtype, why: str) -> None:
+    dense = rotated(lambda: torch.randn(n, k), n * k * 4)
+    half = rotated(lambda: torch.randn(n, k).bfloat16(), n * k * 2)
+    moved = int(n * k * (1 / 8 + (1 - sparsity) * dtype.itemsize))
+    maps = rotated(lambda: bitmap(n, k, sparsity, dtype), moved)
+    rows = []
+    for m in (1, 2, 4, 8, 16, 128):
+        x, x16 = torch.randn(m, k), torch.randn(m, k).bfloat16()
+        functions = {
+            "bitmap_linear": lambda i, x=x: bitmap_linear(x, *maps[i % len(maps)]),
+            "F.linear fp32": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
+        }
+        if m == 1:
+            functions["F.linear bf16"] = lambda i, x=x16: F.linear(x, half[i % len(half)])
+        repeats = 5 if n * k * m > 1 << 29 else 15
+        rows.append((f"M={m} N={n} K={k}", time_interleaved(functions, repeats), moved))
+    name = str(dtype).removeprefix("torch.")
+    print_rows(f"bitmap_linear, {sparsity:.0%} pruned, {name} values, {why}", rows, "bitmap_linear")
+
+
 def main() -> None:
     for (n, k), why in WEIGHTS.items():
-        dense = rotated(lambda n=n, k=k: torch.randn(n, k), n * k * 4)
-        half = rotated(lambda n=n, k=k: torch.randn(n, k).bfloat16(), n * k * 2)
         for sparsity in (0.5, 0.8):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                moved = int(n * k * (1 / 8 + (1 - sparsity) * dtype.itemsize))
-                maps = rotated(lambda n=n, k=k, s=sparsity, d=dtype: bitmap(n, k, s, d), moved)
-                rows = []
-                for m in (1, 2, 4, 8, 16, 128):
-                    x, x16 = torch.randn(m, k), torch.randn(m, k).bfloat16()
-                    functions = {
-                        "bitmap_linear": lambda i, x=x, maps=maps: bitmap_linear(x, *maps[i % len(maps)]),
-                        "F.linear fp32": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
-                    }
-                    if m == 1:
-                        functions["F.linear bf16"] = lambda i, x=x16: F.linear(x, half[i % len(half)])
-                    repeats = 5 if n * k * m > 1 << 29 else 15
-                    rows.append((f"M={m} N={n} K={k}", time_interleaved(functions, repeats), moved))
-                name = str(dtype).removeprefix("torch.")
-                print_rows(f"bitmap_linear, {sparsity:.0%} pruned, {name} values, {why}", rows, "bitmap_linear")
+                bench(n, k, sparsity, dtype, why)
 
 
 if __name__ == "__main__":

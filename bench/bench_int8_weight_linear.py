@@ -10,24 +10,28 @@ from engine.ops.int8_weight_linear import int8_weight_linear
 WEIGHTS = {(8192, 8192): "from memory", (4096, 4096): "an attention layer", (1536, 384): "MiniLM's, cached"}
 
 
+def bench(n: int, k: int, why: str) -> None:
+    dense = rotated(lambda: torch.randn(n, k), n * k * 4)
+    small = rotated(lambda: torch.randint(-127, 128, (n, k), dtype=torch.int8), n * k)
+    scale = torch.rand(n)
+    rows = []
+    for m in (1, 2, 4, 8, 16, 128, 512):
+        x, x16 = torch.randn(m, k), torch.randn(m, k).bfloat16()
+        functions = {
+            "int8_weight_linear": lambda i, x=x: int8_weight_linear(x, small[i % len(small)], scale),
+            "F.linear fp32": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
+        }
+        if m <= 8:
+            functions["_weight_int8pack_mm bf16"] = lambda i, x=x16: torch._weight_int8pack_mm(
+                x, small[i % len(small)], scale.bfloat16()
+            )
+        rows.append((f"M={m} N={n} K={k}", time_interleaved(functions, 7 if n * m > 1 << 20 else 25), n * k))
+    print_rows(f"int8_weight_linear, {why}", rows, "int8_weight_linear")
+
+
 def main() -> None:
     for (n, k), why in WEIGHTS.items():
-        dense = rotated(lambda n=n, k=k: torch.randn(n, k), n * k * 4)
-        small = rotated(lambda n=n, k=k: torch.randint(-127, 128, (n, k), dtype=torch.int8), n * k)
-        scale = torch.rand(n)
-        rows = []
-        for m in (1, 2, 4, 8, 16, 128, 512):
-            x, x16 = torch.randn(m, k), torch.randn(m, k).bfloat16()
-            functions = {
-                "int8_weight_linear": lambda i, x=x: int8_weight_linear(x, small[i % len(small)], scale),
-                "F.linear fp32": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
-            }
-            if m <= 8:
-                functions["_weight_int8pack_mm bf16"] = lambda i, x=x16: torch._weight_int8pack_mm(
-                    x, small[i % len(small)], scale.bfloat16()
-                )
-            rows.append((f"M={m} N={n} K={k}", time_interleaved(functions, 7 if n * m > 1 << 20 else 25), n * k))
-        print_rows(f"int8_weight_linear, {why}", rows, "int8_weight_linear")
+        bench(n, k, why)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,28 @@
 """Makes PyTorch models smaller and faster by kernels that read the compressed weights directly."""
 
-from engine import backends, ops  # ops first needs nothing; backends registers the native kernels for them
+from importlib.metadata import version
+
+from engine import backends, formats, nn, ops
+from engine.checkpoint import CheckpointError, load_, save
+from engine.compress import Prune, Quantize, Recipe, Report, compress_, prune_, quantize_
 from engine.ops._library import reference_mode
 
-__all__ = ["backends", "ops", "reference_mode"]
+__version__ = version("compression-engine")
+
+__all__ = [
+    "CheckpointError",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Report",
+    "backends",
+    "compress_",
+    "formats",
+    "load_",
+    "nn",
+    "ops",
+    "prune_",
+    "quantize_",
+    "reference_mode",
+    "save",
+]

@@ -195,7 +195,7 @@ def read_weight(file: CheckpointFile, name: str) -> Format:
 
 
 def _check_shapes(where: str, rows: int, columns: int, fields: dict[str, Any]) -> None:
-    """Checks a sparse weight's shape against the shapes of its tensors, and the order in which CSR has its columns."""
+    """Checks a sparse weight's shape against the shapes of its tensors."""
     if rows < 0 or columns < 0:
         raise CheckpointError(f"{where}: shape: negative: [{rows}, {columns}]")
     offsets = fields["row_offsets" if "row_offsets" in fields else "crow_indices"]
@@ -207,13 +207,6 @@ def _check_shapes(where: str, rows: int, columns: int, fields: dict[str, Any]) -
         return
     if bool((offsets[1:] < offsets[:-1]).any()) or offsets[0] != 0 or offsets[-1] != fields["values"].shape[0]:
         raise CheckpointError(f"{where}: crow_indices: must rise from 0 to the number of values")
-    col_indices = fields["col_indices"]
-    if col_indices.shape != fields["values"].shape:
-        raise CheckpointError(f"{where}: col_indices: expected as many as values")
-    # Within a row columns must rise: only where a new row begins may one be followed by a smaller.
-    falls = (col_indices[1:] <= col_indices[:-1]).nonzero().flatten() + 1
-    if not bool(torch.isin(falls, offsets).all()):
-        raise CheckpointError(f"{where}: col_indices: must rise within each row")
 
 
 def weight_parts(name: str, format: Format) -> dict[str, Tensor]:

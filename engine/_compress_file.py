@@ -42,6 +42,7 @@ WEIGHT_SUFFIXES = {
 PIPELINE_MODULE = re.compile(r"\d+_\w+")  # sentence-transformers keeps further layers of its pipeline in such folders
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
 CHUNK_ELEMENTS = 1 << 22
+HALF = 16  # bits of a float32
 
 Tick = Callable[[str, int], object]  # called with a tensor's name and its bytes when a pass has dealt with it
 
@@ -151,7 +152,7 @@ def compress_file(source: Source, out: Path, recipe: Recipe, tick: Tick = lambda
         CheckpointError: the source is damaged, or names a tensor as a compressed one would be named.
         OSError: reading or writing failed.
     """
-    chosen, left = _choose(source, recipe)
+    chosen, left = choose(source, recipe)
     threshold = _model_threshold(source, chosen, recipe)
     plans: dict[str, _Plan] = {}
     outcomes: list[Outcome] = []
@@ -192,7 +193,7 @@ def _dtype(source: Source, name: str) -> torch.dtype:
     return dtype
 
 
-def _choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
+def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
     """The weights to compress, each with the class its name speaks for, and those left alone with the reason."""
     check_patterns("compress", (*recipe.targets, *recipe.ignore))
     chosen: dict[str, str] = {}
@@ -230,16 +231,36 @@ def _means(pattern: str, module: str, kind: str) -> bool:
     return matches(pattern, module, kind) or (not pattern.startswith("re:") and module.startswith(f"{pattern}."))
 
 
-def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> float | None:
-    """The threshold that all weights share where that is known before they are looked at one by one."""
-    if recipe.prune is None:
-        return None
-    if recipe.prune.sparsity is not None and recipe.prune.scope == "model":
-        raise ValueError("scope 'model' needs all weights at once: use engine.compress_, or scope 'layer' or 'row'")
-    return recipe.prune.threshold
+def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> Tensor | float | None:
+    """The threshold that all weights share, or None where each has its own.
+
+    For scope "model" that is what ops.magnitude_threshold gives for all of them together, but with one in memory at a
+    time. Magnitudes in float32 are ordered as their bits are, so two rounds of counting find the k-th smallest: by the
+    upper half of the bits, then, within the half where it lies, by the lower.
+    """
+    prune = recipe.prune
+    if prune is None or prune.sparsity is None or prune.scope != "model":
+        return None if prune is None else prune.threshold
+    names = [name for name, kind in chosen.items() if kind == "Linear"]
+    rank = round(prune.sparsity * sum(math.prod(source.entry(name).shape) for name in names))
+    if rank == 0:
+        return 0.0
+    prefix = 0
+    for level in (0, 1):
+        counts = torch.zeros(1 << HALF, dtype=torch.int64)
+        for name in names:
+            for chunk in _chunks(source.read(name)):
+                bits = chunk.float().abs().reshape(-1).view(torch.int32)
+                digits = bits >> HALF if level == 0 else bits[bits >> HALF == prefix] & ((1 << HALF) - 1)
+                counts += torch.bincount(digits, minlength=1 << HALF)
+        below = counts.cumsum(0)
+        digit = int((below >= rank).nonzero()[0])
+        rank -= int(below[digit] - counts[digit])
+        prefix = prefix << HALF | digit
+    return torch.tensor(prefix, dtype=torch.int32).view(torch.float32)
 
 
-def _plan(name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: float | None) -> _Plan:
+def _plan(name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: Tensor | float | None) -> _Plan:
     rows, columns = weight.shape
     if not all(bool(chunk.isfinite().all()) for chunk in _chunks(weight)):
         raise ValueError(f"{name}: holds a NaN or an infinity")
@@ -248,7 +269,7 @@ def _plan(name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: float
     if kind == "Embedding" or recipe.prune is None:
         assert recipe.quantize is not None
         return _Plan(None, DenseInt8(meta, scale))
-    limit: Tensor | float | None = threshold
+    limit = threshold
     if limit is None:
         assert recipe.prune.sparsity is not None
         scope = "row" if recipe.prune.scope == "row" else "tensor"

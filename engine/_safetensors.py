@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,35 +100,51 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: too short for a safetensors file: {status.st_size} bytes")
         self._bytes_read = 0
         with explained(f"{self.path}"):
-            self._file = safe_open(self.path, "pt")
-            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-            self.entries = {name: self._entry(name) for name in self._file.keys()}  # noqa: SIM118 (no mapping)
+            file = safe_open(self.path, "pt")
+            self.metadata: dict[str, str] = dict(file.metadata() or {})
+            self.entries = {name: self._entry(file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        self._file: Any = file
 
-    def _entry(self, name: str) -> Entry:
-        part = self._file.get_slice(name)
+    @staticmethod
+    def _entry(file: Any, name: str) -> Entry:
+        part = file.get_slice(name)
         return Entry(DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
 
     def read(self, name: str) -> Tensor:
         """A copy of a tensor in memory of its own, on the CPU. CheckpointError where that fails."""
+        with self._mapped(name) as tensor:
+            return tensor.clone()
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copies a tensor into one of the same type and shape, without another copy on the way."""
+        with self._mapped(name) as tensor, torch.no_grad():
+            target.copy_(tensor)
+
+    @contextlib.contextmanager
+    def _mapped(self, name: str) -> Iterator[Tensor]:
+        """A tensor over the file's own pages."""
         where, entry = f"{self.path}: {name}", self.entries[name]
         if entry.dtype is None:
             raise CheckpointError(f"{where}: its data type is not supported")
         with explained(where):
-            if self._bytes_read > REOPEN_BYTES:
-                self._file, self._bytes_read = safe_open(self.path, "pt"), 0
-            self._bytes_read += entry.nbytes
-            tensor = self._file.get_tensor(name).clone()
+            self._file = self._file or safe_open(self.path, "pt")
+            tensor = self._file.get_tensor(name)
         if Entry.of(tensor) != entry:  # only where the file was replaced in the meantime
             raise CheckpointError(f"{where}: the file changed while it was read: {entry}, then {Entry.of(tensor)}")
-        return tensor
+        try:
+            yield tensor
+        finally:
+            self._bytes_read += entry.nbytes
+            if self._bytes_read >= REOPEN_BYTES:
+                self._file, self._bytes_read = None, 0
 
 
 class TensorWriter:
     """Writes a safetensors file whose tensors are known by type and shape, each written when its data is there.
 
-    The header comes first and needs no rewriting: as every size is known, each tensor has its place from the start. Wider
-    types come first, so that every tensor is aligned. All of it goes to a temporary file in the same folder, which takes
-    the target's name when the `with` block ends well, and is removed when it doesn't.
+    As every size is known, the header comes first, needs no rewriting, and gives each tensor its place from the start;
+    wider types come first, so that every tensor is aligned. All of it goes to a temporary file in the same folder, that
+    takes the target's name when the `with` block ends well, and is removed when it doesn't.
 
     Args:
         path: the target, replaced if it exists.

@@ -305,10 +305,9 @@ def _commit(
     """Changes the model; on any exception everything is put back."""
     undo: list[Callable[[], object]] = []
     try:
-        with torch.no_grad():
-            for tensor, source in copies:
-                undo.append(functools.partial(_copy, tensor, tensor.detach().clone()))
-                tensor.copy_(file.read(source))
+        for tensor, source in copies:
+            undo.append(functools.partial(_copy, tensor, tensor.detach().clone()))
+            file.read_into(source, tensor)
         for path, module in replacements.items():
             parent, child = _parent(model, path)
             _set_item(parent._modules, child, module, undo)

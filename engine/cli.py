@@ -21,7 +21,7 @@ from rich.table import Table
 
 from engine import backends
 from engine._checkpoint_file import CheckpointFile, read_weight
-from engine._compress_file import WEIGHTS, Result, Source, compress_file, copy_companions, remove_stale_weights
+from engine._compress_file import WEIGHTS, Result, Source, choose, compress_file, copy_companions, remove_stale_weights
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 
 app = typer.Typer(
@@ -90,7 +90,7 @@ def compress(
     threshold: Annotated[float | None, typer.Option(help="Prune weights whose magnitude is at most this.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Prune this fraction of the weights, from 0 to 1.")] = None,
     scope: Annotated[
-        str, typer.Option(help="Where sparsity is reached: in each row, in each layer, or model.")
+        str, typer.Option(help="Where sparsity is reached: in each row, in each layer, or in the whole model.")
     ] = "layer",
     pattern: Annotated[str, typer.Option(help="Which weights may be pruned: unstructured means any.")] = "unstructured",
     int8: Annotated[bool, typer.Option(help="Store what is kept as int8.")] = False,
@@ -110,6 +110,7 @@ def compress(
     with _one_line_errors():
         source = Source(model)
         _check_out(model, out, force)
+        _check_patterns(source, recipe)
         if source.is_folder:
             result = _compress_folder(source, out, recipe)
         else:
@@ -138,13 +139,19 @@ def _recipe(
             "use engine.compress_ in Python, or --guard size",
             BAD_OPTION,
         )
-    if scope == "model" and sparsity is not None:
-        _fail("--scope model needs all weights at once: use engine.compress_, or --scope layer or row", BAD_OPTION)
     try:
         prunes = threshold is not None or sparsity is not None
         prune = Prune(sparsity, threshold, scope, pattern) if prunes else None
         return Recipe(prune, Quantize() if int8 else None, targets, ignore, guard)
     except (TypeError, ValueError) as error:
+        _fail(error, BAD_OPTION)
+
+
+def _check_patterns(source: Source, recipe: Recipe) -> None:
+    """Ends the command where a pattern is none, or a target is not in the model: those are options too."""
+    try:
+        choose(source, recipe)
+    except ValueError as error:
         _fail(error, BAD_OPTION)
 
 

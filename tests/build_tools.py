@@ -1,4 +1,4 @@
-"""What the tests that compile C++ or CUDA share: commands that fail loudly, and files made anew only when they must be."""
+"""What the tests that compile C++ or CUDA share: commands that fail loudly, files made anew only where needed."""
 
 import hashlib
 import os

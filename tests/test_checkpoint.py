@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from engine import checkpoint
 from engine._checkpoint_file import CheckpointFile, weight_parts
 from engine._safetensors import Entry, TensorWriter
 from engine.checkpoint import CheckpointError, load_, read_weight, save
@@ -50,7 +51,7 @@ def rewrite(path: Path, change) -> None:
 
 def small_file(path: Path, recipe: str = "bitmap int8") -> None:
     model = Mlp()
-    compress_(model, RECIPES[recipe], X)
+    compress_(model, RECIPES[recipe])
     save(model, path, RECIPES[recipe])
 
 
@@ -58,7 +59,7 @@ def small_file(path: Path, recipe: str = "bitmap int8") -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_fresh_model_computes_the_same_bits(recipe, dtype, path):
     model = Mlp().to(dtype).eval()
-    compress_(model, RECIPES[recipe], X.to(dtype))
+    compress_(model, RECIPES[recipe], X.to(dtype) if "static" in recipe else None)
     save(model, path, RECIPES[recipe])
     fresh = load_(Mlp().to(dtype).eval(), path)
     assert torch.equal(fresh(X.to(dtype)), model(X.to(dtype)))
@@ -126,7 +127,7 @@ def test_plain_ties_are_stored_once_and_restored(path):
     assert path.stat().st_size > size + 100 * 64 * 4 - 200
     tied_model = TinyLm()
     before = state_of(tied_model)
-    with pytest.raises(CheckpointError, match="differs from embed.weight"):
+    with pytest.raises(CheckpointError, match=r"differs from embed\.weight"):
         load_(tied_model, path)
     assert_unchanged(tied_model, before)
 
@@ -179,7 +180,7 @@ def test_buffers_dtypes_and_odd_tensors(path):
             self.register_buffer("empty", torch.empty(0, 4))
             self.register_buffer("flags", torch.tensor([bool(fill), True]))
             self.register_buffer("strided", torch.full((4, 6), fill, dtype=torch.int16).t())
-            self.register_buffer("double", torch.full((3,), fill, dtype=torch.float64))
+            self.register_buffer("wide", torch.full((3,), fill, dtype=torch.float64))
 
     model = Odd(1)
     save(model, path)
@@ -268,28 +269,43 @@ def test_pruned_embedding_is_refused(path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("reads", [0, 1, 3])
+@pytest.mark.parametrize("reads", [0, 1])
 def test_an_interrupt_while_the_model_changes_undoes_all(error, reads, path, monkeypatch):
     small_file(path, "bitmap")
     model = Mlp()
     before = state_of(model)
-    read, count = CheckpointFile.read, 0
+    read_into, count = CheckpointFile.read_into, 0
 
-    def failing(self, name):
+    def failing(self, name, tensor):
         nonlocal count
-        count += name.endswith("bias") or name == "head.weight"
+        count += 1
+        read_into(self, name, tensor)
         if count > reads:
             raise error
-        return read(self, name)
 
-    # Everything else is compressed and so read before; biases are read while they are copied.
-    monkeypatch.setattr(CheckpointFile, "read", failing)
-    if reads < 2:
-        with pytest.raises(error):
-            load_(model, path)
-        assert_unchanged(model, before)
-    else:
+    monkeypatch.setattr(CheckpointFile, "read_into", failing)
+    with pytest.raises(error):
         load_(model, path)
+    assert_unchanged(model, before)
+
+
+def test_an_interrupt_while_modules_are_replaced_undoes_all(path, monkeypatch):
+    small_file(path, "bitmap")
+    model = Mlp()
+    before = state_of(model)
+    set_item, count = checkpoint._set_item, 0
+
+    def failing(*args):
+        nonlocal count
+        count += 1
+        set_item(*args)
+        if count == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_set_item", failing)
+    with pytest.raises(KeyboardInterrupt):
+        load_(model, path)
+    assert_unchanged(model, before)
 
 
 def test_what_is_no_file(tmp_path):
@@ -374,7 +390,7 @@ def edit_tensor(format, part, index, value):
     return change
 
 
-LARGE = 2**63 - 1
+LARGE, LARGE_32 = 2**63 - 1, 2**31 - 1
 HOSTILE = {
     "negative rows": (edit_tensor(Bitmap, ".shape", 0, -1), "shape: negative"),
     "other rows": (edit_tensor(Bitmap, ".shape", 0, LARGE), "shape: "),
@@ -388,13 +404,12 @@ HOSTILE = {
     "scale nan": (edit_tensor(Bitmap, ".scale", 3, torch.nan), "scale: "),
     "scale zero": (edit_tensor(DenseInt8, "_scale", 3, 0), "scale: "),
     "scale infinite": (edit_tensor(DenseInt8, "_scale", 3, torch.inf), "scale: "),
-    "crow": (edit_tensor(Csr, ".crow_indices", 5, LARGE), "crow_indices: "),
-    # Differences of neighbours overflow and look positive: 2^63 - 1, then -2.
-    "crow that wraps": (edit_tensor(Csr, ".crow_indices", slice(5, 7), torch.tensor([LARGE, -2])), "crow_indices: "),
+    "crow": (edit_tensor(Csr, ".crow_indices", 5, LARGE_32), "crow_indices: "),
+    # Differences of neighbours overflow and look positive: 2^31 - 1, then -2.
+    "crow that wraps": (edit_tensor(Csr, ".crow_indices", slice(5, 7), torch.tensor([LARGE_32, -2])), "crow_indices: "),
     "col": (edit_tensor(Csr, ".col_indices", 5, 256), "col_indices: "),
     "col negative": (edit_tensor(Csr, ".col_indices", 5, -1), "col_indices: "),
-    "col twice": (edit_tensor(Csr, ".col_indices", slice(0, 2), 3), "col_indices: must rise within each row"),
-    "csr columns": (edit_tensor(Csr, ".shape", 1, 2**40), "has shape"),
+    "csr columns": (edit_tensor(Csr, ".shape", 1, 2**20), "has shape"),
 }
 
 
@@ -548,4 +563,4 @@ def test_memory(path):
         return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
 
     assert run("save") < 1.5 * layer
-    assert run("load") < (count + 2.5) * layer
+    assert run("load") < (count + 1.5) * layer

@@ -3,12 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from build_tools import run_pytest
 
-ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Triton decides when it is imported whether it interprets, so that either kind of test needs a process of its own.
@@ -18,26 +17,8 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="Triton is in interpreter mode
 
 def run_interpreted(file: str) -> None:
     """Runs the tests of `file` that are marked `interpreted`, in a process of their own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        ROOT / "pyproject.toml",
-        "--rootdir",
-        ROOT,
-        "-p",
-        "no:cacheprovider",
-    ]
-    # Not in the checkout's root, which `-m` would put on the path, and with it the uninstalled `kernels`.
-    done = subprocess.run(
-        [str(part) for part in (*command, "--show-capture=no", file)],
-        cwd=Path(file).parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and re.search(r"[1-9]\d* passed", done.stdout), (done.stdout + done.stderr)[-8000:]
+    out = run_pytest([file], TRITON_INTERPRET="1")
+    assert re.search(r"[1-9]\d* passed", out), out[-8000:]
 
 
 def compile_for(capability: int, kernel, signature: dict, constants: dict, divisible: tuple = (), num_warps: int = 4):

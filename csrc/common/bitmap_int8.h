@@ -14,9 +14,9 @@ struct Int8Bitmap {
     int64_t n, k, nnz;
 
     const uint8_t* row_mask(int64_t row) const { return mask + row * mask_bytes(k); }
-    // The values from `position` on, of which min(kc, bits set) + kReadAhead may be read: where they are, or in `buffer`
-    // where that might leave the tensor. A row that lies about its bits may have led beyond the values: then what is
-    // read means nothing, and `ends_well` says so in the end.
+    // The values from `position` on, of which min(kc, bits set) + kReadAhead may be read: where they are, or in
+    // `buffer` where that might leave the tensor. A row that lies about its bits may have led beyond the values: then
+    // what is read means nothing, and `ends_well` says so in the end.
     const int8_t* readable(int64_t position, int64_t kc,
                            int8_t* buffer) const {  // [kc + kReadAhead]
         if (nnz - position >= kc + kReadAhead) return values + position;

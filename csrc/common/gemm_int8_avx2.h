@@ -13,6 +13,7 @@
 // outputs takes 8 accumulators, 4 registers for weights, 2 for activations (pairs, broadcast) and 2 for the sums x + w.
 #pragma once
 
+#include "common/isa.h"
 #if ENGINE_X86
 #include <immintrin.h>
 
@@ -57,6 +58,9 @@ struct PanelAvx2 {
             // The pairs of bytes of 8 rows are transposed as 16-bit units: rows 0 to 7 in the lower lane, 8 to 15
             // above.
             __m256i a[8], b[8];
+            if (k % 64 == 0) {  // rows are read a short piece at a time: ask memory for the next pieces
+                for (int64_t j = 0; j < rows; ++j) __builtin_prefetch(w + j * stride + k + kc);
+            }
             for (int j = 0; j < 8; ++j) a[j] = load_rows_avx2(w + k, stride, rows, j, kc - k);
             for (int j = 0; j < 4; ++j) {
                 b[2 * j] = _mm256_unpacklo_epi16(a[2 * j], a[2 * j + 1]);

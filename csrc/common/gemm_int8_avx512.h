@@ -6,6 +6,7 @@
 // registers for weights. The activations (one dword) are broadcast from memory by vpdpbusd itself.
 #pragma once
 
+#include "common/isa.h"
 #if ENGINE_X86
 #include <immintrin.h>
 

@@ -2,6 +2,7 @@
 // compilers narrow 32-bit integers in a roundabout way. The arithmetic is that of common/quantize.h, to the bit.
 #pragma once
 
+#include "common/isa.h"
 #if ENGINE_X86
 #include <immintrin.h>
 

@@ -2,6 +2,7 @@
 // the panels of common/gemm_int8.h; for a few, dot products straight from the weights, which are then read from memory
 // once and would cost more to rearrange than to multiply.
 
+#include "common/dot_int8_avx2.h"
 #include "common/gemm_int8.h"
 #include "common/tensor.h"
 #if ENGINE_X86
@@ -193,17 +194,38 @@ void dot_linear(const LinearCall<T>& call, const int8_t* weight) {
                   [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end); });
 }
 
-// Up to so many rows of activations dot products are the faster way.
-constexpr int64_t kDotRows = 16;
+#if ENGINE_X86
+template <class T>
+void winograd_linear(const LinearCall<T>& call, const int8_t* weight) {
+    using Rows = QuantizedRows<int16_t>;
+    Scratch<ActivationScratch> scratch(Rows::scratch_bytes(call.m, call.k));
+    const Rows rows(scratch, call.m, call.k);
+    quantize_activations(call.x, call.input_scale, rows);
+    int64_t row_sums[WinogradDots::kMaxRows];
+    for (int64_t row = 0; row < call.m; ++row)
+        row_sums[row] = WinogradDots::row_sum(rows.q + row * rows.stride, rows.stride);
+    parallel_rows(call.n, call.k * (1 + call.m / 4),
+                  [&](int64_t begin, int64_t end) { WinogradDots::outputs(call, rows, row_sums, weight, begin, end); });
+}
+#endif
+
+// Up to how many rows of activations each way is the fastest.
+#ifndef KDOT
+#define KDOT 16
+#endif
+constexpr int64_t kDotRows = 16;     // AVX-512 and portable
+constexpr int64_t kDotRowsAvx2 = 3;  // of which memory is the limit
+constexpr int64_t kWinogradRows = KDOT;
 
 template <class T>
 void linear(const LinearCall<T>& call, const int8_t* weight) {
-    if (call.m > kDotRows) return int8_panel_linear(call, DenseProvider{weight, call.k});
 #if ENGINE_X86
-    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
-    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
+    if (isa() == Isa::avx2 && call.m <= kDotRowsAvx2) return dot_linear<DotAvx2>(call, weight);
+    if (isa() == Isa::avx2 && call.m <= kWinogradRows) return winograd_linear(call, weight);
+    if (isa() == Isa::avx512 && call.m <= kDotRows) return dot_linear<DotAvx512>(call, weight);
 #endif
-    dot_linear<DotPortable>(call, weight);
+    if (isa() == Isa::portable && call.m <= kDotRows) return dot_linear<DotPortable>(call, weight);
+    int8_panel_linear(call, DenseProvider{weight, call.k});
 }
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,

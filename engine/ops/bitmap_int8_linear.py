@@ -87,11 +87,11 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None, None,
     """Straight through the quantisation: as if `x` had been multiplied by the dequantised weight."""
     bitmask, row_offsets, values, scale = ctx.saved_tensors
     grad = grad.float()
-    grad_x, grad_bias = None, None
+    grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         weight = bitmap_to_dense(bitmask, row_offsets, values, ctx.columns)
         grad_x = (grad @ (weight * scale.unsqueeze(-1))).to(ctx.dtype)
-    if ctx.needs_input_grad[5]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:  # left out, bias may have no place in the tuple
         grad_bias = grad.reshape(-1, bitmask.shape[0]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None
 

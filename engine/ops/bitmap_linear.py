@@ -61,7 +61,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | No
         grad_x = _backward_input_op(grad, bitmask, row_offsets, values, ctx.columns)
     if ctx.needs_input_grad[3]:
         grad_values = _backward_values_op(grad, x, bitmask, row_offsets, ctx.nnz, ctx.dtype)
-    if ctx.needs_input_grad[4]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:  # an omitted bias has no entry there
         grad_bias = grad.float().reshape(-1, bitmask.shape[0]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_values, grad_bias
 

@@ -46,7 +46,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | No
     weight, scale = ctx.saved_tensors
     grad_x = _backward_input_op(grad, weight, scale) if ctx.needs_input_grad[0] else None
     grad_bias = None
-    if ctx.needs_input_grad[3]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # an omitted bias has no entry there
         grad_bias = grad.float().reshape(-1, weight.shape[0]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias
 

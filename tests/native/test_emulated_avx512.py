@@ -29,8 +29,10 @@ def emulated_library():
     shared = [*COMPILE, headers_text("csrc", "tests/native")]
 
     def compile_one(source):
-        make = lambda path: run([*COMPILE, source, "-o", path])  # noqa: E731
-        return cached(f"emulated_{source.stem}.o", [*shared, source.read_text()], make)
+        def compile_to(path):
+            run([*COMPILE, source, "-o", path])
+
+        return cached(f"emulated_{source.stem}.o", [*shared, source.read_text()], compile_to)
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sorted((ROOT / "csrc/cpu").glob("*.cpp"))))
@@ -38,13 +40,9 @@ def emulated_library():
 
 
 def test_ops_with_emulated_avx512(emulated_library):
-    out = pytest_in(
-        emulated_library, ROOT / "tests/ops", "-k", "avx512", "-rN", "--no-header", "-vv", "--show-capture=no"
-    )
-    passed = re.findall(r"tests/ops/(test_\w+)\.py::\S*\[.*avx512.*\] PASSED", out)
-    wanted = {
-        p.stem
-        for p in (ROOT / "tests/ops").glob("test_*.py")
-        if re.search(r"def test_\w+\(.*\bvariant\b", p.read_text())
-    }
-    assert wanted and wanted == set(passed), f"no emulated AVX-512 test passed in {sorted(wanted - set(passed))}"
+    arguments = [ROOT / "tests/ops", "-k", "avx512", "-vv", "-rN"]
+    out = run_pytest(arguments, ENGINE_CPU_LIBRARY=str(emulated_library))
+    passed = set(re.findall(r"ops/(test_\w+)\.py::\S*\[.*avx512.*\] PASSED", out))
+    uses_variant = re.compile(r"def test_\w+\([^)]*\bvariant\b")
+    wanted = {p.stem for p in (ROOT / "tests/ops").glob("test_*.py") if uses_variant.search(p.read_text())}
+    assert wanted and wanted == passed, f"no emulated AVX-512 test passed in {sorted(wanted - passed)}"

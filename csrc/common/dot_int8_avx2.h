@@ -1,0 +1,153 @@
+// Dot products of int8 weights as they lie with a few rows of activations, for AVX2, by Winograd's identity as in
+// common/gemm_int8_avx2.h: (x0 + w1) (x1 + w0) = x0 w0 + x1 w1 + x0 x1 + w0 w1. Here element i of each block of 32 is
+// partnered with i + 16. Four rows of weights are widened to 16 bits once and multiply all rows of activations, in
+// stretches of K short enough that both stay in L1.
+#pragma once
+
+#include "common/isa.h"
+#if ENGINE_X86
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/int8_activations.h"
+
+namespace engine {
+
+struct WinogradDots {
+    static constexpr int kColumns = 4;              // weight rows side by side
+    static constexpr int64_t kMaxRows = 64;         // of activations
+    static constexpr int64_t kMaxDepth = 1536;      // of K at once
+    static constexpr int64_t kL1Values = 12 << 10;  // 16-bit values that share L1: 24 KB
+
+    static int64_t depth(int64_t rows) {
+        return std::clamp<int64_t>(kL1Values / (rows + kColumns) / 32 * 32, 192, kMaxDepth);
+    }
+
+    // The sum of x0 x1 over a row of activations.
+    ENGINE_AVX2 static int64_t row_sum(const int16_t* q,  // [stride]
+                                       int64_t stride) {
+        int64_t sum = 0;
+        for (int64_t begin = 0; begin < stride; begin += kExactDepth) {
+            __m256i part = _mm256_setzero_si256();
+            for (int64_t i = begin; i < std::min(stride, begin + kExactDepth); i += 32) {
+                const auto* x = reinterpret_cast<const __m256i*>(q + i);
+                part = _mm256_add_epi32(part, _mm256_madd_epi16(_mm256_load_si256(x), _mm256_load_si256(x + 1)));
+            }
+            sum += sum_lanes_avx2(part);
+        }
+        return sum;
+    }
+
+    // Adds the four lanes of each of four vectors: one sum a vector.
+    ENGINE_AVX2 ENGINE_INLINE static __m128i sums_of(__m256i a, __m256i b, __m256i c, __m256i d) {
+        const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+        return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    }
+
+    // Widens a block and returns the sums of w0 w1 of its rows. Zeros beyond kc, up to a multiple of 32, and in rows
+    // that are missing.
+    ENGINE_AVX2 static __m128i widen(const int8_t* w,  // [columns, stride]
+                                     int64_t stride, int64_t columns, int64_t kc,
+                                     int64_t ahead,  // how far on memory is asked for
+                                     int16_t* to) {  // [kColumns, kMaxDepth]
+        __m256i sum[kColumns];
+        for (int64_t j = 0; j < kColumns; ++j) {
+            sum[j] = _mm256_setzero_si256();
+            const int8_t* from = w + j * stride;
+            for (int64_t k = 0; k < kc; k += 32) {
+                __m256i bytes = _mm256_setzero_si256();
+                if (j < columns && kc - k >= 32) {
+                    bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
+                    __builtin_prefetch(from + k + ahead, 0, 2);
+                } else if (j < columns) {
+                    alignas(32) int8_t rest[32] = {};
+                    std::copy(from + k, from + kc, rest);
+                    bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(rest));
+                }
+                const __m256i low = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes));
+                const __m256i high = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));
+                auto* out = reinterpret_cast<__m256i*>(to + j * kMaxDepth + k);
+                _mm256_store_si256(out, low);
+                _mm256_store_si256(out + 1, high);
+                sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(low, high));
+            }
+        }
+        return sums_of(sum[0], sum[1], sum[2], sum[3]);
+    }
+
+    // R rows of activations by four of weights; adds to `sums`.
+    template <int R>
+    ENGINE_AVX2 static void tile(const int16_t* q,  // [R, stride]
+                                 int64_t stride,
+                                 const int16_t* w,  // [kColumns, kMaxDepth]
+                                 int64_t kc, __m128i w_sums,
+                                 int64_t* sums) {  // [R, kColumns]
+        __m256i acc[R][kColumns];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kColumns; ++j) acc[r][j] = _mm256_setzero_si256();
+        }
+        for (int64_t k = 0; k < kc; k += 32) {
+            __m256i x0[R], x1[R];
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                x0[r] = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + r * stride + k));
+                x1[r] = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + r * stride + k + 16));
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < kColumns; ++j) {
+                const __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + j * kMaxDepth + k));
+                const __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + j * kMaxDepth + k + 16));
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) {
+                    const __m256i product = _mm256_madd_epi16(_mm256_add_epi16(x0[r], w1), _mm256_add_epi16(x1[r], w0));
+                    acc[r][j] = _mm256_add_epi32(acc[r][j], product);
+                }
+            }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+            auto* total = reinterpret_cast<__m256i*>(sums + r * kColumns);
+            const __m128i part = _mm_sub_epi32(sums_of(acc[r][0], acc[r][1], acc[r][2], acc[r][3]), w_sums);
+            _mm256_store_si256(total, _mm256_add_epi64(_mm256_load_si256(total), _mm256_cvtepi32_epi64(part)));
+        }
+    }
+
+    // Outputs [begin, end) of every row.
+    template <class T>
+    ENGINE_AVX2 static void outputs(const LinearCall<T>& call, const QuantizedRows<int16_t>& rows,
+                                    const int64_t* row_sums,  // [m]
+                                    const int8_t* weight,     // [n, k]
+                                    int64_t begin, int64_t end) {
+        alignas(64) int16_t wide[kColumns * kMaxDepth];
+        alignas(64) int64_t sums[kMaxRows * kColumns];
+        const int64_t step = depth(call.m), ahead = std::max<int64_t>(8 << 10, kColumns * call.k);
+        for (int64_t column = begin; column < end; column += kColumns) {
+            const int64_t columns = std::min<int64_t>(kColumns, end - column);
+            for (int64_t i = 0; i < call.m * kColumns; ++i) sums[i] = -row_sums[i / kColumns];
+            for (int64_t k = 0; k < call.k; k += step) {
+                const int64_t kc = std::min(step, call.k - k);
+                const __m128i w_sums = widen(weight + column * call.k + k, call.k, columns, kc, ahead, wide);
+                int64_t row = 0;
+                for (; row + 2 <= call.m; row += 2) {
+                    tile<2>(rows.q + row * rows.stride + k, rows.stride, wide, kc, w_sums, sums + row * kColumns);
+                }
+                if (row < call.m) {
+                    tile<1>(rows.q + row * rows.stride + k, rows.stride, wide, kc, w_sums, sums + row * kColumns);
+                }
+            }
+            for (int64_t row = 0; row < call.m; ++row) {
+                T* to = call.y + row * call.n + column;
+                for (int64_t j = 0; j < columns; ++j) {
+                    to[j] = linear_output(sums[row * kColumns + j], rows.scale[row], call, column + j);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace engine
+#endif

