@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 CPU_VARIANTS = ("portable", "avx2", "avx512")  # in the order of csrc/common/isa.h
-TRITON_KERNELS: tuple[str, ...] = ("threshold_prune",)  # modules of engine.kernels, each owning the CUDA key of the op of its name
+TRITON_KERNELS: tuple[str, ...] = (
+    "threshold_prune",
+)  # modules of engine.kernels, each owning the CUDA key of the op of its name
 
 
 @dataclasses.dataclass(frozen=True)

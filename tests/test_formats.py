@@ -104,7 +104,7 @@ def damaged_bitmaps():
     yield "values of another dtype", change("values", lambda t: t.int())
 
 
-@pytest.mark.parametrize(("what", "format"), damaged_bitmaps(), ids=lambda p: p if isinstance(p, str) else "")
+@pytest.mark.parametrize(("what", "format"), list(damaged_bitmaps()), ids=lambda p: p if isinstance(p, str) else "")
 def test_check_refuses_damage(what, format):
     with pytest.raises((ValueError, TypeError), match=r"engine\.formats\.Bitmap: "):
         format.check()

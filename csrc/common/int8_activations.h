@@ -82,7 +82,11 @@ struct QuantizedRows {
     int64_t* sum;             // [rows], the sum of a row's q; for int8_t only
     int64_t rows, k, stride;  // stride is a multiple of 64
 
-    static int64_t stride_for(int64_t k) { return (k + 63) / 64 * 64; }
+    // Rows a multiple of 1 KB apart would share a few sets of the cache and drive each other out.
+    static int64_t stride_for(int64_t k) {
+        const int64_t stride = (k + 63) / 64 * 64;
+        return stride * static_cast<int64_t>(sizeof(Q)) % 1024 == 0 ? stride + 64 : stride;
+    }
     static int64_t scratch_bytes(int64_t rows, int64_t k) {
         using S = Scratch<ActivationScratch>;
         return S::bytes_for<Q>(rows * stride_for(k)) + S::bytes_for<float>(rows) + S::bytes_for<int64_t>(rows);

@@ -18,6 +18,10 @@ constexpr int64_t kGroupRows = 16;
 // Up to so many rows of activations dot products are the faster way.
 constexpr int64_t kDotRows = 16;
 
+// How far ahead of a single row of activations memory is asked for. Rows lie one after another: masks are one
+// sequential stream, values another.
+constexpr int64_t kValuesAhead = 4 << 10, kMaskAhead = 1 << 10;
+
 // A weight row on its way along K.
 struct Column {
     const uint8_t* mask;   // of the stretch
@@ -85,6 +89,8 @@ struct VectorAvx2 {
         __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
         int64_t k = 0;
         for (; k + 64 <= kc; k += 64) {
+            __builtin_prefetch(mask + k / 8 + kMaskAhead);
+            __builtin_prefetch(values + kValuesAhead);
             uint64_t bits;
             std::memcpy(&bits, mask + k / 8, 8);
             step(bits, q + k, values, acc);
@@ -207,7 +213,6 @@ struct VectorAvx512 {
     static int64_t depth(int64_t) { return kExactDepth; }
 
     ENGINE_AVX512 static void stretch(const int8_t* q, int64_t, int64_t, Column* columns, int64_t kc, int32_t* sums) {
-        constexpr int64_t kAhead = 8 << 10;  // bytes of values; an eighth of it for the mask, which is read as fast at 80 %
         const uint8_t* mask = columns[0].mask;
         const int8_t* values = columns[0].values;
         __m512i acc[4];
@@ -216,10 +221,10 @@ struct VectorAvx512 {
         for (; k + 256 <= kc; k += 256) {
             uint64_t bits[4];
             std::memcpy(bits, mask + k / 8, 32);
-            __builtin_prefetch(mask + k / 8 + kAhead / 4);
+            __builtin_prefetch(mask + k / 8 + kMaskAhead);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                __builtin_prefetch(values + kAhead);
+                __builtin_prefetch(values + kValuesAhead);
                 const __m512i w = expand_shifted_avx512(values, bits[i]);
                 acc[i] = _mm512_dpbusd_epi32(acc[i], w, _mm512_load_si512(q + k + 64 * i));
             }

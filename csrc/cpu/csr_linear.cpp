@@ -23,13 +23,13 @@ struct Csr {
     const float* bias;  // [n] or null
 };
 
-// Outputs [begin, end) for kRows rows of x. Four sums where there is one row, to overlap the additions' latencies.
+// Outputs [begin, end) for kRows rows of x. Four sums overlap the additions' latencies, and lose less to rounding.
 template <int kRows, class V, class I>
 ENGINE_INLINE void outputs(const Csr<V, I>& w,
                            const float* xt,  // [k, kRows]
                            int64_t begin, int64_t end, int64_t n,
                            float* y) {  // [kRows, n]
-    constexpr int kSums = kRows == 1 ? 4 : 1;
+    constexpr int kSums = 4;
     for (int64_t row = begin; row < end; ++row) {
         float sums[kSums][kRows] = {};
         int64_t i = w.crow[row];
@@ -42,7 +42,9 @@ ENGINE_INLINE void outputs(const Csr<V, I>& w,
             }
         }
         for (; i < last; ++i) {
-            sums[0][0] += kSums > 1 ? to_float(w.values[i]) * xt[w.columns[i]] : 0.0f;
+            const float value = to_float(w.values[i]);
+            const float* from = xt + static_cast<int64_t>(w.columns[i]) * kRows;
+            for (int m = 0; m < kRows; ++m) sums[0][m] += value * from[m];
         }
         for (int m = 0; m < kRows; ++m) {
             float total = sums[0][m];

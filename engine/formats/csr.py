@@ -9,6 +9,7 @@ from torch import Tensor
 from engine import ops
 from engine.formats._common import nbytes_of
 from engine.ops import _check
+from engine.ops.csr_linear import dense_rows
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,11 +43,13 @@ class Csr:
 
     def to_sparse_csr(self) -> Tensor:
         """The weight as a torch.sparse_csr tensor over the same memory."""
-        return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, self.values, self.shape)
+        return torch.sparse_csr_tensor(
+            self.crow_indices, self.col_indices, self.values, self.shape, check_invariants=False
+        )
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` with zeros where pruned."""
-        return self.to_sparse_csr().to_dense().to(dtype)
+        return dense_rows(self.crow_indices, self.col_indices, self.values, 0, self.shape[0], self.columns).to(dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[..., K]`."""

@@ -39,7 +39,7 @@ def check_csr(op: str, crow_indices: Tensor, col_indices: Tensor, columns: int) 
     _check.expect(last == nnz, op, "crow_indices", f"to end with the number of values, {nnz}", last)
     if nnz > 0:
         least, most = (int(bound) for bound in col_indices.aminmax())
-        inside = 0 <= least and most < columns
+        inside = least >= 0 and most < columns
         _check.expect(inside, op, "col_indices", f"columns in [0, {columns})", least if least < 0 else most)
 
 

@@ -26,9 +26,7 @@ def _check_arguments(
         _check.has_shape(op, "bias", bias, (crow_indices.shape[0] - 1,))
 
 
-def _explain(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None
-) -> None:
+def _explain(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
     """The whole check, indices included: it reads them all."""
     _check_arguments(x, crow_indices, col_indices, values, bias)
     nnz, columns = values.shape[0], x.shape[-1]
@@ -38,43 +36,39 @@ def _explain(
     _check.expect(inside, "csr_linear", "col_indices", f"columns in [0, {columns})", "others")
 
 
-def _dense_rows(crow_indices: Tensor, col_indices: Tensor, values: Tensor, begin: int, end: int, columns: int) -> Tensor:
+def dense_rows(crow_indices: Tensor, col_indices: Tensor, values: Tensor, begin: int, end: int, columns: int) -> Tensor:
     """Rows [begin, end) of the weight, fp32 and dense."""
     first, last = int(crow_indices[begin]), int(crow_indices[end])
     rows = torch.repeat_interleave(crow_indices[begin : end + 1].diff())
     dense = values.new_zeros((end - begin, columns), dtype=torch.float32)
-    return dense.index_put_(
-        (rows.long(), col_indices[first:last].long()), values[first:last].float(), accumulate=True
-    )
+    return dense.index_put_((rows.long(), col_indices[first:last].long()), values[first:last].float(), accumulate=True)
 
 
-def _reference(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+def _reference(
+    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None
+) -> Tensor:
     _explain(x, crow_indices, col_indices, values, bias)
     rows = crow_indices.shape[0] - 1
-    dense = _dense_rows(crow_indices, col_indices, values, 0, rows, x.shape[-1])
+    dense = dense_rows(crow_indices, col_indices, values, 0, rows, x.shape[-1])
     y = torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float())
     return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
 
 
-def _fake(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_arguments(x, crow_indices, col_indices, values, bias)
     return x.new_empty((*x.shape[:-1], crow_indices.shape[0] - 1))
 
 
-def _backward_input(
-    grad: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int
-) -> Tensor:
+def _backward_input(grad: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
     flat = grad.reshape(-1, grad.shape[-1]).float()
     total = flat.new_zeros((flat.shape[0], columns))
     for begin in range(0, grad.shape[-1], ROWS_AT_ONCE):
         end = min(begin + ROWS_AT_ONCE, grad.shape[-1])
-        total.addmm_(flat[:, begin:end], _dense_rows(crow_indices, col_indices, values, begin, end, columns))
+        total.addmm_(flat[:, begin:end], dense_rows(crow_indices, col_indices, values, begin, end, columns))
     return total.reshape(*grad.shape[:-1], columns).to(grad.dtype)
 
 
-def _backward_values(
-    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor
-) -> Tensor:
+def _backward_values(grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> Tensor:
     flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
     out = torch.empty_like(values)
     for begin in range(0, grad.shape[-1], ROWS_AT_ONCE):
@@ -87,12 +81,14 @@ def _backward_values(
 
 
 _op_backward_input = define(
-    "csr_linear_backward_input(Tensor grad, Tensor crow_indices, Tensor col_indices, Tensor values, int columns) -> Tensor",
+    "csr_linear_backward_input(Tensor grad, Tensor crow_indices, Tensor col_indices, Tensor values, int columns)"
+    " -> Tensor",
     reference=_backward_input,
     fake=lambda grad, crow_indices, col_indices, values, columns: grad.new_empty((*grad.shape[:-1], columns)),
 )
 _op_backward_values = define(
-    "csr_linear_backward_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values) -> Tensor",
+    "csr_linear_backward_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values)"
+    " -> Tensor",
     reference=_backward_values,
     fake=lambda grad, x, crow_indices, col_indices, values: torch.empty_like(values),
 )

@@ -31,14 +31,14 @@ def _select(magnitudes: Tensor, sparsity: float) -> Tensor:
     return magnitudes.sort(-1).values[..., count - 1]
 
 
-def _reference(weight: Tensor, sparsity: float, scope: str) -> Tensor:
+def _reference(weight: Tensor, sparsity: float, scope: str = "tensor") -> Tensor:
     _check_arguments(weight, sparsity, scope)
     if scope == "row":
         return _select(weight.float().abs(), sparsity).unsqueeze(-1)
     return _select(weight.float().abs().reshape(-1), sparsity)
 
 
-def _fake(weight: Tensor, sparsity: float, scope: str) -> Tensor:
+def _fake(weight: Tensor, sparsity: float, scope: str = "tensor") -> Tensor:
     _check_arguments(weight, sparsity, scope)
     return weight.new_empty((weight.shape[0], 1) if scope == "row" else (), dtype=torch.float32)
 

@@ -53,8 +53,8 @@ def prune_to_csr(weight: Tensor, threshold: float | Tensor) -> tuple[Tensor, Ten
         threshold: a number, or a tensor that broadcasts against `weight`; compared in float32.
 
     Returns:
-        `crow_indices` `[N + 1]`, where each row's values begin; `col_indices` `[nnz]`, each value's column; both int32, or
-        int64 where the weight has 2**31 elements or more; and `values` `[nnz]` of the weight's dtype.
+        `crow_indices` `[N + 1]`, where each row's values begin; `col_indices` `[nnz]`, each value's column; both int32,
+        or int64 where the weight has 2**31 elements or more; and `values` `[nnz]` of the weight's dtype.
 
     Raises:
         TypeError: `weight` has another dtype.

@@ -1,0 +1,46 @@
+"""prune_quantize_to_bitmap against the same by steps, engine's and PyTorch's, and against a plain copy of the weight."""
+
+import torch
+from common import print_rows, rotated, time_interleaved
+
+from engine.ops.int8_quantize import int8_quantize
+from engine.ops.prune_quantize_to_bitmap import prune_quantize_to_bitmap
+
+SHAPES = [(384, 1536), (1024, 4096), (4096, 11008)]
+THRESHOLDS = {0.5: 0.6745, 0.75: 1.1503, 0.9: 1.6449}  # of standard normal weights, by sparsity
+
+
+def by_steps(weight: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch alone, and even so without the bitmask: prune, scale, round, gather."""
+    keep = weight.abs() > threshold
+    pruned = torch.where(keep, weight, 0.0).float()
+    scale = pruned.abs().amax(-1, keepdim=True) / 127
+    return (pruned / scale).round().to(torch.int8)[keep], scale
+
+
+def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tuple[str, dict[str, float], int]:
+    threshold, size = THRESHOLDS[sparsity], shape[0] * shape[1]
+    buffers = rotated(lambda: torch.randn(shape).to(dtype), size * dtype.itemsize)
+
+    def pick(i: int) -> torch.Tensor:
+        return buffers[i % len(buffers)]
+
+    peers = {
+        "engine": lambda i: prune_quantize_to_bitmap(pick(i), threshold),
+        "clone": lambda i: pick(i).clone(),
+        "int8_quantize alone": lambda i: int8_quantize(pick(i)),
+        "PyTorch by steps": lambda i: by_steps(pick(i), threshold),
+    }
+    moved = int(size * (dtype.itemsize + 1 - sparsity + 1 / 8))  # the weight read once, the bitmap written
+    name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {sparsity:.0%}"
+    return name, time_interleaved(peers, 7), moved
+
+
+def main() -> None:
+    rows = [measure(shape, torch.float32, sparsity) for shape in SHAPES for sparsity in THRESHOLDS]
+    rows += [measure(shape, torch.bfloat16, 0.5) for shape in SHAPES]
+    print_rows("prune_quantize_to_bitmap", rows, "engine")
+
+
+if __name__ == "__main__":
+    main()

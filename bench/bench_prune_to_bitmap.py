@@ -1,0 +1,39 @@
+"""prune_to_bitmap against what PyTorch offers for the same end, and against a plain copy of the weight."""
+
+import torch
+from common import print_rows, rotated, time_interleaved
+
+from engine.ops.prune_to_bitmap import prune_to_bitmap
+
+SHAPES = [(384, 1536), (1024, 4096), (4096, 11008)]
+THRESHOLDS = {0.5: 0.6745, 0.75: 1.1503, 0.9: 1.6449}  # of standard normal weights, by sparsity
+
+
+def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tuple[str, dict[str, float], int]:
+    threshold, size = THRESHOLDS[sparsity], shape[0] * shape[1]
+    buffers = rotated(lambda: torch.randn(shape).to(dtype), size * dtype.itemsize)
+
+    def pick(i: int) -> torch.Tensor:
+        return buffers[i % len(buffers)]
+
+    peers = {
+        "engine": lambda i: prune_to_bitmap(pick(i), threshold),
+        "clone": lambda i: pick(i).clone(),
+        "where": lambda i: torch.where(pick(i).abs() > threshold, pick(i), 0.0),
+        "mask, w[mask]": lambda i: pick(i)[pick(i).abs() > threshold],
+    }
+    if dtype == torch.float32:
+        peers["to_sparse_csr"] = lambda i: torch.where(pick(i).abs() > threshold, pick(i), 0.0).to_sparse_csr()
+    moved = int(size * (dtype.itemsize * (2 - sparsity) + 1 / 8))  # the weight read once, the bitmap written
+    name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {sparsity:.0%}"
+    return name, time_interleaved(peers, 7), moved
+
+
+def main() -> None:
+    rows = [measure(shape, torch.float32, sparsity) for shape in SHAPES for sparsity in THRESHOLDS]
+    rows += [measure(shape, torch.bfloat16, 0.5) for shape in SHAPES]
+    print_rows("prune_to_bitmap", rows, "engine")
+
+
+if __name__ == "__main__":
+    main()
