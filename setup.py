@@ -32,7 +32,7 @@ CPU_SOURCES = [
 CUDA_SOURCES = ["csrc/cuda/prune_to_bitmap.cu"]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
-CXX = [*COMMON, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+CXX = [*COMMON, "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 NVCC = [*COMMON, "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
 NVCC += ["-gencode=arch=compute_90,code=compute_90"]
 

@@ -68,16 +68,24 @@ ENGINE_AVX2 ENGINE_INLINE __m128i expand_part_avx2(const int8_t* values, uint64_
     return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), control);
 }
 
-// 64 weights from one mask word: four vectors whose values do not wait for each other.
+// How many values come before each 16 weights of 64, counted side by side: the next vector does not wait for the last.
+struct Prefix64 {
+    int64_t of[5];
+};
+ENGINE_AVX2 ENGINE_INLINE Prefix64 prefix_64(uint64_t bits) {
+    return {{0, popcount64(bits & 0xffff), popcount64(bits & 0xffffffff), popcount64(bits << 16), popcount64(bits)}};
+}
+
+// 64 weights from one mask word.
 struct Expanded64 {
     __m128i part[4];
     int64_t taken;
 };
 ENGINE_AVX2 ENGINE_INLINE Expanded64 expand_64_avx2(const int8_t* values, uint64_t bits) {
-    const int64_t one = popcount64(bits & 0xffff), two = popcount64(bits & 0xffffffff), three = popcount64(bits << 16);
-    return {{expand_part_avx2<0>(values, bits), expand_part_avx2<1>(values + one, bits),
-             expand_part_avx2<2>(values + two, bits), expand_part_avx2<3>(values + three, bits)},
-            popcount64(bits)};
+    const Prefix64 before = prefix_64(bits);
+    return {{expand_part_avx2<0>(values, bits), expand_part_avx2<1>(values + before.of[1], bits),
+             expand_part_avx2<2>(values + before.of[2], bits), expand_part_avx2<3>(values + before.of[3], bits)},
+            before.of[4]};
 }
 
 ENGINE_AVX2 inline int64_t expand_stretch_avx2(const uint8_t* mask, const int8_t* values, int64_t kc, int8_t* out) {

@@ -52,27 +52,33 @@ struct WinogradDots {
                                      int64_t stride, int64_t columns, int64_t kc,
                                      int64_t ahead,  // how far on memory is asked for
                                      int16_t* to) {  // [kColumns, kMaxDepth]
+        const int64_t whole = kc / 32 * 32;
         __m256i sum[kColumns];
         for (int64_t j = 0; j < kColumns; ++j) {
-            sum[j] = _mm256_setzero_si256();
             const int8_t* from = w + j * stride;
-            for (int64_t k = 0; k < kc; k += 32) {
-                __m256i bytes = _mm256_setzero_si256();
-                if (j < columns && kc - k >= 32) {
-                    bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
-                    __builtin_prefetch(from + k + ahead, 0, 2);
-                } else if (j < columns) {
-                    alignas(32) int8_t rest[32] = {};
-                    std::copy(from + k, from + kc, rest);
-                    bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(rest));
-                }
-                const __m256i low = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes));
-                const __m256i high = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));
-                auto* out = reinterpret_cast<__m256i*>(to + j * kMaxDepth + k);
+            auto* out = reinterpret_cast<__m256i*>(to + j * kMaxDepth);
+            __m256i part = _mm256_setzero_si256();
+            int64_t k = 0;
+            for (; k < whole && j < columns; k += 32, out += 2) {
+                const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)));
+                const __m256i high =
+                    _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k + 16)));
+                __builtin_prefetch(from + k + ahead, 0, 2);
                 _mm256_store_si256(out, low);
                 _mm256_store_si256(out + 1, high);
-                sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(low, high));
+                part = _mm256_add_epi32(part, _mm256_madd_epi16(low, high));
             }
+            for (; k < kc; k += 32, out += 2) {
+                alignas(32) int8_t rest[32] = {};
+                if (j < columns) std::copy(from + k, from + kc, rest);  // fewer than 32
+                const auto* bytes = reinterpret_cast<const __m128i*>(rest);
+                const __m256i low = _mm256_cvtepi8_epi16(_mm_load_si128(bytes));
+                const __m256i high = _mm256_cvtepi8_epi16(_mm_load_si128(bytes + 1));
+                _mm256_store_si256(out, low);
+                _mm256_store_si256(out + 1, high);
+                part = _mm256_add_epi32(part, _mm256_madd_epi16(low, high));
+            }
+            sum[j] = part;
         }
         return sums_of(sum[0], sum[1], sum[2], sum[3]);
     }

@@ -20,7 +20,7 @@ constexpr int64_t kDotRows = 16;
 
 // How far ahead of a single row of activations memory is asked for. Rows lie one after another: masks are one
 // sequential stream, values another.
-constexpr int64_t kValuesAhead = 4 << 10, kMaskAhead = 1 << 10;
+constexpr int64_t kValuesAhead = 2 << 10, kMaskAhead = 1 << 9;
 
 // A weight row on its way along K.
 struct Column {
@@ -89,7 +89,6 @@ struct VectorAvx2 {
         __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
         int64_t k = 0;
         for (; k + 64 <= kc; k += 64) {
-            __builtin_prefetch(mask + k / 8 + kMaskAhead);
             __builtin_prefetch(values + kValuesAhead);
             uint64_t bits;
             std::memcpy(&bits, mask + k / 8, 8);
@@ -110,30 +109,43 @@ struct MatrixAvx2 {
     static constexpr int64_t kDepth = 1024;  // of a stretch with up to kDirect rows; else half
     static int64_t depth(int64_t m) { return m <= kDirect ? kDepth : kDepth / 2; }
 
+    // 16 weights of each of two columns by R rows of activations.
+    template <int R>
+    ENGINE_AVX2 ENGINE_INLINE static void multiply_16(__m128i w0, __m128i w1, const int16_t* q, int64_t q_stride,
+                                                      __m256i (&acc)[2][R]) {
+        const __m256i wide0 = _mm256_cvtepi8_epi16(w0), wide1 = _mm256_cvtepi8_epi16(w1);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const __m256i x = load_avx2(q + r * q_stride);
+            acc[0][r] = _mm256_add_epi32(acc[0][r], _mm256_madd_epi16(wide0, x));
+            acc[1][r] = _mm256_add_epi32(acc[1][r], _mm256_madd_epi16(wide1, x));
+        }
+    }
+
     // R rows of activations by columns 0 and 1.
     template <int R>
     ENGINE_AVX2 static void direct(const int16_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
         __m256i acc[2][R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[0][r] = acc[1][r] = _mm256_setzero_si256();
+        const uint8_t *mask0 = columns[0].mask, *mask1 = columns[1].mask;
         const int8_t *values0 = columns[0].values, *values1 = columns[1].values;
-        for (int64_t k = 0; k < kc; k += 64) {
-            const Expanded64 w0 = expand_64_avx2(values0, mask_bits(columns[0].mask, k, kc));
-            const Expanded64 w1 = expand_64_avx2(values1, mask_bits(columns[1].mask, k, kc));
-            values0 += w0.taken;
-            values1 += w1.taken;
-#pragma GCC unroll 4
-            for (int p = 0; p < 4; ++p) {
-                const __m256i wide0 = _mm256_cvtepi8_epi16(w0.part[p]), wide1 = _mm256_cvtepi8_epi16(w1.part[p]);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    const __m256i x = load_avx2(q + r * q_stride + k + 16 * p);
-                    acc[0][r] = _mm256_add_epi32(acc[0][r], _mm256_madd_epi16(wide0, x));
-                    acc[1][r] = _mm256_add_epi32(acc[1][r], _mm256_madd_epi16(wide1, x));
-                }
-            }
+        for (int64_t k = 0; k < kc; k += 64, q += 64) {
+            const uint64_t bits0 = mask_bits(mask0, k, kc), bits1 = mask_bits(mask1, k, kc);
+            const Prefix64 before0 = prefix_64(bits0), before1 = prefix_64(bits1);
+            multiply_16<R>(expand_part_avx2<0>(values0, bits0), expand_part_avx2<0>(values1, bits1), q, q_stride, acc);
+            multiply_16<R>(expand_part_avx2<1>(values0 + before0.of[1], bits0),
+                           expand_part_avx2<1>(values1 + before1.of[1], bits1), q + 16, q_stride, acc);
+            multiply_16<R>(expand_part_avx2<2>(values0 + before0.of[2], bits0),
+                           expand_part_avx2<2>(values1 + before1.of[2], bits1), q + 32, q_stride, acc);
+            multiply_16<R>(expand_part_avx2<3>(values0 + before0.of[3], bits0),
+                           expand_part_avx2<3>(values1 + before1.of[3], bits1), q + 48, q_stride, acc);
+            values0 += before0.of[4];
+            values1 += before1.of[4];
         }
         columns[0].values = values0;
         columns[1].values = values1;
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             for (int c = 0; c < 2; ++c) sums[r * kColumns + c] = horizontal_sum_avx2(acc[c][r]);
         }
@@ -270,7 +282,8 @@ struct MatrixAvx512 {
     }
 
     static void tile_of(int64_t rows, const int8_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
-        constexpr decltype(&tile<1>) kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
+        constexpr decltype(&tile<1>) kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,
+                                                 tile<5>, tile<6>, tile<7>, tile<8>};
         kTiles[rows - 1](q, q_stride, columns, kc, sums);
     }
 
@@ -287,7 +300,8 @@ struct MatrixAvx512 {
 struct ValuesScratch;  // tag: a thread's copies of values at the tensor's end
 
 // Asks memory for what the next stretch of a row will need: about as much as the last did.
-inline void prefetch_stretch(const Int8Bitmap& weight, const uint8_t* mask, int64_t position, int64_t kc, int64_t taken) {
+inline void prefetch_stretch(const Int8Bitmap& weight, const uint8_t* mask, int64_t position, int64_t kc,
+                             int64_t taken) {
     for (int64_t i = 0; i < mask_bytes(kc); i += 64) __builtin_prefetch(mask + i);
     const int64_t end = std::min(weight.nnz, position + taken);
     for (int64_t i = position; i < end; i += 64) __builtin_prefetch(weight.values + i);
@@ -352,9 +366,8 @@ void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad
     Scratch<ActivationScratch> scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call.x, call.input_scale, rows);
-    parallel_rows(call.n, call.k * (1 + call.m / 4), [&](int64_t begin, int64_t end) {
-        dot_outputs<Kernel>(call, rows, weight, begin, end, bad);
-    });
+    parallel_rows(call.n, call.k * (1 + call.m / 4),
+                  [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end, bad); });
 }
 
 template <class T>
@@ -374,9 +387,9 @@ void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
 void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
     STD_TORCH_CHECK(x.dim() >= 1, "bitmap_int8_linear: x: expected at least one dimension");
-    STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte &&
-                        bitmask.size(1) == mask_bytes(x.size(-1)),
-                    "bitmap_int8_linear: bitmask: expected uint8 [N, ceil(K / 8)]");
+    STD_TORCH_CHECK(
+        bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.size(1) == mask_bytes(x.size(-1)),
+        "bitmap_int8_linear: bitmask: expected uint8 [N, ceil(K / 8)]");
     const int64_t n = bitmask.size(0);
     STD_TORCH_CHECK(
         row_offsets.dim() == 1 && row_offsets.size(0) == n + 1 && row_offsets.scalar_type() == ScalarType::Long,
@@ -385,8 +398,7 @@ void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, co
                     "bitmap_int8_linear: values: expected int8 [nnz]");
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
                     "bitmap_int8_linear: scale: expected float32 [N]");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n),
-                    "bitmap_int8_linear: bias: expected shape [N]");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "bitmap_int8_linear: bias: expected shape [N]");
     STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float),
                     "bitmap_int8_linear: input_scale: expected one float32");
 }

@@ -100,18 +100,24 @@ struct BitmapProvider {
     void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) {
         if (k0 == 0) taken.fill(0);
         for (int64_t r = 0; r < rows; ++r) {
-            // Never negative: each stretch is cut down to what the tensor holds, and so is what it may have taken.
+            // Within the tensor, though a bitmap that doesn't fit together may have taken more than its row holds.
             const int64_t begin = std::min(weights.nnz, weights.row_offsets[row + r] + taken[r]);
             const int64_t left = weights.nnz - begin;
             const V* from = weights.values + begin;
             if (left < kc + kReadAhead) {
                 std::copy_n(from, std::min(left, kc), scratch.data());
                 from = scratch.data();
-            } else {
-                __builtin_prefetch(from + kc / 2), __builtin_prefetch(from + kc);
             }
-            taken[r] += expand(weights.mask(row + r) + k0 / 8, from, kc, panel + r * kFloatDepth);
-            if (k0 + kc >= weights.k) weights.check_row(row + r, taken[r]);
+            const uint8_t* mask = weights.mask(row + r) + k0 / 8;
+            const int64_t count = expand(mask, from, kc, panel + r * kFloatDepth);
+            taken[r] += count;
+            if (k0 + kc >= weights.k) {
+                weights.check_row(row + r, taken[r]);
+            } else {  // ask for the row's next stretch, which will be about as long, while this one is multiplied
+                __builtin_prefetch(mask + kFloatDepth / 8);
+                const char* next = reinterpret_cast<const char*>(from + count);
+                for (size_t b = 0; b < count * sizeof(V); b += 64) __builtin_prefetch(next + b);
+            }
         }
     }
 };

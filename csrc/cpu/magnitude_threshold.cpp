@@ -1,11 +1,15 @@
 // magnitude_threshold: exact selection of the k-th smallest magnitude by counting.
 //
-// A magnitude's fp32 bits, sign cleared, order as the numbers do (NaN last). The first pass counts the upper 16 of the
-// 31 bits of all elements; the bin in which the k-th falls fixes them. The second pass counts the lower 15 bits of the
-// elements in that bin alone, which for weights is about one in a thousand, so that most of it is a vectorised
-// comparison at the speed of memory. Any data is exact: if all elements fall into one bin, the second pass counts all.
+// The bits of a magnitude, sign cleared, order as the numbers do (NaN last). For a tensor of fp32 a first pass counts
+// the upper 16 of the 31 bits of all elements; the bin in which the k-th falls fixes them. A second pass counts the
+// lower 15 bits of the elements in that bin alone, which for weights is about one in a thousand, so that most of it is
+// a vectorised comparison at the speed of memory. Any data is exact: if all elements fall into one bin, the second pass
+// counts all. Of a 16-bit tensor one pass counts every pattern.
+//
+// A row is too short for so many bins: it counts the upper 11 bits, and moves the few elements of the bin together.
 
 #include <cmath>
+#include <cstring>
 #include <mutex>
 
 #include "common/dtype.h"
@@ -16,92 +20,155 @@ namespace {
 
 constexpr int kLowBits = 15;
 constexpr int64_t kHighBins = int64_t{1} << 16, kLowBins = int64_t{1} << kLowBits;
-constexpr int64_t kBlock = int64_t{1} << 26;  // elements that a 32-bit counter surely counts
+constexpr int64_t kPatterns = int64_t{1} << 15;  // of a 16-bit magnitude
+constexpr int64_t kBlock = int64_t{1} << 26;     // elements that a 32-bit counter surely counts
+constexpr int kRowShift = 20;
+constexpr int64_t kRowBins = int64_t{1} << (31 - kRowShift);
+constexpr int64_t kLongRow = int64_t{1} << 18;  // from here on a row is counted as a tensor is, by all threads
+constexpr int64_t kShortRow = 512;              // to here clearing and adding the bins costs more than they save
+
+// 31 bits that order as the magnitudes do.
+ENGINE_INLINE uint32_t key_of(float w) { return std::bit_cast<uint32_t>(w) & 0x7fffffffu; }
+template <class T>
+ENGINE_INLINE uint32_t key_of(T w) {
+    static_assert(sizeof(T) == 2);
+    return (w.bits & 0x7fffu) << 16;
+}
 
 template <class T>
-ENGINE_INLINE uint32_t magnitude_bits(T w) {
-    return std::bit_cast<uint32_t>(to_float(w)) & 0x7fffffffu;
+float magnitude_of(uint32_t key) {
+    if constexpr (sizeof(T) == 2) return to_float(T{static_cast<uint16_t>(key >> 16)});
+    return std::bit_cast<float>(key);
 }
+
+// Elements of one dtype that lie in order.
+struct Span {
+    ScalarType dtype;
+    const void* data;
+    int64_t n;
+};
 
 template <class T>
 using Count = void (*)(const T*, int64_t, uint32_t, uint32_t*);
 
+// Of a 16-bit dtype these are all the bits.
 template <class T>
-void count_high(const T* w,                  // [n]
-                int64_t n, uint32_t /*high*/,  // so that both passes have one signature
-                uint32_t* counts) {          // [kHighBins]
-    for (int64_t i = 0; i < n; ++i) ++counts[magnitude_bits(w[i]) >> kLowBits];
+void count_high(const T* w,                    // [n]
+                int64_t n, uint32_t /*high*/,  // so that all passes have one signature
+                uint32_t* counts) {            // [kHighBins]
+    for (int64_t i = 0; i < n; ++i) ++counts[key_of(w[i]) >> kLowBits];
+}
+template <class T>
+void count_patterns(const T* w, int64_t n, uint32_t /*high*/,
+                    uint32_t* counts) {  // [kPatterns]
+    for (int64_t i = 0; i < n; ++i) ++counts[key_of(w[i]) >> 16];
 }
 
-template <class T>
-ENGINE_INLINE void count_low(const T* w,  // [n]
+ENGINE_INLINE void count_low(const float* w,  // [n]
                              int64_t n, uint32_t high,
                              uint32_t* counts) {  // [kLowBins]
     constexpr int64_t kSpan = 64;
     for (int64_t begin = 0; begin < n; begin += kSpan) {
         const int64_t span = n - begin < kSpan ? n - begin : kSpan;
         uint32_t any = 0;
-        for (int64_t i = 0; i < span; ++i) any |= (magnitude_bits(w[begin + i]) >> kLowBits) == high;
+        for (int64_t i = 0; i < span; ++i) any |= (key_of(w[begin + i]) >> kLowBits) == high;
         if (any == 0) continue;
         for (int64_t i = 0; i < span; ++i) {
-            const uint32_t bits = magnitude_bits(w[begin + i]);
-            if (bits >> kLowBits == high) ++counts[bits & (kLowBins - 1)];
+            const uint32_t key = key_of(w[begin + i]);
+            if (key >> kLowBits == high) ++counts[key & (kLowBins - 1)];
         }
     }
 }
 
-template <class T>
-void low_portable(const T* w, int64_t n, uint32_t high, uint32_t* counts) {
-    count_low(w, n, high, counts);
-}
+void low_portable(const float* w, int64_t n, uint32_t high, uint32_t* counts) { count_low(w, n, high, counts); }
 #if ENGINE_X86
-template <class T>
-ENGINE_AVX2 void low_avx2(const T* w, int64_t n, uint32_t high, uint32_t* counts) {
-    count_low(w, n, high, counts);
-}
-template <class T>
-ENGINE_AVX512 void low_avx512(const T* w, int64_t n, uint32_t high, uint32_t* counts) {
+ENGINE_AVX2 void low_avx2(const float* w, int64_t n, uint32_t high, uint32_t* counts) { count_low(w, n, high, counts); }
+ENGINE_AVX512 void low_avx512(const float* w, int64_t n, uint32_t high, uint32_t* counts) {
     count_low(w, n, high, counts);
 }
 #endif
 
-template <class T>
-Count<T> count_low_kernel() {
+Count<float> count_low_kernel() {
 #if ENGINE_X86
-    if (isa() == Isa::avx2) return low_avx2<T>;
-    if (isa() == Isa::avx512) return low_avx512<T>;
+    if (isa() == Isa::avx2) return low_avx2;
+    if (isa() == Isa::avx512) return low_avx512;
 #endif
-    return low_portable<T>;
+    return low_portable;
 }
 
-// Counts of all tensors together. Each thread counts in memory of its own.
-std::vector<uint64_t> count_all(const std::vector<Tensor>& weights, bool first_pass, uint32_t high) {
-    std::vector<uint64_t> total(first_pass ? kHighBins : kLowBins);
+// Adds the counts of `n` elements to `total`. Each thread counts in memory of its own.
+template <class T>
+void count(Count<T> kernel, const T* from, int64_t n, uint32_t high, std::vector<uint64_t>& total) {
+    // A row stands for 4096 elements, so that a thread's counters are worth clearing and adding.
+    constexpr int64_t kRow = 4096;
     std::mutex mutex;
-    for (const Tensor& weight : weights) {
-        dispatch_float(weight.scalar_type(), "magnitude_threshold: weight", [&](auto zero) {
-            using T = decltype(zero);
-            const T* from = data<T>(weight);
-            const Count<T> kernel = first_pass ? count_high<T> : count_low_kernel<T>();
-            // A row stands for 4096 elements, so that a thread's counters are worth clearing and adding.
-            constexpr int64_t kRow = 4096;
-            const int64_t n = weight.numel(), rows = (n + kRow - 1) / kRow;
-            parallel_rows(rows, kRow * static_cast<int64_t>(sizeof(T)) / 16, [&](int64_t begin, int64_t end) {
-                std::vector<uint32_t> counts(total.size());
-                for (int64_t i = begin * kRow; i < std::min(end * kRow, n); i += kBlock) {
-                    std::fill(counts.begin(), counts.end(), 0u);
-                    kernel(from + i, std::min({kBlock, end * kRow - i, n - i}), high, counts.data());
-                    const std::lock_guard lock(mutex);
-                    for (size_t bin = 0; bin < total.size(); ++bin) total[bin] += counts[bin];
-                }
-            });
+    const int64_t rows = (n + kRow - 1) / kRow;
+    parallel_rows(rows, kRow * static_cast<int64_t>(sizeof(T)) / 16, [&](int64_t begin, int64_t end) {
+        std::vector<uint32_t> counts(total.size());
+        const int64_t last = std::min(end * kRow, n);
+        for (int64_t i = begin * kRow; i < last; i += kBlock) {
+            std::fill(counts.begin(), counts.end(), 0u);
+            kernel(from + i, std::min(kBlock, last - i), high, counts.data());
+            const std::lock_guard lock(mutex);
+            for (size_t bin = 0; bin < total.size(); ++bin) total[bin] += counts[bin];
+        }
+    });
+}
+
+// The counts of several spans by the bits of their magnitudes in fp32, whatever their dtypes.
+class Counts {
+  public:
+    explicit Counts(const std::vector<Span>& spans) : spans_(spans) {
+        for (const Span& span : spans_) {
+            if (span.dtype == ScalarType::Half) count_16(static_cast<const Half*>(span.data), span.n, half_);
+            if (span.dtype == ScalarType::BFloat16) {
+                count_16(static_cast<const BFloat16*>(span.data), span.n, bfloat16_);
+            }
+        }
+    }
+    std::vector<uint64_t> high() const {  // [kHighBins]
+        return sum(kHighBins, count_high<float>, 0, [](uint32_t bits) { return bits >> kLowBits; });
+    }
+    std::vector<uint64_t> low(uint32_t high) const {  // [kLowBins] of those with these upper bits
+        return sum(kLowBins, count_low_kernel(), high, [=](uint32_t bits) {
+            return bits >> kLowBits == high ? bits & (kLowBins - 1) : static_cast<uint32_t>(kLowBins);
         });
     }
-    return total;
-}
+
+  private:
+    template <class T>
+    static void count_16(const T* from, int64_t n, std::vector<uint64_t>& total) {
+        total.resize(kPatterns);
+        count(count_patterns<T>, from, n, 0, total);
+    }
+
+    // Counts fp32 spans by `kernel`, and adds those counted before to the bin that `bin_of` gives them; beyond: none.
+    template <class F>
+    std::vector<uint64_t> sum(int64_t bins, Count<float> kernel, uint32_t high, const F& bin_of) const {
+        std::vector<uint64_t> total(bins);
+        for (const Span& span : spans_) {
+            if (span.dtype == ScalarType::Float)
+                count(kernel, static_cast<const float*>(span.data), span.n, high, total);
+        }
+        add<Half>(half_, total, bin_of);
+        add<BFloat16>(bfloat16_, total, bin_of);
+        return total;
+    }
+    template <class T, class F>
+    static void add(const std::vector<uint64_t>& patterns, std::vector<uint64_t>& total, const F& bin_of) {
+        for (size_t i = 0; i < patterns.size(); ++i) {
+            const size_t bin = bin_of(std::bit_cast<uint32_t>(to_float(T{static_cast<uint16_t>(i)})));
+            if (bin < total.size()) total[bin] += patterns[i];
+        }
+    }
+
+    const std::vector<Span>& spans_;
+    std::vector<uint64_t> half_, bfloat16_;  // [kPatterns], or empty
+};
 
 // The bin in which the rank-th (from 1) falls; `rank` becomes its rank within the bin.
-uint32_t find_bin(const std::vector<uint64_t>& counts, uint64_t& rank) {
+template <class C>
+uint32_t find_bin(const C& counts, uint64_t& rank) {
     uint32_t bin = 0;
     while (rank > counts[bin]) rank -= counts[bin++];
     return bin;
@@ -112,26 +179,68 @@ uint64_t rank_of(double sparsity, int64_t n) {
     return static_cast<uint64_t>(std::nearbyint(sparsity * static_cast<double>(n)));
 }
 
-float select(const std::vector<Tensor>& weights, double sparsity) {
-    int64_t n = 0;
-    for (const Tensor& weight : weights) n += weight.numel();
-    uint64_t rank = rank_of(sparsity, n);
-    if (rank == 0) return 0.0f;
-    const uint32_t high = find_bin(count_all(weights, true, 0), rank);
-    const uint32_t low = find_bin(count_all(weights, false, high), rank);
+// The rank-th of all elements.
+float select(const std::vector<Span>& spans, uint64_t rank) {
+    const Counts counts(spans);
+    const uint32_t high = find_bin(counts.high(), rank);
+    const uint32_t low = find_bin(counts.low(high), rank);
     return std::bit_cast<float>(high << kLowBits | low);
 }
 
+float select_all(const std::vector<Span>& spans, double sparsity) {
+    int64_t n = 0;
+    for (const Span& span : spans) n += span.n;
+    const uint64_t rank = rank_of(sparsity, n);
+    return rank == 0 ? 0.0f : select(spans, rank);
+}
+
+// The rank-th key of a short row.
 template <class T>
-void select_rows(const T* w,    // [rows, k]
-                 float* out,  // [rows]
-                 int64_t begin, int64_t end, int64_t k, uint64_t rank) {
-    std::vector<uint32_t> bits(k);
-    for (int64_t row = begin; row < end; ++row) {
-        for (int64_t i = 0; i < k; ++i) bits[i] = magnitude_bits(w[row * k + i]);
-        std::nth_element(bits.begin(), bits.begin() + static_cast<int64_t>(rank - 1), bits.end());
-        out[row] = std::bit_cast<float>(bits[rank - 1]);
+uint32_t select_row(const T* w,  // [k]
+                    int64_t k, uint64_t rank,
+                    uint32_t* counts,  // [2, kRowBins], two, as the same counter twice in a row waits for itself
+                    uint32_t* keys) {  // [k + 1]
+    int64_t found = 0;
+    if (k <= kShortRow) {
+        for (; found < k; ++found) keys[found] = key_of(w[found]);
+    } else {
+        std::memset(counts, 0, 2 * kRowBins * sizeof(uint32_t));
+        int64_t i = 0;
+        for (; i + 2 <= k; i += 2) {
+            ++counts[key_of(w[i]) >> kRowShift];
+            ++counts[kRowBins + (key_of(w[i + 1]) >> kRowShift)];
+        }
+        if (i < k) ++counts[key_of(w[i]) >> kRowShift];
+        for (int64_t bin = 0; bin < kRowBins; ++bin) counts[bin] += counts[kRowBins + bin];
+        const uint32_t bin = find_bin(counts, rank);
+        for (int64_t j = 0; j < k; ++j) {  // written always, counted where it belongs: no branch to mispredict
+            const uint32_t key = key_of(w[j]);
+            keys[found] = key;
+            found += key >> kRowShift == bin;
+        }
     }
+    uint32_t* nth = keys + (rank - 1);
+    std::nth_element(keys, nth, keys + found);
+    return *nth;
+}
+
+template <class T>
+void select_rows(const T* w,  // [rows, k]
+                 float* out,  // [rows]
+                 int64_t rows, int64_t k, uint64_t rank) {
+    if (k >= kLongRow) {
+        constexpr ScalarType kDtype = std::is_same_v<T, float>  ? ScalarType::Float
+                                      : std::is_same_v<T, Half> ? ScalarType::Half
+                                                                : ScalarType::BFloat16;
+        for (int64_t row = 0; row < rows; ++row) out[row] = select({{kDtype, w + row * k, k}}, rank);
+        return;
+    }
+    parallel_rows(rows, 8 * k * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
+        std::vector<uint32_t> counts(2 * kRowBins), keys(k + 1);
+        for (int64_t row = begin; row < end; ++row) {
+            out[row] = magnitude_of<T>(select_row(w + row * k, k, rank, counts.data(), keys.data()));
+        }
+    });
 }
 
 Tensor rows_threshold(const Tensor& weight, double sparsity) {
@@ -140,14 +249,27 @@ Tensor rows_threshold(const Tensor& weight, double sparsity) {
     Tensor out = new_tensor(weight, {rows, 1}, ScalarType::Float);
     float* to = mutable_data<float>(out);
     const uint64_t rank = rank_of(sparsity, k);
-    if (rank == 0) {
-        std::fill(to, to + rows, 0.0f);
-        return out;
-    }
     dispatch_float(weight.scalar_type(), "magnitude_threshold: weight", [&](auto zero) {
-        const auto* from = data<decltype(zero)>(weight);
-        parallel_rows(rows, 32 * k, [&](int64_t begin, int64_t end) { select_rows(from, to, begin, end, k, rank); });
+        if (rank == 0) {
+            std::fill(to, to + rows, 0.0f);
+        } else {
+            select_rows(data<decltype(zero)>(weight), to, rows, k, rank);
+        }
     });
+    return out;
+}
+
+Tensor tensor_threshold(const std::vector<Tensor>& weights, double sparsity) {
+    std::vector<Tensor> kept_alive;
+    std::vector<Span> spans;
+    for (const Tensor& weight : weights) {
+        dispatch_float(weight.scalar_type(), "magnitude_threshold: weight", [](auto) {});
+        kept_alive.push_back(as_contiguous(weight));
+        const Tensor& t = kept_alive.back();
+        spans.push_back({t.scalar_type(), t.const_data_ptr(), t.numel()});
+    }
+    Tensor out = new_tensor(weights[0], {}, ScalarType::Float);
+    *mutable_data<float>(out) = select_all(spans, sparsity);
     return out;
 }
 
@@ -155,25 +277,17 @@ void check_sparsity(double sparsity) {
     STD_TORCH_CHECK(sparsity >= 0 && sparsity < 1, "magnitude_threshold: sparsity: expected a number in [0, 1)");
 }
 
-Tensor scalar(const Tensor& like, float value) {
-    Tensor out = new_tensor(like, {}, ScalarType::Float);
-    *mutable_data<float>(out) = value;
-    return out;
-}
-
-Tensor magnitude_threshold(Tensor weight_in, double sparsity, std::string scope) {
+Tensor magnitude_threshold(Tensor weight, double sparsity, std::string scope) {
     check_sparsity(sparsity);
     STD_TORCH_CHECK(scope == "tensor" || scope == "row", "magnitude_threshold: scope: expected tensor or row");
-    const Tensor weight = as_contiguous(weight_in);
-    if (scope == "row") return rows_threshold(weight, sparsity);
-    return scalar(weight, select({weight}, sparsity));
+    if (scope == "row") return rows_threshold(as_contiguous(weight), sparsity);
+    return tensor_threshold({weight}, sparsity);
 }
 
 Tensor magnitude_threshold_of_list(std::vector<Tensor> weights, double sparsity) {
     check_sparsity(sparsity);
     STD_TORCH_CHECK(!weights.empty(), "magnitude_threshold_of_list: weights: expected at least one");
-    for (Tensor& weight : weights) weight = as_contiguous(weight);
-    return scalar(weights[0], select(weights, sparsity));
+    return tensor_threshold(weights, sparsity);
 }
 
 }  // namespace

@@ -14,13 +14,17 @@ from engine.ops import _check
 BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in a gradient
 
 
-def check_csr_metadata(op: str, crow_indices: Tensor, col_indices: Tensor, nnz: int | torch.SymInt) -> None:
-    """Raises TypeError or ValueError unless dtypes and shapes fit together. Reads no data: fine on fake tensors."""
+def check_csr_metadata(op: str, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
+    """Raises TypeError or ValueError unless dtypes and shapes fit together. Reads no data: fine on fake tensors.
+
+    The dtype of `values` is left to the op.
+    """
     _check.is_dtype(op, "crow_indices", crow_indices, torch.int32, torch.int64)
     _check.is_dtype(op, "col_indices", col_indices, crow_indices.dtype)
     _check.has_shape(op, "crow_indices", crow_indices, ("N + 1",))
     _check.expect(crow_indices.shape[0] >= 1, op, "crow_indices", "at least one element", 0)
-    _check.has_shape(op, "col_indices", col_indices, (nnz,))
+    _check.has_shape(op, "values", values, ("nnz",))
+    _check.has_shape(op, "col_indices", col_indices, values.shape)
 
 
 def check_csr(op: str, crow_indices: Tensor, col_indices: Tensor, columns: int) -> None:
@@ -49,23 +53,18 @@ def row_indices(crow_indices: Tensor) -> Tensor:
     return rows.repeat_interleave(crow_indices.diff())
 
 
-def csr_to_dense(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
-    """The matrix `[N, columns]` in fp32."""
-    rows = crow_indices.shape[0] - 1
-    dense = values.new_zeros(rows * columns, dtype=torch.float32)
-    dense.index_add_(0, row_indices(crow_indices) * columns + col_indices, values.float())
-    return dense.reshape(rows, columns)
+def dense_rows(crow_indices: Tensor, col_indices: Tensor, values: Tensor, begin: int, end: int, columns: int) -> Tensor:
+    """Rows [begin, end) of the matrix as fp32 `[end - begin, columns]`."""
+    offsets = crow_indices[begin : end + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    dense = values.new_zeros((end - begin) * columns, dtype=torch.float32)
+    dense.index_add_(0, row_indices(offsets) * columns + col_indices[first:last], values[first:last].float())
+    return dense.reshape(end - begin, columns)
 
 
-def blocks(crow_indices: Tensor, columns: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Goes through the matrix by blocks of rows that are small even when dense.
-
-    Yields a block's rows, its values' places, and its own crow_indices, from 0.
-    """
+def blocks(crow_indices: Tensor, columns: int) -> Iterator[tuple[int, int]]:
+    """Goes through the matrix by blocks of rows, [begin, end), that are small even when dense."""
     n = crow_indices.shape[0] - 1
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    borders = [*range(0, n, step), n]
-    offsets = crow_indices[borders].tolist()
-    for i in range(len(borders) - 1):
-        begin, end = borders[i], borders[i + 1]
-        yield slice(begin, end), slice(offsets[i], offsets[i + 1]), crow_indices[begin : end + 1] - offsets[i]
+    for begin in range(0, n, step):
+        yield begin, min(n, begin + step)

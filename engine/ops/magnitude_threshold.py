@@ -12,15 +12,16 @@ SCOPES = ("tensor", "row")
 
 
 def _check_arguments(weight: Tensor | Sequence[Tensor], sparsity: float, scope: str = "tensor") -> None:
-    several = isinstance(weight, (list, tuple))
-    for i, each in enumerate(weight if several else [weight]):
-        _check.is_float("magnitude_threshold", f"weight[{i}]" if several else "weight", each)
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    for i, each in enumerate(weights):
+        _check.is_float("magnitude_threshold", "weight" if isinstance(weight, Tensor) else f"weight[{i}]", each)
     number = isinstance(sparsity, (int, float)) and 0 <= sparsity < 1
     _check.expect(number, "magnitude_threshold", "sparsity", "a number in [0, 1)", sparsity)
     _check.expect(scope in SCOPES, "magnitude_threshold", "scope", f"one of {', '.join(SCOPES)}", repr(scope))
     if scope == "row":
-        _check.expect(not several, "magnitude_threshold", "weight", "one tensor with scope='row'", "several")
-        _check.has_shape("magnitude_threshold", "weight", weight, ("N", "K"))
+        one = isinstance(weight, Tensor)
+        _check.expect(one, "magnitude_threshold", "weight", "one tensor with scope='row'", "several")
+        _check.has_shape("magnitude_threshold", "weight", weights[0], ("N", "K"))
 
 
 def _select(magnitudes: Tensor, sparsity: float) -> Tensor:

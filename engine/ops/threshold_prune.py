@@ -58,7 +58,4 @@ def threshold_prune(weight: Tensor, threshold: float | Tensor) -> Tensor:
         TypeError: `weight` has another dtype.
         ValueError: `threshold` does not broadcast against `weight`.
     """
-    threshold = as_threshold("threshold_prune", weight, threshold)
-    if threshold.numel() != 1 and weight.dim() != 2:  # kernels know one threshold, rows of a matrix, or one each
-        threshold = threshold.expand(weight.shape)
-    return _op(weight, threshold)
+    return _op(weight, as_threshold("threshold_prune", weight, threshold))

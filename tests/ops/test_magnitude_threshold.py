@@ -25,10 +25,7 @@ def truth(weight, sparsity, scope="tensor"):
     if scope == "tensor":
         magnitudes = magnitudes.reshape(-1)
     k = round(sparsity * magnitudes.shape[-1])
-    if k == 0:
-        threshold = np.zeros(magnitudes.shape[:-1], np.float32)
-    else:
-        threshold = np.sort(magnitudes, axis=-1)[..., k - 1]
+    threshold = np.zeros(magnitudes.shape[:-1], np.float32) if k == 0 else np.sort(magnitudes, axis=-1)[..., k - 1]
     return torch.tensor(threshold) if scope == "tensor" else torch.tensor(threshold)[:, None]
 
 
@@ -172,8 +169,8 @@ def test_compiles():
         fullgraph=True,
         backend="aot_eager",
     )
-    for got in compiled(weight):
-        assert_same(got, truth(weight, 0.5))
+    for got, want in zip(compiled(weight), (truth(weight, 0.5), truth(torch.cat([weight, weight]), 0.5)), strict=True):
+        assert_same(got, want)
 
 
 def test_gradient_is_refused():

@@ -1,0 +1,106 @@
+"""Who owns what, what can be forced, and what happens where a library is missing or broken."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import engine
+from engine.backends import CPU_VARIANTS
+from engine.ops._library import REFERENCES
+
+# The native owner of each (op, dispatch key). An op that is missing under CUDA runs there by its reference.
+OWNERS = {
+    "CPU": {
+        "bitmap_gather",
+        "bitmap_int8_linear",
+        "bitmap_linear",
+        "bitmap_to_dense",
+        "csr_linear",
+        "int8_dequantize",
+        "int8_embedding",
+        "int8_linear",
+        "int8_quantize",
+        "int8_weight_linear",
+        "magnitude_threshold",
+        "magnitude_threshold_of_list",
+        "prune_quantize_to_bitmap",
+        "prune_to_bitmap",
+        "prune_to_csr",
+        "threshold_prune",
+    },
+    "CUDA": {"prune_to_bitmap", "threshold_prune"},
+}
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_owners(key):
+    if key == "CUDA" and not torch.cuda.is_available():
+        assert set(engine.backends.TRITON_KERNELS) <= OWNERS["CUDA"]
+        pytest.skip("no GPU: its libraries are not loaded")
+    owned = {n for n in REFERENCES if torch._C._dispatch_has_kernel_for_dispatch_key(f"engine::{n}", key)}
+    assert owned == OWNERS[key]
+
+
+def test_every_public_op_is_registered():
+    for name in engine.ops.__all__:
+        assert name in REFERENCES and hasattr(torch.ops.engine, name)
+        assert getattr(engine.ops, name).__doc__
+
+
+def test_variants_can_be_forced():
+    assert engine.backends.cpu_variants() == CPU_VARIANTS[: len(engine.backends.cpu_variants())]
+    best = engine.backends.cpu_variant()
+    with engine.backends.force_cpu_variant("portable"):
+        assert engine.backends.cpu_variant() == "portable"
+    assert engine.backends.cpu_variant() == best
+    with pytest.raises(ValueError, match="expected one of portable"), engine.backends.force_cpu_variant("mmx"):
+        pass
+
+
+def test_status_says_why():
+    status = {s.name: s for s in engine.backends.status()}
+    assert status["cpu"].active and "best instruction set" in status["cpu"].detail
+    assert all(s.detail for s in status.values())
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd="/")
+
+
+def test_a_library_that_does_not_load_is_an_error(tmp_path):
+    broken = tmp_path / "_cpu.broken.so"
+    broken.write_bytes(b"not a library")
+    done = python("import engine", ENGINE_CPU_LIBRARY=str(broken))
+    assert done.returncode != 0 and "_cpu.broken.so is installed but does not load" in done.stderr
+
+
+def test_import_is_silent_and_light():
+    done = python("import sys, engine; assert not {'matplotlib', 'transformers', 'typer'} & set(sys.modules)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_no_package_named_kernels_is_installed():
+    done = python("import engine.kernels\ntry:\n    import kernels\nexcept ImportError:\n    print('fine')")
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_reference_mode_covers_every_op():
+    calls = []
+    original = dict(REFERENCES)
+    try:
+        for name, function in original.items():
+            REFERENCES[name] = lambda *args, name=name, function=function, **kw: (
+                calls.append(name) or function(*args, **kw)
+            )
+        with engine.reference_mode():
+            engine.ops.int8_quantize(torch.randn(3, 4))
+            engine.ops.threshold_prune(torch.randn(3, 4), 0.5)
+    finally:
+        REFERENCES.update(original)
+    assert calls == ["int8_quantize", "threshold_prune"]
+    engine.ops.int8_quantize(torch.randn(3, 4))
+    assert len(calls) == 2
