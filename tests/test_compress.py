@@ -248,21 +248,24 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, at):
     assert_unchanged(model, before)
 
 
-def test_an_interrupt_while_replacing_changes_nothing(monkeypatch):
-    model, before_replace = Mlp(), measure.replace_
-    before, done = state_of(model), []
+def test_an_interrupt_while_replacing_changes_nothing():
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32), nn.Linear(16, 16))
+    before, switch = state_of(model), model[0].activation_relu_or_gelu
 
-    def half(model, replacements):
-        if not done:
-            done.append(1)
-            before_replace(model, dict(list(replacements.items())[:1]))
+    class Interrupting(dict):
+        def items(self):
+            yield from super().items()
             raise KeyboardInterrupt
-        before_replace(model, replacements)
 
-    monkeypatch.setattr(measure, "replace_", half)
     with pytest.raises(KeyboardInterrupt):
-        engine.compress_(model, Recipe(**BOTH))
+        measure.replace_(model, Interrupting({"0.linear1": nn.Linear(16, 32), "1": nn.Linear(16, 16)}))
     assert_unchanged(model, before)
+    assert model[0].activation_relu_or_gelu == switch
+
+
+def test_a_layer_by_itself_is_refused():
+    with pytest.raises(ValueError, match=r"itself a Linear.*CompressedLinear\.from_dense"):
+        engine.compress_(nn.Linear(64, 64), Recipe(**BOTH))
 
 
 def test_transformer_encoder_layer_uses_the_compressed_layers():

@@ -83,43 +83,72 @@ struct WinogradDots {
         return sums_of(sum[0], sum[1], sum[2], sum[3]);
     }
 
-    // R rows of activations by four of weights; adds to `sums`.
-    template <int R>
-    ENGINE_AVX2 static void tile(const int16_t* q,  // [R, stride]
-                                 int64_t stride,
-                                 const int16_t* w,  // [kColumns, kMaxDepth]
-                                 int64_t kc, __m128i w_sums,
-                                 int64_t* sums) {  // [R, kColumns]
-        __m256i acc[R][kColumns];
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) {
+    // The stretch's sums of products, less those of w0 w1, added to the totals of one row of activations.
+    ENGINE_AVX2 ENGINE_INLINE static void add_to(int64_t* totals,  // [kColumns]
+                                                 __m128i sums, __m128i w_sums) {
+        auto* total = reinterpret_cast<__m256i*>(totals);
+        const __m256i part = _mm256_cvtepi32_epi64(_mm_sub_epi32(sums, w_sums));
+        _mm256_store_si256(total, _mm256_add_epi64(_mm256_load_si256(total), part));
+    }
+
+    // One row of activations by four of weights.
+    ENGINE_AVX2 static void row_tile(const int16_t* q,  // [kc]
+                                     const int16_t* w,  // [kColumns, kMaxDepth]
+                                     int64_t kc, __m128i w_sums,
+                                     int64_t* totals) {  // [kColumns]
+        __m256i acc[kColumns];
 #pragma GCC unroll 4
-            for (int j = 0; j < kColumns; ++j) acc[r][j] = _mm256_setzero_si256();
-        }
+        for (int j = 0; j < kColumns; ++j) acc[j] = _mm256_setzero_si256();
         for (int64_t k = 0; k < kc; k += 32) {
-            __m256i x0[R], x1[R];
-#pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) {
-                x0[r] = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + r * stride + k));
-                x1[r] = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + r * stride + k + 16));
-            }
+            const __m256i x0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + k));
+            const __m256i x1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + k + 16));
 #pragma GCC unroll 4
             for (int j = 0; j < kColumns; ++j) {
-                const __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + j * kMaxDepth + k));
-                const __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + j * kMaxDepth + k + 16));
-#pragma GCC unroll 2
-                for (int r = 0; r < R; ++r) {
-                    const __m256i product = _mm256_madd_epi16(_mm256_add_epi16(x0[r], w1), _mm256_add_epi16(x1[r], w0));
-                    acc[r][j] = _mm256_add_epi32(acc[r][j], product);
-                }
+                const auto* pair = reinterpret_cast<const __m256i*>(w + j * kMaxDepth + k);
+                const __m256i a = _mm256_add_epi16(x0, _mm256_load_si256(pair + 1));
+                const __m256i b = _mm256_add_epi16(x1, _mm256_load_si256(pair));
+                acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(a, b));
             }
         }
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) {
-            auto* total = reinterpret_cast<__m256i*>(sums + r * kColumns);
-            const __m128i part = _mm_sub_epi32(sums_of(acc[r][0], acc[r][1], acc[r][2], acc[r][3]), w_sums);
-            _mm256_store_si256(total, _mm256_add_epi64(_mm256_load_si256(total), _mm256_cvtepi32_epi64(part)));
+        add_to(totals, sums_of(acc[0], acc[1], acc[2], acc[3]), w_sums);
+    }
+
+    // Two rows by four: all 16 registers. Left to itself GCC reads x again for each product instead of keeping it.
+    ENGINE_AVX2 static void pair_tile(const int16_t* q,  // [2, stride]
+                                      int64_t stride,
+                                      const int16_t* w,  // [kColumns, kMaxDepth]
+                                      int64_t kc, __m128i w_sums,
+                                      int64_t* totals) {  // [2, kColumns]
+        __m256i first[kColumns], second[kColumns];
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) first[j] = second[j] = _mm256_setzero_si256();
+        for (int64_t k = 0; k < kc; k += 32) {
+            const auto* x = reinterpret_cast<const __m256i*>(q + k);
+            const auto* y = reinterpret_cast<const __m256i*>(q + stride + k);
+            const __m256i x0 = _mm256_load_si256(x), x1 = _mm256_load_si256(x + 1);
+            const __m256i y0 = _mm256_load_si256(y), y1 = _mm256_load_si256(y + 1);
+#pragma GCC unroll 4
+            for (int j = 0; j < kColumns; ++j) {
+                const auto* pair = reinterpret_cast<const __m256i*>(w + j * kMaxDepth + k);
+                __m256i a, b, c, d;
+                asm volatile(
+                    "vmovdqa %[w1], %[a]\n\t"
+                    "vmovdqa %[w0], %[b]\n\t"
+                    "vpaddw %[a], %[x0], %[c]\n\t"
+                    "vpaddw %[b], %[x1], %[d]\n\t"
+                    "vpaddw %[a], %[y0], %[a]\n\t"
+                    "vpaddw %[b], %[y1], %[b]\n\t"
+                    "vpmaddwd %[c], %[d], %[c]\n\t"
+                    "vpmaddwd %[a], %[b], %[a]\n\t"
+                    "vpaddd %[c], %[first], %[first]\n\t"
+                    "vpaddd %[a], %[second], %[second]"
+                    : [first] "+x"(first[j]), [second] "+x"(second[j]), [a] "=&x"(a), [b] "=&x"(b), [c] "=&x"(c),
+                      [d] "=&x"(d)
+                    : [x0] "x"(x0), [x1] "x"(x1), [y0] "x"(y0), [y1] "x"(y1), [w0] "m"(pair[0]), [w1] "m"(pair[1]));
+            }
         }
+        add_to(totals, sums_of(first[0], first[1], first[2], first[3]), w_sums);
+        add_to(totals + kColumns, sums_of(second[0], second[1], second[2], second[3]), w_sums);
     }
 
     // Outputs [begin, end) of every row.
@@ -139,10 +168,10 @@ struct WinogradDots {
                 const __m128i w_sums = widen(weight + column * call.k + k, call.k, columns, kc, ahead, wide);
                 int64_t row = 0;
                 for (; row + 2 <= call.m; row += 2) {
-                    tile<2>(rows.q + row * rows.stride + k, rows.stride, wide, kc, w_sums, sums + row * kColumns);
+                    pair_tile(rows.q + row * rows.stride + k, rows.stride, wide, kc, w_sums, sums + row * kColumns);
                 }
                 if (row < call.m) {
-                    tile<1>(rows.q + row * rows.stride + k, rows.stride, wide, kc, w_sums, sums + row * kColumns);
+                    row_tile(rows.q + row * rows.stride + k, wide, kc, w_sums, sums + row * kColumns);
                 }
             }
             for (int64_t row = 0; row < call.m; ++row) {

@@ -55,6 +55,12 @@ ENGINE_AVX2 ENGINE_INLINE __m256i load_avx2(const void* from) {
     return _mm256_load_si256(static_cast<const __m256i*>(from));
 }
 
+// acc += products. GCC would add up the products of several steps first, and spill them: what is volatile stays in
+// order.
+ENGINE_AVX2 ENGINE_INLINE void accumulate_avx2(__m256i& acc, __m256i products) {
+    asm volatile("vpaddd %1, %0, %0" : "+x"(acc) : "x"(products));
+}
+
 ENGINE_AVX2 ENGINE_INLINE int32_t horizontal_sum_avx2(__m256i v) {
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
@@ -72,7 +78,7 @@ struct VectorAvx2 {
         const __m256i w = _mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1);
         const __m256i x = _mm256_sign_epi8(load_avx2(q), w);
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), x);
-        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        accumulate_avx2(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
 
     ENGINE_AVX2 ENGINE_INLINE static void step(uint64_t bits, const int8_t* q, const int8_t*& values,
@@ -106,8 +112,11 @@ struct MatrixAvx2 {
     using Q = int16_t;
     static constexpr int kColumns = 4, kDirect = 4, kTileRows = 3;
     static constexpr bool kShifted = false;
-    static constexpr int64_t kDepth = 1024;  // of a stretch with up to kDirect rows; else half
-    static int64_t depth(int64_t m) { return m <= kDirect ? kDepth : kDepth / 2; }
+    static constexpr int64_t kDepth = 512;  // of a stretch that is spread to L1
+    static int64_t depth(int64_t m) {       // 16 KB of activations
+        if (m > kDirect) return kDepth;
+        return m > 2 ? 4 * kDepth : 8 * kDepth;
+    }
 
     // 16 weights of each of two columns by R rows of activations.
     template <int R>
@@ -117,8 +126,8 @@ struct MatrixAvx2 {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const __m256i x = load_avx2(q + r * q_stride);
-            acc[0][r] = _mm256_add_epi32(acc[0][r], _mm256_madd_epi16(wide0, x));
-            acc[1][r] = _mm256_add_epi32(acc[1][r], _mm256_madd_epi16(wide1, x));
+            accumulate_avx2(acc[0][r], _mm256_madd_epi16(wide0, x));
+            accumulate_avx2(acc[1][r], _mm256_madd_epi16(wide1, x));
         }
     }
 
@@ -165,7 +174,7 @@ struct MatrixAvx2 {
     // R rows of activations by kColumns rows of weights.
     template <int R>
     ENGINE_AVX2 static void tile(const int16_t* q, int64_t q_stride,
-                                 const int16_t* w,  // [kColumns, kDepth / 2]
+                                 const int16_t* w,  // [kColumns, kDepth]
                                  int64_t kc, int32_t* sums) {
         __m256i acc[R][kColumns];
         for (int r = 0; r < R; ++r) {
@@ -175,7 +184,7 @@ struct MatrixAvx2 {
             __m256i x[R];
             for (int r = 0; r < R; ++r) x[r] = load_avx2(q + r * q_stride + k);
             for (int c = 0; c < kColumns; ++c) {
-                const __m256i wide = load_avx2(w + c * (kDepth / 2) + k);
+                const __m256i wide = load_avx2(w + c * kDepth + k);
                 for (int r = 0; r < R; ++r) acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(wide, x[r]));
             }
         }
@@ -199,7 +208,7 @@ struct MatrixAvx2 {
             direct_of(m, q, q_stride, columns, kc, sums);
             return direct_of(m, q, q_stride, columns + 2, kc, sums + 2);
         }
-        alignas(64) int16_t w[kColumns][kDepth / 2];
+        alignas(64) int16_t w[kColumns][kDepth];
         for (int c = 0; c < kColumns; ++c) expand(columns[c], kc, w[c]);
         int64_t r = 0;
         for (; r + kTileRows <= m; r += kTileRows) {

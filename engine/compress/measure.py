@@ -1,6 +1,7 @@
 """Runs the model on the example inputs: what each layer sees, how long each takes, dense and compressed in turn."""
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,19 +37,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     """`model` with the modules of these qualified names replaced, and as it was again afterwards."""
-    before = {name: model.get_submodule(name) for name in replacements}
+    restore = replace_(model, replacements)
     try:
-        replace_(model, replacements)
         yield
     finally:
-        replace_(model, before)
+        restore()
 
 
-def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Puts the modules in place, each under its qualified name."""
-    for name, module in replacements.items():
-        parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._modules[child] = module
+def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callable[[], None]:
+    """Puts the modules in place, each under its qualified name, or none of them; returns what puts all back."""
+    undo: list[Callable[[], None]] = []
+
+    def set_item(items: dict, key: str, value: Any) -> None:
+        undo.append(functools.partial(items.__setitem__, key, items[key]))
+        items[key] = value
+
+    def restore() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        for name, module in replacements.items():
+            path, _, child = name.rpartition(".")
+            parent = model.get_submodule(path)
+            set_item(parent._modules, child, module)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Its fused path would take the dense weight out of the layers instead of calling them.
+                set_item(vars(parent), "activation_relu_or_gelu", 0)
+    except BaseException:
+        restore()
+        raise
+    return restore
 
 
 def observe(

@@ -11,9 +11,11 @@ from engine.compress import measure
 from engine.compress.recipe import Prune, Quantize, Recipe
 from engine.compress.report import Layer, Report
 from engine.compress.targets import Target, find_targets
-from engine.formats import Bitmap, DenseInt8
+from engine.formats import Bitmap, DenseInt8, Format
 from engine.nn import CompressedEmbedding, CompressedLinear
 from engine.ops.int8_quantize import SMALLEST_AMAX
+
+Compressed = CompressedLinear | CompressedEmbedding
 
 # A layer that costs this share of a forward pass more than before, or less, can't be told from one that costs the same:
 # then its bytes decide. Without it an embedding, whose look-up takes microseconds, would never be compressed.
@@ -53,13 +55,14 @@ def compress_(model: nn.Module, recipe: Recipe, example_inputs: Any = None) -> R
     candidates = _candidates(targets, recipe, input_amax, left)
     rows = [_describe(target, candidates[target.name]) for target in targets if target.name in candidates]
     report = Report(recipe=recipe.to_dict(), layers=rows, left_alone=left, bytes_before=_model_bytes(model))
+    dense = {target.name: target.weight for target in targets}
     if example_inputs is None:
         for row in rows:
-            row.error = _weight_error(model.get_submodule(row.name).weight, candidates[row.name])
+            row.error = _weight_error(dense[row.name], candidates[row.name])
     else:
         _measure_errors(model, example_inputs, candidates, rows)
     _guard(model, recipe, example_inputs, candidates, report)
-    _commit(model, {name: candidates[name] for row in report.layers for name in row.names})
+    measure.replace_(model, {name: candidates[name] for row in report.layers for name in row.names})
     report.bytes_after = _model_bytes(model)
     return report
 
@@ -160,12 +163,12 @@ def _input_amax(model: nn.Module, inputs: Any, targets: list[Target]) -> dict[st
 
 def _candidates(
     targets: list[Target], recipe: Recipe, input_amax: Mapping[str, float], left: dict[str, str]
-) -> dict[str, nn.Module]:
+) -> dict[str, Compressed]:
     """The compressed module for every name; a target without one goes to `left` with the reason."""
     quantize, prunes = recipe.quantize, recipe.prune is not None
     prunable = [t for t in targets if t.kinds == {nn.Linear}] if prunes else []
     thresholds = _thresholds(prunable, recipe.prune) if recipe.prune and prunable else {}
-    made: dict[str, nn.Module] = {}
+    made: dict[str, Compressed] = {}
     for target in targets:
         if quantize is None and target.name not in thresholds:
             left |= dict.fromkeys(target.names, "embeddings, and what is tied to one, are quantised but never pruned")
@@ -180,12 +183,12 @@ def _candidates(
         with torch.no_grad():
             if target.name in thresholds:
                 values = torch.int8 if quantize is not None else None
-                format: Bitmap | DenseInt8 = Bitmap.from_dense(target.weight, thresholds[target.name], values, **how)
+                format: Format = Bitmap.from_dense(target.weight, thresholds[target.name], values, **how)
             else:
                 assert quantize is not None
                 activation = quantize.activation if linears else "dynamic"
                 format = DenseInt8.from_dense(target.weight, activation, **how)
-        twins: dict[int, CompressedLinear | CompressedEmbedding] = {}
+        twins: dict[int, Compressed] = {}
         for name, module in zip(target.names, target.modules, strict=True):
             if id(module) not in twins:
                 twins[id(module)] = _module_over(format, module)
@@ -194,9 +197,9 @@ def _candidates(
     return made
 
 
-def _module_over(format: Any, dense: nn.Module) -> CompressedLinear | CompressedEmbedding:
+def _module_over(format: Any, dense: nn.Module) -> Compressed:
     """The compressed twin of `dense` over `format`."""
-    module: CompressedLinear | CompressedEmbedding
+    module: Compressed
     if isinstance(dense, nn.Embedding):
         module = CompressedEmbedding(format, dense.padding_idx, dense.weight.dtype)
     else:
@@ -207,12 +210,12 @@ def _module_over(format: Any, dense: nn.Module) -> CompressedLinear | Compressed
     return module.train(dense.training)
 
 
-def _describe(target: Target, module: nn.Module) -> Layer:
+def _describe(target: Target, module: Compressed) -> Layer:
     format = module.format
     return Layer(
         name=target.name,
         names=target.names,
-        shape=tuple(format.shape),
+        shape=format.shape,
         format=format.label,
         sparsity=format.sparsity,
         bytes_before=target.weight.numel() * target.weight.element_size(),
@@ -220,7 +223,7 @@ def _describe(target: Target, module: nn.Module) -> Layer:
     )
 
 
-def _weight_error(weight: Tensor, module: nn.Module) -> float:
+def _weight_error(weight: Tensor, module: Compressed) -> float:
     """Relative error of the weight, Frobenius."""
     exact = weight.detach().float()
     return _relative(module.format.to_dense().float() - exact, exact)
@@ -231,7 +234,7 @@ def _relative(difference: Tensor, exact: Tensor) -> float:
     return difference.norm().item() / size if size else difference.norm().item()
 
 
-def _measure_errors(model: nn.Module, inputs: Any, candidates: dict[str, nn.Module], rows: list[Layer]) -> None:
+def _measure_errors(model: nn.Module, inputs: Any, candidates: Mapping[str, Compressed], rows: list[Layer]) -> None:
     """Relative output error of each layer on the inputs it meets in the dense model; None where none reach it."""
     errors: dict[str, list[float]] = {}
 
@@ -245,7 +248,7 @@ def _measure_errors(model: nn.Module, inputs: Any, candidates: dict[str, nn.Modu
         row.error = sum(seen) / len(seen) if seen else None
 
 
-def _guard(model: nn.Module, recipe: Recipe, inputs: Any, candidates: dict[str, nn.Module], report: Report) -> None:
+def _guard(model: nn.Module, recipe: Recipe, inputs: Any, candidates: Mapping[str, Compressed], report: Report) -> None:
     """Moves the layers that don't win from `report.layers` to `report.left_alone`; measures where there are inputs."""
 
     def leave(row: Layer, reason: str) -> None:
@@ -279,21 +282,6 @@ def _guard(model: nn.Module, recipe: Recipe, inputs: Any, candidates: dict[str, 
         report.seconds_before = report.seconds_after = None
         for row in list(report.layers):
             leave(row, f"faster alone, but the whole model is not: {before:.2f} → {after:.2f} ms")
-
-
-def _commit(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
-    """Puts the compressed modules in place; on any exception the model is as it was."""
-    before = {name: model.get_submodule(name) for name in replacements}
-    try:
-        measure.replace_(model, replacements)
-        for name in replacements:
-            # Its fused path would take the dense weight out of the layers instead of calling them.
-            parent = model.get_submodule(name.rpartition(".")[0])
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                parent.activation_relu_or_gelu = 0
-    except BaseException:
-        measure.replace_(model, before)
-        raise
 
 
 def _model_bytes(model: nn.Module) -> int:

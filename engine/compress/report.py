@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html
+import importlib
 import io
 import json
 import os
@@ -190,9 +191,7 @@ def _machine() -> dict[str, Any]:
     from engine import backends
 
     try:
-        from engine import _native
-
-        name = _native.cpu_name()
+        name = importlib.import_module("engine._native").cpu_name()
     except ImportError:  # installed without a C++ compiler
         name = platform.processor()
     return {

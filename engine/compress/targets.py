@@ -70,6 +70,12 @@ def find_targets(
         raise ValueError(
             f"engine.{owner}: the model is compressed already: {compressed[0]} is one of {len(compressed)}"
         )
+    if type(model) in COMPRESSIBLE:
+        kind = type(model).__name__
+        raise ValueError(
+            f"engine.{owner}: the model is itself a {kind}, which can't be replaced in place: "
+            f"use engine.nn.Compressed{kind}.from_dense"
+        )
     chosen: dict[str, nn.Module] = {}
     matched_by = dict.fromkeys(targets, 0)
     for name, module in modules.items():

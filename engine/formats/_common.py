@@ -14,7 +14,8 @@ def nbytes_of(*tensors: Tensor | None) -> int:
 def check_scales(where: str, scale: Tensor | None, input_scale: Tensor | None, rows: int) -> None:
     """Raises unless `scale` is float32 `[rows]`, finite and above 0, and `input_scale`, if any, alike of one."""
     for name, tensor, shape in (("scale", scale, (rows,)), ("input_scale", input_scale, ())):
-        if tensor is None and name == "input_scale":
+        if tensor is None:
+            _check.expect(name != "scale", where, "scale", "a tensor", None)
             continue
         _check.is_dtype(where, name, tensor, torch.float32)
         _check.has_shape(where, name, tensor, shape)

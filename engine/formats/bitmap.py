@@ -9,7 +9,7 @@ from torch import Tensor
 from engine import ops
 from engine.formats._common import check_scales, nbytes_of
 from engine.ops import _check
-from engine.ops._bitmap import check_bitmap
+from engine.ops._bitmap import check_bitmap, check_bitmap_metadata
 
 INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
@@ -83,7 +83,9 @@ class Bitmap:
         Counts the bits of every row, so that whatever passes can be read by a kernel.
         """
         where = "formats.Bitmap"
+        check_bitmap_metadata(where, self.bitmask, self.row_offsets, self.values, self.columns)
         check_bitmap(where, self.bitmask, self.row_offsets, self.values, self.columns)
+        _check.is_dtype(where, "values", self.values, *_check.FLOAT_DTYPES, torch.int8)
         _check.expect((self.scale is not None) == (self.values.dtype == torch.int8), where, "scale", *INT8_HAS_SCALE)
         if self.scale is not None:
             check_scales(where, self.scale, self.input_scale, self.bitmask.shape[0])

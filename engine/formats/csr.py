@@ -9,7 +9,7 @@ from torch import Tensor
 from engine import ops
 from engine.formats._common import nbytes_of
 from engine.ops import _check
-from engine.ops.csr_linear import dense_rows
+from engine.ops._csr import check_csr, check_csr_metadata, dense_rows
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,16 +59,8 @@ class Csr:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""
         where = "formats.Csr"
         _check.is_float(where, "values", self.values)
-        _check.is_dtype(where, "crow_indices", self.crow_indices, torch.int32, torch.int64)
-        _check.is_dtype(where, "col_indices", self.col_indices, self.crow_indices.dtype)
-        _check.has_shape(where, "values", self.values, ("nnz",))
-        _check.has_shape(where, "col_indices", self.col_indices, self.values.shape)
-        _check.has_shape(where, "crow_indices", self.crow_indices, ("N + 1",))
-        crow, count = self.crow_indices, self.values.numel()
-        rises = crow.numel() > 0 and crow[0] == 0 and crow[-1] == count and bool((crow.diff() >= 0).all())
-        _check.expect(rises, where, "crow_indices", f"offsets rising from 0 to {count}", "others")
-        inside = count == 0 or bool((self.col_indices >= 0).all() & (self.col_indices < self.columns).all())
-        _check.expect(inside, where, "col_indices", f"columns in [0, {self.columns})", "others")
+        check_csr_metadata(where, self.crow_indices, self.col_indices, self.values)
+        check_csr(where, self.crow_indices, self.col_indices, self.columns)
 
     @property
     def label(self) -> str:

@@ -19,6 +19,10 @@ class _Compressed(nn.Module):
     DistributedDataParallel doesn't broadcast them at every step. Only float values can require a gradient.
     """
 
+    values: nn.Parameter
+    scale: nn.Parameter
+    _dtype_marker: Tensor
+
     def __init__(self, format: Format, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self._format_type: type[Format] = type(format)
@@ -46,19 +50,18 @@ class _Compressed(nn.Module):
         return self.format.to_dense(self._dtype_marker.dtype)
 
     def _apply(self, fn, recurse=True):
-        before = {name: self._parameters[name] for name in ALWAYS_FLOAT32 if self._parameters.get(name) is not None}
-        before = {name: parameter.data for name, parameter in before.items()}
+        parameters: dict[str, Any] = self._parameters
+        before = {name: parameters[name].data for name in ALWAYS_FLOAT32 if parameters.get(name) is not None}
         super()._apply(fn, recurse)
         for name, data in before.items():  # a scale in half precision would change every weight
-            parameter = self._parameters[name]
-            if parameter.dtype != torch.float32:
-                parameter.data = data.to(parameter.device)
+            if parameters[name].dtype != torch.float32:
+                parameters[name].data = data.to(parameters[name].device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         found = {name: state_dict.get(prefix + name) for name in self._format_type.TENSORS}
         for name, tensor in found.items():
-            mine = self._parameters[name]
+            mine: Any = self._parameters[name]
             resized = name in RESIZED_BY_LOADING and mine is not None and tensor is not None
             if resized and mine.shape != tensor.shape and tensor.dim() == mine.dim() == 1:
                 fresh = torch.empty(tensor.shape, dtype=mine.dtype, device=mine.device)
@@ -88,6 +91,8 @@ class CompressedLinear(_Compressed):
         bias: `[out_features]`, or None.
         dtype: of the dense weight that `weight` gives back; by default that of the format's values, float32 for int8.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, format: Format, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(format, dtype)
