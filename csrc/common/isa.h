@@ -27,10 +27,10 @@ inline Isa isa() { return static_cast<Isa>(active_isa.load(std::memory_order_rel
 #if defined(ENGINE_EMULATE_AVX512)  // a test build: the 512-bit intrinsics are plain functions (tests/native/)
 #define ENGINE_AVX512 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
 #else
-#define ENGINE_AVX512                                                                                        \
-    __attribute__((target(                                                                                   \
-        "avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,bmi2," \
-        "popcnt,lzcnt,prefer-vector-width=512")))
+#define ENGINE_AVX512                                                                                                  \
+    __attribute__((                                                                                                    \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,bmi2," \
+               "popcnt,lzcnt,prefer-vector-width=512")))
 #endif
 #define ENGINE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
 #else

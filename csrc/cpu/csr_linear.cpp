@@ -17,9 +17,9 @@ constexpr int kBlock = 16;  // rows of x: 64 bytes of fp32, one cache line
 
 template <class V, class I>
 struct Csr {
-    const I* crow;     // [n + 1]
-    const I* columns;  // [nnz]
-    const V* values;   // [nnz]
+    const I* crow;      // [n + 1]
+    const I* columns;   // [nnz]
+    const V* values;    // [nnz]
     const float* bias;  // [n] or null
 };
 
@@ -64,7 +64,8 @@ ENGINE_AVX2 void outputs_avx2(const Csr<V, I>& w, const float* xt, int64_t begin
     outputs<kRows>(w, xt, begin, end, n, y);
 }
 template <int kRows, class V, class I>
-ENGINE_AVX512 void outputs_avx512(const Csr<V, I>& w, const float* xt, int64_t begin, int64_t end, int64_t n, float* y) {
+ENGINE_AVX512 void outputs_avx512(const Csr<V, I>& w, const float* xt, int64_t begin, int64_t end, int64_t n,
+                                  float* y) {
     outputs<kRows>(w, xt, begin, end, n, y);
 }
 #endif
@@ -97,7 +98,7 @@ void check_indices(const I* crow, const I* columns, int64_t n, int64_t nnz, int6
 template <int kRows, class T>
 void transpose(const T* x,  // [m, k]
                int64_t first, int64_t m, int64_t k,
-               float* xt,             // [k, kRows]
+               float* xt,  // [k, kRows]
                bool (&finite)[kRows]) {
     for (int r = 0; r < kRows; ++r) {
         finite[r] = true;
@@ -169,7 +170,8 @@ Tensor csr_linear(Tensor x_in, Tensor crow_in, Tensor columns_in, Tensor values_
             auto run = [&](auto index) {
                 using I = decltype(index);
                 check_indices(data<I>(crow), data<I>(columns), n, nnz, k);
-                const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), bias.empty() ? nullptr : bias.data()};
+                const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values),
+                                  bias.empty() ? nullptr : bias.data()};
                 linear(w, data<T>(x), mutable_data<T>(y), m, n, k);
             };
             wide ? run(int64_t{}) : run(int32_t{});

@@ -10,9 +10,9 @@ namespace {
 
 // The body for every instruction set: it vectorises by itself where it is inlined.
 template <class T>
-ENGINE_INLINE void quantize_rows(const T* x,     // [rows, k]
-                                 int8_t* q,      // [rows, k]
-                                 float* scale,   // [rows]
+ENGINE_INLINE void quantize_rows(const T* x,    // [rows, k]
+                                 int8_t* q,     // [rows, k]
+                                 float* scale,  // [rows]
                                  int64_t begin, int64_t end, int64_t k) {
     for (int64_t row = begin; row < end; ++row) {
         const RowScale s = row_scale(amax_bits(x + row * k, k));
@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x_in) {
         if (isa() == Isa::avx2) kernel = rows_avx2<T>;
         if (isa() == Isa::avx512) kernel = rows_avx512<T>;
 #endif
-        parallel_rows(rows, k * (sizeof(T) + 1), [&](int64_t begin, int64_t end) { kernel(from, to, scales, begin, end, k); });
+        parallel_rows(rows, k * (sizeof(T) + 1),
+                      [&](int64_t begin, int64_t end) { kernel(from, to, scales, begin, end, k); });
     });
     return {q, scale};
 }

@@ -22,7 +22,7 @@ ENGINE_INLINE void columns_rest(const uint8_t* mask, int64_t begin, int64_t k, I
 template <class I>
 void columns_portable(const uint8_t* mask,  // [ceil(k/8)]
                       int64_t k,
-                      I* out,           // [length]
+                      I* out,  // [length]
                       int64_t /*length*/) {
     columns_rest(mask, 0, k, out, 0);
 }
