@@ -381,6 +381,7 @@ void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad
 
 template <class T>
 void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
+    if (call.m == 0) return;
     if (call.m > kDotRows) return int8_panel_linear(call, BitmapProvider(weight, bad));
 #if ENGINE_X86
     if (isa() == Isa::avx512) {
