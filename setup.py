@@ -38,6 +38,7 @@ NVCC += ["-gencode=arch=compute_90,code=compute_90"]
 
 
 def extensions():
+    import torch
     from pybind11.setup_helpers import Pybind11Extension
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
@@ -52,7 +53,8 @@ def extensions():
         ),
         Pybind11Extension("engine._native", ["csrc/module/native.cpp"], cxx_std=17),
     ]
-    if CUDA_SOURCES and CUDA_HOME is not None and shutil.which("nvcc"):
+    # A CPU-only torch has nothing for a CUDA library to link against.
+    if torch.version.cuda is not None and CUDA_HOME is not None and shutil.which("nvcc"):
         flags = {"cxx": CXX, "nvcc": NVCC}
         found.append(
             CUDAExtension(
