@@ -1,180 +1,381 @@
 // csr_linear: y = x W^T + bias for W in compressed sparse rows, for weights so sparse that an index beside every value
 // costs less than a bit for every place.
 //
-// Rows of x are taken kBlock at a time and transposed, so that one value and its column serve a whole vector: x^T[col]
-// is kBlock numbers side by side. A single row of x needs no transpose and gathers.
+// Rows of x are taken 8 or 16 at a time and transposed, so that one value and its column serve whole vectors: x^T[col]
+// is that many numbers side by side. A single row of x needs no transpose and gathers.
+//
+// A column is clamped into [0, k) where it is used, and one that was not inside is reported after the loop: so nothing
+// is read out of bounds whatever the indices hold, and no pass is spent on looking at them beforehand.
 
 #include <atomic>
 #include <limits>
 
+#include "common/bitmap_mask.h"
 #include "common/dtype.h"
 #include "common/tensor.h"
 
 namespace engine {
 namespace {
 
-constexpr int kBlock = 16;  // rows of x: 64 bytes of fp32, one cache line
-
 template <class V, class I>
 struct Csr {
-    const I* crow;      // [n + 1]
+    const I* crow;      // [n + 1], checked
     const I* columns;   // [nnz]
     const V* values;    // [nnz]
-    const float* bias;  // [n] or null
+    const float* bias;  // [n], or null
+    int64_t n, k;       // k > 0 where there are values
 };
 
-// Outputs [begin, end) for kRows rows of x. Four sums overlap the additions' latencies, and lose less to rounding.
-template <int kRows, class V, class I>
-ENGINE_INLINE void outputs(const Csr<V, I>& w,
-                           const float* xt,  // [k, kRows]
-                           int64_t begin, int64_t end, int64_t n,
-                           float* y) {  // [kRows, n]
-    constexpr int kSums = 4;
-    for (int64_t row = begin; row < end; ++row) {
-        float sums[kSums][kRows] = {};
-        int64_t i = w.crow[row];
-        const int64_t last = w.crow[row + 1];
-        for (; i + kSums <= last; i += kSums) {
-            for (int s = 0; s < kSums; ++s) {
-                const float value = to_float(w.values[i + s]);
-                const float* from = xt + static_cast<int64_t>(w.columns[i + s]) * kRows;
-                for (int m = 0; m < kRows; ++m) sums[s][m] += value * from[m];
-            }
-        }
-        for (; i < last; ++i) {
-            const float value = to_float(w.values[i]);
-            const float* from = xt + static_cast<int64_t>(w.columns[i]) * kRows;
-            for (int m = 0; m < kRows; ++m) sums[0][m] += value * from[m];
-        }
-        for (int m = 0; m < kRows; ++m) {
-            float total = sums[0][m];
-            for (int s = 1; s < kSums; ++s) total += sums[s][m];
-            y[m * n + row] = total + (w.bias != nullptr ? w.bias[row] : 0.0f);
-        }
+constexpr int kChunk = 128;  // values after which partial sums are added to the total: long rows lose less to rounding
+constexpr int kSums = 4;     // beside one another, to overlap the latencies of additions
+
+// Columns where they are used: clamped into [0, k), and the largest noted, for what lay outside to be reported.
+template <class I>
+class ClampedColumns {
+  public:
+    explicit ENGINE_INLINE ClampedColumns(int64_t k)
+        : last_(static_cast<U>(std::min<int64_t>(k - 1, std::numeric_limits<I>::max()))) {}
+    ENGINE_INLINE int64_t operator()(I column) {
+        const U at = static_cast<U>(column);  // a negative one becomes a large one
+        most_ = std::max(most_, at);
+        return static_cast<int64_t>(std::min(at, last_));
+    }
+    ENGINE_INLINE bool inside() const { return most_ <= last_; }
+
+  private:
+    using U = std::make_unsigned_t<I>;
+    U last_, most_ = 0;
+};
+
+// Some rows of x, and where their results go.
+struct Block {
+    const float* xt;  // [k, kRows] fp32: the rows, transposed; those beyond `rows` are 0
+    uint32_t bad;     // bit m is set where row m holds a NaN or an infinity
+    int64_t rows;     // in use
+    float* y;         // [rows, n]
+};
+
+template <class V, class I>
+using Outputs = bool (*)(const Csr<V, I>& w, const Block& block, int64_t begin, int64_t end);
+
+template <class V, class I>
+ENGINE_INLINE void write_output(const Csr<V, I>& w, const Block& block, int64_t row, const float* total) {
+    constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+    const float bias = w.bias == nullptr ? 0.0f : w.bias[row];
+    for (int64_t m = 0; m < block.rows; ++m) {
+        block.y[m * w.n + row] = (block.bad >> m & 1) != 0 ? kNaN : total[m] + bias;
     }
 }
 
+// Outputs [begin, end) of each row of the block. False where a column lay outside.
 template <int kRows, class V, class I>
-void outputs_portable(const Csr<V, I>& w, const float* xt, int64_t begin, int64_t end, int64_t n, float* y) {
-    outputs<kRows>(w, xt, begin, end, n, y);
+bool outputs_portable(const Csr<V, I>& w, const Block& block, int64_t begin, int64_t end) {
+    ClampedColumns<I> clamp(w.k);
+    for (int64_t row = begin; row < end; ++row) {
+        float total[kRows] = {};
+        for (int64_t chunk = w.crow[row]; chunk < w.crow[row + 1]; chunk += kChunk) {
+            const int64_t last = std::min<int64_t>(chunk + kChunk, w.crow[row + 1]);
+            float sums[kSums][kRows] = {};
+            int64_t i = chunk;
+            for (; i + kSums <= last; i += kSums) {
+                for (int s = 0; s < kSums; ++s) {
+                    const float value = to_float(w.values[i + s]);
+                    const float* x = block.xt + clamp(w.columns[i + s]) * kRows;
+                    for (int m = 0; m < kRows; ++m) sums[s][m] += value * x[m];
+                }
+            }
+            for (; i < last; ++i) {
+                const float value = to_float(w.values[i]);
+                const float* x = block.xt + clamp(w.columns[i]) * kRows;
+                for (int m = 0; m < kRows; ++m) sums[i % kSums][m] += value * x[m];
+            }
+            for (int m = 0; m < kRows; ++m) total[m] += (sums[0][m] + sums[1][m]) + (sums[2][m] + sums[3][m]);
+        }
+        write_output(w, block, row, total);
+    }
+    return clamp.inside();
 }
+
 #if ENGINE_X86
+// For AVX-512 processors too: the loop waits for x^T to come from the second cache, not for arithmetic.
 template <int kRows, class V, class I>
-ENGINE_AVX2 void outputs_avx2(const Csr<V, I>& w, const float* xt, int64_t begin, int64_t end, int64_t n, float* y) {
-    outputs<kRows>(w, xt, begin, end, n, y);
+ENGINE_AVX2 bool outputs_avx2(const Csr<V, I>& w, const Block& block, int64_t begin, int64_t end) {
+    constexpr int kVectors = kRows / 8;
+    ClampedColumns<I> clamp(w.k);
+    for (int64_t row = begin; row < end; ++row) {
+        __m256 total[kVectors] = {};
+        for (int64_t chunk = w.crow[row]; chunk < w.crow[row + 1]; chunk += kChunk) {
+            const int64_t last = std::min<int64_t>(chunk + kChunk, w.crow[row + 1]);
+            __m256 sums[kSums][kVectors] = {};
+            int64_t i = chunk;
+            for (; i + kSums <= last; i += kSums) {
+#pragma GCC unroll 4
+                for (int s = 0; s < kSums; ++s) {
+                    const __m256 value = _mm256_set1_ps(to_float(w.values[i + s]));
+                    const float* x = block.xt + clamp(w.columns[i + s]) * kRows;
+#pragma GCC unroll 2
+                    for (int v = 0; v < kVectors; ++v) {
+                        sums[s][v] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + 8 * v), sums[s][v]);
+                    }
+                }
+            }
+            for (; i < last; ++i) {
+                const __m256 value = _mm256_set1_ps(to_float(w.values[i]));
+                const float* x = block.xt + clamp(w.columns[i]) * kRows;
+                for (int v = 0; v < kVectors; ++v) {
+                    sums[0][v] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + 8 * v), sums[0][v]);
+                }
+            }
+            for (int v = 0; v < kVectors; ++v) {
+                const __m256 two = _mm256_add_ps(sums[0][v], sums[1][v]);
+                total[v] = _mm256_add_ps(total[v], _mm256_add_ps(two, _mm256_add_ps(sums[2][v], sums[3][v])));
+            }
+        }
+        alignas(32) float all[kRows];
+        for (int v = 0; v < kVectors; ++v) _mm256_store_ps(all + 8 * v, total[v]);
+        write_output(w, block, row, all);
+    }
+    return clamp.inside();
 }
-template <int kRows, class V, class I>
-ENGINE_AVX512 void outputs_avx512(const Csr<V, I>& w, const float* xt, int64_t begin, int64_t end, int64_t n,
-                                  float* y) {
-    outputs<kRows>(w, xt, begin, end, n, y);
+
+ENGINE_AVX2 ENGINE_INLINE float sum_8_avx2(__m256 v) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// Eight products of values with a single row of x, gathered, on top of `sum`.
+ENGINE_AVX2 ENGINE_INLINE __m256 gather_8_avx2(__m256 values, __m256i columns,
+                                               __m256i last,    // column
+                                               const float* x,  // [k]
+                                               __m256 sum, __m256i& outside) {
+    const __m256i clamped = _mm256_min_epu32(columns, last);
+    outside = _mm256_or_si256(outside, _mm256_xor_si256(columns, clamped));
+    return _mm256_fmadd_ps(values, _mm256_i32gather_ps(x, clamped, 4), sum);
+}
+// Eight columns as int32; what the upper halves of wider ones hold is added to `outside`.
+ENGINE_AVX2 ENGINE_INLINE __m256i load_8_columns_avx2(const int32_t* columns, __m256i& /*outside*/) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
+}
+ENGINE_AVX2 ENGINE_INLINE __m256i load_8_columns_avx2(const int64_t* columns, __m256i& outside) {
+    const __m256 first = _mm256_loadu_ps(reinterpret_cast<const float*>(columns));
+    const __m256 second = _mm256_loadu_ps(reinterpret_cast<const float*>(columns + 4));
+    outside = _mm256_or_si256(outside, _mm256_castps_si256(_mm256_shuffle_ps(first, second, 0xdd)));
+    return _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0x88)), 0xd8);
+}
+
+// The first `count` of 8 values or columns, then zeros; `mask` has the sign bit set in as many lanes.
+ENGINE_AVX2 ENGINE_INLINE __m256 load_some_avx2(const float* values, int64_t /*count*/, __m256i mask) {
+    return _mm256_maskload_ps(values, mask);
+}
+template <class V>
+ENGINE_AVX2 ENGINE_INLINE __m256 load_some_avx2(const V* values, int64_t count, __m256i /*mask*/) {
+    V all[8] = {};
+    std::copy(values, values + count, all);
+    return load_8_avx2(all);
+}
+template <class I>
+ENGINE_AVX2 ENGINE_INLINE __m256i load_some_columns_avx2(const I* columns, int64_t count, __m256i mask,
+                                                         __m256i& outside) {
+    if constexpr (sizeof(I) == 4) return _mm256_maskload_epi32(columns, mask);
+    I all[8] = {};
+    std::copy(columns, columns + count, all);
+    return load_8_columns_avx2(all, outside);
+}
+
+// As outputs_avx2, for a single row of x of at most 2^31 columns.
+template <class V, class I>
+ENGINE_AVX2 bool gather_avx2(const Csr<V, I>& w, const Block& block, int64_t begin, int64_t end) {
+    const __m256i limit = _mm256_set1_epi32(static_cast<int32_t>(w.k - 1));
+    __m256i outside = _mm256_setzero_si256();
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t last = w.crow[row + 1];
+        __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+        int64_t i = w.crow[row];
+        for (; i + 16 <= last; i += 16) {
+            const __m256i first = load_8_columns_avx2(w.columns + i, outside);
+            const __m256i second = load_8_columns_avx2(w.columns + i + 8, outside);
+            even = gather_8_avx2(load_8_avx2(w.values + i), first, limit, block.xt, even, outside);
+            odd = gather_8_avx2(load_8_avx2(w.values + i + 8), second, limit, block.xt, odd, outside);
+        }
+        if (i + 8 <= last) {
+            const __m256i columns = load_8_columns_avx2(w.columns + i, outside);
+            even = gather_8_avx2(load_8_avx2(w.values + i), columns, limit, block.xt, even, outside);
+            i += 8;
+        }
+        if (i < last) {  // the lanes that are left multiply 0 by x[0]
+            const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(last - i)), lanes);
+            const __m256i columns = load_some_columns_avx2(w.columns + i, last - i, mask, outside);
+            const __m256 values = load_some_avx2(w.values + i, last - i, mask);
+            odd = gather_8_avx2(values, columns, limit, block.xt, odd, outside);
+        }
+        const float total = sum_8_avx2(_mm256_add_ps(even, odd));
+        write_output(w, block, row, &total);
+    }
+    return _mm256_testz_si256(outside, outside) != 0;
 }
 #endif
 
 template <int kRows, class V, class I>
-auto outputs_kernel() {
+Outputs<V, I> outputs_kernel([[maybe_unused]] int64_t k) {
 #if ENGINE_X86
-    if (isa() == Isa::avx2) return outputs_avx2<kRows, V, I>;
-    if (isa() == Isa::avx512) return outputs_avx512<kRows, V, I>;
+    if (isa() != Isa::portable) {
+        if constexpr (kRows > 1) return outputs_avx2<kRows, V, I>;
+        if (kRows == 1 && k <= int64_t{1} << 31) return gather_avx2<V, I>;
+    }
 #endif
     return outputs_portable<kRows, V, I>;
 }
 
-// Throws unless the offsets rise from 0 to nnz and every column lies in [0, k): then no read below is out of bounds.
-template <class I>
-void check_indices(const I* crow, const I* columns, int64_t n, int64_t nnz, int64_t k) {
-    bool rises = crow[0] == 0 && crow[n] == nnz;
-    for (int64_t row = 0; row < n; ++row) rises &= crow[row] <= crow[row + 1];
-    STD_TORCH_CHECK(rises, "csr_linear: crow_indices: expected offsets rising from 0 to ", nnz);
-    std::atomic<bool> inside{true};
-    parallel_rows(nnz, sizeof(I), [&](int64_t begin, int64_t end) {
-        bool all = true;
-        for (int64_t i = begin; i < end; ++i) all &= columns[i] >= 0 && columns[i] < k;
-        if (!all) inside = false;
-    });
-    STD_TORCH_CHECK(inside, "csr_linear: col_indices: expected columns in [0, ", k, ")");
-}
-
-// `kRows` rows of x from row `first` on, as fp32 [k, kRows]; missing rows are 0. Notes rows that are not finite.
+// Columns [begin, end) of `rows` rows of x as fp32, transposed. Returns the rows that hold what is not finite, as bits.
 template <int kRows, class T>
-void transpose(const T* x,  // [m, k]
-               int64_t first, int64_t m, int64_t k,
-               float* xt,  // [k, kRows]
-               bool (&finite)[kRows]) {
-    for (int r = 0; r < kRows; ++r) {
-        finite[r] = true;
-        for (int64_t i = 0; i < k; ++i) {
-            const float value = first + r < m ? to_float(x[(first + r) * k + i]) : 0.0f;
-            finite[r] &= (std::bit_cast<uint32_t>(value) & 0x7f800000u) != 0x7f800000u;
-            xt[i * kRows + r] = value;
+ENGINE_INLINE uint32_t transpose(const T* x,  // [rows, k]
+                                 int64_t rows, int64_t begin, int64_t end, int64_t k,
+                                 float* xt) {  // [k, kRows]
+    constexpr int64_t kTile = 64;              // columns turned to fp32 at once
+    uint32_t bad = 0;
+    for (int64_t i = begin; i < end; i += kTile) {
+        const int64_t count = std::min(kTile, end - i);
+        for (int64_t m = 0; m < kRows; ++m) {
+            float tile[kTile] = {};
+            uint32_t special = 0;
+            for (int64_t j = 0; m < rows && j < count; ++j) {
+                tile[j] = to_float(x[m * k + i + j]);
+                special |= (std::bit_cast<uint32_t>(tile[j]) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
+            }
+            bad |= special << m;
+            for (int64_t j = 0; j < count; ++j) xt[(i + j) * kRows + m] = tile[j];
         }
     }
+    return bad;
 }
 
+template <class T>
+using Transpose = uint32_t (*)(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt);
+
+template <int kRows, class T>
+uint32_t transpose_portable(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt) {
+    return transpose<kRows>(x, rows, begin, end, k, xt);
+}
+#if ENGINE_X86
+template <int kRows, class T>
+ENGINE_AVX2 uint32_t transpose_avx2(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt) {
+    return transpose<kRows>(x, rows, begin, end, k, xt);
+}
+#endif
+
+template <int kRows, class T>
+Transpose<T> transpose_kernel() {
+#if ENGINE_X86
+    if (isa() != Isa::portable) return transpose_avx2<kRows, T>;
+#endif
+    return transpose_portable<kRows, T>;
+}
+
+// Up to kRows rows of x from x on. False where a column lay outside.
 template <int kRows, class T, class V, class I>
-void block_of_rows(const Csr<V, I>& w, const T* x, T* y, int64_t first, int64_t m, int64_t n, int64_t k,
-                   std::vector<float>& xt, std::vector<float>& sums) {
-    bool finite[kRows];
-    transpose<kRows>(x, first, m, k, xt.data(), finite);
-    const auto kernel = outputs_kernel<kRows, V, I>();
-    const int64_t bytes = n == 0 ? 1 : (w.crow[n] * static_cast<int64_t>(sizeof(V) + sizeof(I)) * kRows) / n + 1;
-    parallel_rows(n, bytes, [&](int64_t begin, int64_t end) { kernel(w, xt.data(), begin, end, n, sums.data()); });
-    for (int r = 0; r < kRows && first + r < m; ++r) {
-        for (int64_t j = 0; j < n; ++j) {
-            const float value = finite[r] ? sums[r * n + j] : std::numeric_limits<float>::quiet_NaN();
-            y[(first + r) * n + j] = from_float<T>(value);
-        }
-    }
+bool block_of_rows(const Csr<V, I>& w,
+                   const T* x,  // [rows, k]
+                   int64_t rows,
+                   float* y,     // [rows, n]
+                   float* xt) {  // [k, kRows], scratch
+    std::atomic<uint32_t> bad{0};
+    const Transpose<T> turn = transpose_kernel<kRows, T>();
+    parallel_rows(w.k, kRows * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
+        bad.fetch_or(turn(x, rows, begin, end, w.k, xt), std::memory_order_relaxed);
+    });
+
+    const Block block{xt, bad.load(), rows, y};
+    const Outputs<V, I> kernel = outputs_kernel<kRows, V, I>(w.k);
+    std::atomic<bool> inside{true};
+    const int64_t bytes = w.crow[w.n] * static_cast<int64_t>(sizeof(V) + sizeof(I)) / std::max<int64_t>(1, w.n);
+    parallel_rows(w.n, (bytes + 1) * (kRows == 1 ? 1 : 2), [&](int64_t begin, int64_t end) {
+        if (!kernel(w, block, begin, end)) inside.store(false, std::memory_order_relaxed);
+    });
+    return inside.load();
 }
 
 template <class T, class V, class I>
-void linear(const Csr<V, I>& w, const T* x, T* y, int64_t m, int64_t n, int64_t k) {
-    const int rows = m == 1 ? 1 : kBlock;
-    std::vector<float> xt(k * rows), sums(n * rows);
-    for (int64_t first = 0; first < m; first += rows) {
-        if (rows == 1) {
-            block_of_rows<1>(w, x, y, first, m, n, k, xt, sums);
-        } else {
-            block_of_rows<kBlock>(w, x, y, first, m, n, k, xt, sums);
+void linear(const Csr<V, I>& w,
+            const T* x,  // [m, k]
+            int64_t m,
+            T* y) {                        // [m, n]
+    constexpr int64_t kScratch = 1 << 20;  // bytes; beyond, 16 transposed rows would leave the caches
+    const int most = m == 1 ? 1 : m <= 8 || w.k * 16 * static_cast<int64_t>(sizeof(float)) > kScratch ? 8 : 16;
+    std::vector<float> scratch(w.k * most + 16), results(sizeof(T) == 4 ? 0 : w.n * most);
+    float* xt = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / sizeof(float);
+    bool inside = true;
+    for (int64_t first = 0; first < m; first += most) {
+        const T* from = x + first * w.k;
+        T* to = y + first * w.n;
+        const int64_t rows = std::min<int64_t>(most, m - first);
+        float* as_float = results.data();
+        if constexpr (sizeof(T) == 4) as_float = to;
+        if (most == 1) inside &= block_of_rows<1>(w, from, rows, as_float, xt);
+        if (most > 1 && rows <= 8) inside &= block_of_rows<8>(w, from, rows, as_float, xt);
+        if (most > 1 && rows > 8) inside &= block_of_rows<16>(w, from, rows, as_float, xt);
+        if constexpr (sizeof(T) != 4) {
+            for (int64_t i = 0; i < rows * w.n; ++i) to[i] = from_float<T>(as_float[i]);
         }
     }
+    STD_TORCH_CHECK(inside, "csr_linear: col_indices: expected columns in [0, ", w.k, ")");
+}
+
+// Throws unless the offsets rise from 0 to nnz.
+template <class I>
+void check_offsets(const I* crow,  // [n + 1]
+                   int64_t n, int64_t nnz) {
+    bool rises = crow[0] == 0 && crow[n] == nnz;
+    for (int64_t row = 0; row < n; ++row) rises &= crow[row] <= crow[row + 1];
+    STD_TORCH_CHECK(rises, "csr_linear: crow_indices: expected offsets rising from 0 to ", nnz);
+}
+
+std::vector<float> float_bias(const std::optional<Tensor>& bias, int64_t n) {
+    if (!bias.has_value()) return {};
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "csr_linear: bias: expected shape [N]");
+    const Tensor contiguous = as_contiguous(*bias);
+    std::vector<float> result(n);
+    dispatch_float(contiguous.scalar_type(), "csr_linear: bias", [&](auto zero) {
+        const auto* from = data<decltype(zero)>(contiguous);
+        for (int64_t i = 0; i < n; ++i) result[i] = to_float(from[i]);
+    });
+    return result;
 }
 
 Tensor csr_linear(Tensor x_in, Tensor crow_in, Tensor columns_in, Tensor values_in, std::optional<Tensor> bias_in) {
-    STD_TORCH_CHECK(x_in.dim() >= 1 && crow_in.dim() == 1 && crow_in.numel() > 0 && values_in.dim() == 1 &&
-                        columns_in.dim() == 1 && columns_in.size(0) == values_in.size(0) &&
-                        crow_in.scalar_type() == columns_in.scalar_type(),
-                    "csr_linear: shapes or dtypes don't fit");
+    STD_TORCH_CHECK(x_in.dim() >= 1, "csr_linear: x: expected shape [..., K]");
+    STD_TORCH_CHECK(crow_in.dim() == 1 && crow_in.numel() > 0, "csr_linear: crow_indices: expected shape [N + 1]");
+    STD_TORCH_CHECK(values_in.dim() == 1 && columns_in.dim() == 1 && columns_in.size(0) == values_in.size(0),
+                    "csr_linear: col_indices, values: expected shape [nnz]");
+    const ScalarType index = crow_in.scalar_type();
+    STD_TORCH_CHECK((index == ScalarType::Int || index == ScalarType::Long) && columns_in.scalar_type() == index,
+                    "csr_linear: crow_indices, col_indices: expected both int32 or both int64");
     const Tensor x = as_contiguous(x_in), crow = as_contiguous(crow_in), columns = as_contiguous(columns_in);
     const Tensor values = as_contiguous(values_in);
+    const int64_t n = crow.size(0) - 1, nnz = values.size(0);
     std::vector<int64_t> sizes = sizes_of(x);
-    const int64_t k = sizes.back(), n = crow.size(0) - 1, nnz = values.size(0);
+    const int64_t k = sizes.back();
+    STD_TORCH_CHECK(k > 0 || nnz == 0, "csr_linear: col_indices: expected none, as x has no columns");
     sizes.back() = n;
+    Tensor y = new_tensor(x, sizes, x.scalar_type());
     int64_t m = 1;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-    std::vector<float> bias;
-    if (bias_in.has_value()) {
-        STD_TORCH_CHECK(bias_in->dim() == 1 && bias_in->size(0) == n, "csr_linear: bias: expected shape [N]");
-        const Tensor b = as_contiguous(*bias_in);
-        dispatch_float(b.scalar_type(), "csr_linear: bias", [&](auto zero) {
-            const auto* from = data<decltype(zero)>(b);
-            for (int64_t i = 0; i < n; ++i) bias.push_back(to_float(from[i]));
-        });
-    }
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
-    const bool wide = crow.scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(wide || crow.scalar_type() == ScalarType::Int, "csr_linear: crow_indices: expected int32 or int64");
+
+    const std::vector<float> bias = float_bias(bias_in, n);
+    auto run = [&](auto x_zero, auto value_zero, auto index_zero) {
+        using T = decltype(x_zero);
+        using V = decltype(value_zero);
+        using I = decltype(index_zero);
+        check_offsets(data<I>(crow), n, nnz);
+        const float* as_float = bias.empty() ? nullptr : bias.data();
+        const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), as_float, n, k};
+        linear(w, data<T>(x), m, mutable_data<T>(y));
+    };
     dispatch_float(x.scalar_type(), "csr_linear: x", [&](auto x_zero) {
-        dispatch_float(values.scalar_type(), "csr_linear: values", [&](auto v_zero) {
-            using T = decltype(x_zero);
-            using V = decltype(v_zero);
-            auto run = [&](auto index) {
-                using I = decltype(index);
-                check_indices(data<I>(crow), data<I>(columns), n, nnz, k);
-                const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values),
-                                  bias.empty() ? nullptr : bias.data()};
-                linear(w, data<T>(x), mutable_data<T>(y), m, n, k);
-            };
-            wide ? run(int64_t{}) : run(int32_t{});
+        dispatch_float(values.scalar_type(), "csr_linear: values", [&](auto value_zero) {
+            if (index == ScalarType::Int) run(x_zero, value_zero, int32_t{});
+            if (index == ScalarType::Long) run(x_zero, value_zero, int64_t{});
         });
     });
     return y;
