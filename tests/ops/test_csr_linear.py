@@ -58,6 +58,16 @@ def test_native_is_as_good_as_torch(variant, shape, index_dtype):
             assert_as_good_as_torch(csr_linear(x, *weight, bias), *truth_of(x, *weight, bias))
 
 
+# Long rows, where too few partial sums lose more than PyTorch does.
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("k", [4096, 16384])
+def test_long_rows(variant, m, k):
+    for density in (0.05, 1.0):
+        weight = csr_of(torch.randn(64, k), torch.rand(64, k) < density)
+        x = torch.randn(m, k)
+        assert_as_good_as_torch(csr_linear(x, *weight), *truth_of(x, *weight))
+
+
 # Small integers, so that every sum is exact: every number of rows and of values a row has its tails.
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_tails(variant, dtype):
