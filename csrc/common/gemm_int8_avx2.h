@@ -46,8 +46,7 @@ struct PanelAvx2 {
             for (int64_t k = 0; k < whole; k += 32) {
                 const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
                 _mm256_store_si256(reinterpret_cast<__m256i*>(to + k), bytes);
-                __builtin_prefetch(from + k + kc, 0,
-                                   2);  // the row's next stretch: short pieces escape the hardware's eye
+                __builtin_prefetch(from + k + kc, 0, 2);  // the next stretch: short pieces escape the hardware's eye
             }
             std::copy(from + whole, from + kc, to + whole);
             std::fill(to + kc, to + (kc + 15) / 16 * 16, int8_t{0});
@@ -111,13 +110,14 @@ struct PanelAvx2 {
 
     // R rows × V vectors of 8 outputs.
     template <int R, int V>
-    ENGINE_AVX2 static void tile_of(const int16_t* q,  // [R, stride]
-                                    int64_t stride,
-                                    const __m256i* strip,  // [pairs, 2] vectors
-                                    const __m256i* start,  // [2] vectors: minus the sums of w0 w1
-                                    int64_t fours, bool add,
-                                    int32_t* sums,  // [R, width]
-                                    int64_t width) {
+    ENGINE_AVX2 __attribute__((noinline)) static void tile_of(
+        const int16_t* q,  // [R, stride]
+        int64_t stride,
+        const __m256i* strip,  // [pairs, 2] vectors
+        const __m256i* start,  // [2] vectors: minus the sums of w0 w1
+        int64_t fours, bool add,
+        int32_t* sums,  // [R, width]
+        int64_t width) {
         __m256i acc[R][V];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {

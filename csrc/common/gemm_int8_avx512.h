@@ -68,33 +68,41 @@ struct PanelAvx512 {
         }
     }
 
-    // R rows × V vectors of 16 outputs.
+    // R rows × V vectors of 16 outputs. Unrolled by force, else GCC keeps the sums in memory.
     template <int R, int V>
-    ENGINE_AVX512 static void tile_of(const int8_t* q,  // [R, stride]
-                                      int64_t stride,
-                                      const uint8_t* strip,  // [fours, 64, 4]
-                                      int64_t fours, bool add,
-                                      int32_t* sums,  // [R, width]
-                                      int64_t width) {
+    ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const int8_t* q,  // [R, stride]
+                                                                int64_t stride,
+                                                                const uint8_t* strip,  // [fours, 64, 4]
+                                                                int64_t fours, bool add,
+                                                                int32_t* sums,  // [R, width]
+                                                                int64_t width) {
         __m512i acc[R][V];
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
                 acc[r][v] = add ? _mm512_load_si512(sums + r * width + 16 * v) : _mm512_setzero_si512();
             }
         }
         const int8_t* row[R];
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) row[r] = q + r * stride;
         for (int64_t f = 0; f < fours; ++f) {
             __m512i w[V];
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) w[v] = _mm512_load_si512(strip + f * kColumns * 4 + 64 * v);
+#pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
                 int32_t four;
                 std::memcpy(&four, row[r] + 4 * f, sizeof four);
                 const __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], w[v], x);
             }
         }
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) _mm512_store_si512(sums + r * width + 16 * v, acc[r][v]);
         }
     }

@@ -77,15 +77,19 @@ struct BiasScratch;        // tag: its bias as fp32
 // Rows of quantised activations. Q is int8_t, or int16_t for kernels that multiply 16-bit integers.
 template <class Q>
 struct QuantizedRows {
-    Q* q;                     // [rows, stride]: k values, then zeros
-    float* scale;             // [rows]; NaN for a row that is not finite (its q are 0)
-    int64_t* sum;             // [rows], the sum of a row's q; for int8_t only
+    Q* q;          // [rows, stride]: k values, then zeros
+    float* scale;  // [rows]; NaN for a row that is not finite (its q are 0)
+    int64_t* sum;  // [rows]: of int8_t the sum of a row's q; of int16_t that of q[i] q[i + 2], i = 0, 1, 4, 5, ...
     int64_t rows, k, stride;  // stride is a multiple of 64
 
-    // Rows a multiple of 1 KB apart would share a few sets of the cache and drive each other out.
+    // Rows a power of two apart share a few sets of the cache and drive each other out. Long rows are spread evenly
+    // over the sets, which repeat every 4 KB, by a step of 26 or 38 of its 64 lines: near the golden section.
     static int64_t stride_for(int64_t k) {
-        const int64_t stride = (k + 63) / 64 * 64;
-        return stride * static_cast<int64_t>(sizeof(Q)) % 1024 == 0 ? stride + 64 : stride;
+        constexpr int64_t kLine = 64 / sizeof(Q), kLines = 4096 / 64;
+        int64_t stride = (k + 63) / 64 * 64;
+        const auto spread = [&] { return stride / kLine % kLines == 26 || stride / kLine % kLines == 38; };
+        while (stride / kLine >= kLines && !spread()) stride += kLine;
+        return stride;
     }
     static int64_t scratch_bytes(int64_t rows, int64_t k) {
         using S = Scratch<ActivationScratch>;
@@ -110,7 +114,7 @@ ENGINE_INLINE RowScale static_scale(float s, uint32_t amax) {
     return {s, inverse, true};
 }
 
-// What kernels that shift their operands have to take away (QuantizedRows::sum).
+// What kernels that shift their operands, or use Winograd's identity, have to take away (QuantizedRows::sum).
 template <class Q>
 ENGINE_INLINE int64_t row_sum(const Q* q,  // [stride]
                               int64_t stride) {

@@ -2,7 +2,8 @@
 // the panels of common/gemm_int8.h; for a few, dot products straight from the weights, which are then read from memory
 // once and would cost more to rearrange than to multiply.
 
-#include "common/dot_int8_avx2.h"
+#include <cstring>
+
 #include "common/gemm_int8.h"
 #include "common/tensor.h"
 #if ENGINE_X86
@@ -12,15 +13,18 @@
 namespace engine {
 namespace {
 
-constexpr int kDotColumns = 4;  // weight rows that a dot-product kernel reads side by side
+constexpr int kDotColumns = 4;          // weight rows that a dot-product kernel reads side by side
+constexpr int64_t kDotBlock = 32;       // outputs for which a stretch of the activations stays in L1
+constexpr int64_t kDotRows = 16;        // up to so many rows of activations dot products are the faster way
+constexpr int64_t kL1Bytes = 20 << 10;  // of L1, what activations may take
 
-// How far ahead of the four rows being read memory is asked for. They lie one after another, and so do their
-// successors: seen from memory this is one sequential stream.
-constexpr int64_t kPrefetchBytes = 8 << 10;
+// A dot-product kernel is a struct: Q, the type of the activations; kRows, how many rows of them a tile takes; kShift,
+// 128 where weights are shifted to unsigned, so that kShift · (sum of the row's q) must be taken away; and tile<R>,
+// which writes R × kDotColumns sums.
 
 struct DotPortable {
     using Q = int16_t;
-    static constexpr int kRows = 1;
+    static constexpr int64_t kRows = 1, kShift = 0;
 
     template <int R>
     static void tile(const int16_t* q,  // [R, q_stride]
@@ -41,43 +45,58 @@ struct DotPortable {
 #if ENGINE_X86
 struct DotAvx2 {
     using Q = int16_t;
-    static constexpr int kRows = 3;  // 12 sums in registers
+    static constexpr int64_t kRows = 3, kShift = 0;  // 12 sums in registers
 
+    // R rows by four of weights. The products are written as assembly because GCC, which would rather read ahead, runs
+    // out of registers and keeps the sums in memory; it does so as well where this is inlined.
     template <int R>
-    ENGINE_AVX2 ENGINE_INLINE static void step(const int16_t* q, int64_t q_stride, const int8_t* const* row, int64_t k,
-                                               __m256i (&acc)[R][kDotColumns]) {
-        for (int j = 0; j < kDotColumns; ++j) {
-            const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[j])));
-            for (int r = 0; r < R; ++r) {
-                const __m256i x = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + r * q_stride + k));
-                acc[r][j] = _mm256_add_epi32(acc[r][j], _mm256_madd_epi16(w, x));
-            }
+    ENGINE_AVX2 __attribute__((noinline)) static void tile(
+        const int16_t* q,  // [R, q_stride]
+        int64_t q_stride,
+        const int8_t* w,  // [kDotColumns, stride]
+        int64_t stride, int64_t kc,
+        const int8_t* ahead,  // [kDotColumns, stride], what to ask memory for; or w itself
+        int32_t* sums) {      // [R, kDotColumns]
+        // The last weights of each row, with zeros: copied now, as a call amid the products would cost the registers.
+        const int64_t whole = kc / 64 * 64;
+        alignas(64) int8_t tail[kDotColumns][64];
+        if (whole < kc) {
+            std::memset(tail, 0, sizeof tail);
+            for (int j = 0; j < kDotColumns; ++j) std::copy_n(w + j * stride + whole, kc - whole, tail[j]);
         }
-    }
-
-    template <int R>
-    ENGINE_AVX2 static void tile(const int16_t* q,  // [R, q_stride]
-                                 int64_t q_stride,
-                                 const int8_t* w,  // [kDotColumns, stride]
-                                 int64_t stride, int64_t kc,
-                                 const int8_t* ahead,  // what to ask memory for, kDotColumns · kc bytes; or null
-                                 int32_t* sums) {      // [R, kDotColumns]
         __m256i acc[R][kDotColumns];
+#pragma GCC unroll 3
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int j = 0; j < kDotColumns; ++j) acc[r][j] = _mm256_setzero_si256();
         }
-        int64_t k = 0;
-        for (; k + 16 <= kc; k += 16) {
-            if (ahead) __builtin_prefetch(ahead + kDotColumns * k);
-            const int8_t* const row[] = {w + k, w + stride + k, w + 2 * stride + k, w + 3 * stride + k};
-            step<R>(q, q_stride, row, k, acc);
+        for (int part = whole > 0 ? 0 : 1; part < (whole < kc ? 2 : 1); ++part) {
+            const int8_t* from = part == 0 ? w : tail[0];
+            const int8_t* const end = part == 0 ? w + whole : tail[1];
+            const int64_t step = part == 0 ? stride : sizeof tail[0];
+            for (; from < end; from += 64, ahead += 64, q += 64) {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    __builtin_prefetch(ahead + i * stride, 0, 2);
+#pragma GCC unroll 4
+                    for (int j = 0; j < kDotColumns; ++j) {
+                        const auto* weights = reinterpret_cast<const __m128i*>(from + j * step + 16 * i);
+                        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(weights));
+#pragma GCC unroll 3
+                        for (int r = 0; r < R; ++r) {
+                            const auto* x = reinterpret_cast<const __m256i*>(q + r * q_stride + 16 * i);
+                            __m256i product;
+                            asm volatile(
+                                "vpmaddwd %[x], %[wide], %[product]\n\t"
+                                "vpaddd %[product], %[acc], %[acc]"
+                                : [acc] "+x"(acc[r][j]), [product] "=&x"(product)
+                                : [wide] "x"(wide), [x] "m"(*x));
+                        }
+                    }
+                }
+            }
         }
-        if (k < kc) {
-            alignas(16) int8_t tail[kDotColumns][16] = {};
-            for (int j = 0; j < kDotColumns; ++j) std::copy_n(w + j * stride + k, kc - k, tail[j]);
-            const int8_t* const row[] = {tail[0], tail[1], tail[2], tail[3]};
-            step<R>(q, q_stride, row, k, acc);
-        }
+#pragma GCC unroll 3
         for (int r = 0; r < R; ++r) {
             const __m256i low = _mm256_hadd_epi32(acc[r][0], acc[r][1]), high = _mm256_hadd_epi32(acc[r][2], acc[r][3]);
             const __m256i both = _mm256_hadd_epi32(low, high);
@@ -89,96 +108,130 @@ struct DotAvx2 {
 
 struct DotAvx512 {
     using Q = int8_t;
-    static constexpr int kRows = 4;  // 16 sums in registers
+    static constexpr int64_t kRows = 4, kShift = 128;  // 16 sums in registers
 
+    // Unrolled by force, else GCC keeps the sums in memory.
     template <int R>
-    ENGINE_AVX512 static void tile(const int8_t* q,  // [R, q_stride]
-                                   int64_t q_stride,
-                                   const int8_t* w,  // [kDotColumns, stride]
-                                   int64_t stride, int64_t kc,
-                                   const int8_t* ahead,  // what to ask memory for, kDotColumns · kc bytes; or null
-                                   int32_t* sums) {      // [R, kDotColumns], 128 · (sum of q) too large
+    ENGINE_AVX512 __attribute__((noinline)) static void tile(
+        const int8_t* q,  // [R, q_stride]
+        int64_t q_stride,
+        const int8_t* w,  // [kDotColumns, stride]
+        int64_t stride, int64_t kc,
+        const int8_t* ahead,  // [kDotColumns, stride], what to ask memory for; or w itself
+        int32_t* sums) {      // [R, kDotColumns], 128 · (sum of q) too large
         const __m512i shift = _mm512_set1_epi8(-128);
         __m512i acc[R][kDotColumns];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int j = 0; j < kDotColumns; ++j) acc[r][j] = _mm512_setzero_si512();
         }
         for (int64_t k = 0; k < kc; k += 64) {
             const __mmask64 inside = kc - k >= 64 ? ~uint64_t{0} : ~uint64_t{0} >> (64 - (kc - k));
             __m512i shifted[kDotColumns];
+#pragma GCC unroll 4
             for (int j = 0; j < kDotColumns; ++j) {
-                if (ahead) __builtin_prefetch(ahead + kDotColumns * k + 64 * j);
+                __builtin_prefetch(ahead + j * stride + k, 0, 2);
                 shifted[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, w + j * stride + k), shift);
             }
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const __m512i x = _mm512_load_si512(q + r * q_stride + k);
+#pragma GCC unroll 4
                 for (int j = 0; j < kDotColumns; ++j) acc[r][j] = _mm512_dpbusd_epi32(acc[r][j], shifted[j], x);
             }
         }
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int j = 0; j < kDotColumns; ++j) sums[r * kDotColumns + j] = _mm512_reduce_add_epi32(acc[r][j]);
         }
     }
 };
 #endif
 
-// Up to Kernel::kRows rows of activations by kDotColumns rows of weights, summed exactly for every K.
-template <class Kernel, int R>
-void dot_tile(const QuantizedRows<typename Kernel::Q>& rows, int64_t row,
-              const int8_t* w,  // [kDotColumns, stride]
-              int64_t stride, const int8_t* ahead,
-              int64_t* sums) {  // [R, kDotColumns]
-    constexpr bool kShifted = sizeof(typename Kernel::Q) == 1;
-    const auto* q = rows.q + row * rows.stride;
-    for (int i = 0; i < R * kDotColumns; ++i) sums[i] = kShifted ? -128 * rows.sum[row + i / kDotColumns] : 0;
-    for (int64_t k = 0; k < rows.k; k += kExactDepth) {
-        int32_t part[R * kDotColumns];
-        Kernel::template tile<R>(q + k, rows.stride, w + k, stride, std::min(kExactDepth, rows.k - k), ahead, part);
-        for (int i = 0; i < R * kDotColumns; ++i) sums[i] += part[i];
+// `count` rows of activations, at most Kernel::kRows, by kDotColumns rows of weights.
+template <class Kernel>
+void dot_tile(int64_t count, const typename Kernel::Q* q, int64_t q_stride, const int8_t* w, int64_t stride, int64_t kc,
+              const int8_t* ahead, int32_t* sums) {
+    if constexpr (Kernel::kRows >= 4) {
+        if (count == 4) return Kernel::template tile<4>(q, q_stride, w, stride, kc, ahead, sums);
+    }
+    if constexpr (Kernel::kRows >= 3) {
+        if (count == 3) return Kernel::template tile<3>(q, q_stride, w, stride, kc, ahead, sums);
+    }
+    if constexpr (Kernel::kRows >= 2) {
+        if (count == 2) return Kernel::template tile<2>(q, q_stride, w, stride, kc, ahead, sums);
+    }
+    Kernel::template tile<1>(q, q_stride, w, stride, kc, ahead, sums);
+}
+
+// Adds the products of [k, k + kc) for `columns` ≤ kDotColumns rows of weights and all rows of activations.
+template <class Kernel>
+void add_dots(const QuantizedRows<typename Kernel::Q>& rows, int64_t k, int64_t kc,
+              const int8_t* w,  // [columns, rows.k], at k
+              int64_t columns, int64_t ahead,
+              int64_t* totals) {  // [rows.rows, kDotBlock]
+    if (columns < kDotColumns) {  // too few to read side by side: one by one, each read four times over
+        for (int64_t j = 0; j < columns; ++j) {
+            for (int64_t row = 0; row < rows.rows; ++row) {
+                int32_t sums[kDotColumns];
+                const auto* q = rows.q + row * rows.stride + k;
+                dot_tile<Kernel>(1, q, rows.stride, w + j * rows.k, 0, kc, w, sums);
+                totals[row * kDotBlock + j] += sums[0];
+            }
+        }
+        return;
+    }
+    for (int64_t row = 0; row < rows.rows;) {
+        const int64_t left = rows.rows - row;
+        // One row alone uses the registers badly: of four left a tile of three takes two.
+        const int64_t count = left == Kernel::kRows + 1 && left > 2 ? (left + 1) / 2 : std::min(Kernel::kRows, left);
+        int32_t sums[Kernel::kRows * kDotColumns];
+        dot_tile<Kernel>(count, rows.q + row * rows.stride + k, rows.stride, w, rows.k, kc, row == 0 ? w + ahead : w,
+                         sums);
+        for (int64_t i = 0; i < count * kDotColumns; ++i) {
+            totals[(row + i / kDotColumns) * kDotBlock + i % kDotColumns] += sums[i];
+        }
+        row += count;
     }
 }
 
+// How much of K is multiplied at once: all of it that int32 sums can take where the weights serve one tile alone.
 template <class Kernel>
-void dot_tile_of(int64_t count, const QuantizedRows<typename Kernel::Q>& rows, int64_t row, const int8_t* w,
-                 int64_t stride, const int8_t* ahead, int64_t* sums) {
-    if constexpr (Kernel::kRows >= 4) {
-        if (count == 4) return dot_tile<Kernel, 4>(rows, row, w, stride, ahead, sums);
-    }
-    if constexpr (Kernel::kRows >= 3) {
-        if (count == 3) return dot_tile<Kernel, 3>(rows, row, w, stride, ahead, sums);
-    }
-    if constexpr (Kernel::kRows >= 2) {
-        if (count == 2) return dot_tile<Kernel, 2>(rows, row, w, stride, ahead, sums);
-    }
-    dot_tile<Kernel, 1>(rows, row, w, stride, ahead, sums);
+int64_t dot_depth(int64_t m) {
+    if (m <= Kernel::kRows) return kExactDepth;
+    return std::clamp<int64_t>(kL1Bytes / static_cast<int64_t>(m * sizeof(typename Kernel::Q)) / 64 * 64, 384,
+                               kExactDepth);
 }
 
 // Outputs [begin, end) of every row.
 template <class Kernel, class T>
 void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const int8_t* weight,
                  int64_t begin, int64_t end) {
-    const int64_t ahead = std::max(kPrefetchBytes, kDotColumns * call.k);
-    for (int64_t column = begin; column < end; column += kDotColumns) {
-        const int64_t columns = std::min<int64_t>(kDotColumns, end - column);
-        // A last group of fewer than four rows reads its first one again in the places of those that are missing.
-        const int64_t stride = columns == kDotColumns ? call.k : 0;
-        for (int64_t single = 0; single < (stride ? 1 : columns); ++single) {
-            const int8_t* w = weight + (column + single) * call.k;
-            for (int64_t row = 0; row < call.m;) {
-                const int64_t left = call.m - row;
-                // Four left go as two and two where a tile has three: alone a row uses the registers badly.
-                const int64_t count =
-                    left == Kernel::kRows + 1 && left > 2 ? (left + 1) / 2 : std::min<int64_t>(Kernel::kRows, left);
-                int64_t sums[Kernel::kRows * kDotColumns];
-                dot_tile_of<Kernel>(count, rows, row, w, stride, row == 0 && stride ? w + ahead : nullptr, sums);
-                for (int64_t r = 0; r < count; ++r) {
-                    T* to = call.y + (row + r) * call.n + column + single;
-                    for (int64_t j = 0; j < (stride ? kDotColumns : 1); ++j) {
-                        to[j] =
-                            linear_output(sums[r * kDotColumns + j], rows.scale[row + r], call, column + single + j);
-                    }
-                }
-                row += count;
+    int64_t totals[kDotRows * kDotBlock];
+    const int64_t step = dot_depth<Kernel>(call.m);
+    // Four rows of weights lie one after another, and so do their successors: one stream, asked for 8 KB ahead.
+    const int64_t group = kDotColumns * std::max<int64_t>(1, call.k),
+                  next_groups = ((8 << 10) + group - 1) / group * group;
+    for (int64_t block = begin; block < end; block += kDotBlock) {
+        const int64_t columns = std::min(kDotBlock, end - block);
+        for (int64_t row = 0; row < call.m; ++row) {
+            std::fill_n(totals + row * kDotBlock, columns, Kernel::kShift ? -Kernel::kShift * rows.sum[row] : 0);
+        }
+        for (int64_t k = 0; k < call.k; k += step) {
+            const int64_t kc = std::min(step, call.k - k);
+            // Where K is cut, what comes next is the rows' next stretch, and after the last the next block.
+            const int64_t ahead = step >= call.k ? next_groups : k + kc < call.k ? kc : kDotBlock * call.k - k;
+            for (int64_t j = 0; j < columns; j += kDotColumns) {
+                add_dots<Kernel>(rows, k, kc, weight + (block + j) * call.k + k,
+                                 std::min<int64_t>(kDotColumns, columns - j), ahead, totals + j);
+            }
+        }
+        for (int64_t row = 0; row < call.m; ++row) {
+            for (int64_t j = 0; j < columns; ++j) {
+                call.y[row * call.n + block + j] =
+                    linear_output(totals[row * kDotBlock + j], rows.scale[row], call, block + j);
             }
         }
     }
@@ -194,38 +247,15 @@ void dot_linear(const LinearCall<T>& call, const int8_t* weight) {
                   [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end); });
 }
 
-#if ENGINE_X86
-template <class T>
-void winograd_linear(const LinearCall<T>& call, const int8_t* weight) {
-    using Rows = QuantizedRows<int16_t>;
-    Scratch<ActivationScratch> scratch(Rows::scratch_bytes(call.m, call.k));
-    const Rows rows(scratch, call.m, call.k);
-    quantize_activations(call.x, call.input_scale, rows);
-    int64_t row_sums[WinogradDots::kMaxRows];
-    for (int64_t row = 0; row < call.m; ++row)
-        row_sums[row] = WinogradDots::row_sum(rows.q + row * rows.stride, rows.stride);
-    parallel_rows(call.n, call.k * (1 + call.m / 4),
-                  [&](int64_t begin, int64_t end) { WinogradDots::outputs(call, rows, row_sums, weight, begin, end); });
-}
-#endif
-
-// Up to how many rows of activations each way is the fastest.
-#ifndef KDOT
-#define KDOT 16
-#endif
-constexpr int64_t kDotRows = 16;     // AVX-512 and portable
-constexpr int64_t kDotRowsAvx2 = 3;  // of which memory is the limit
-constexpr int64_t kWinogradRows = KDOT;
-
 template <class T>
 void linear(const LinearCall<T>& call, const int8_t* weight) {
+    if (call.m == 0 || call.n == 0) return;
+    if (call.m > kDotRows) return int8_panel_linear(call, DenseProvider{weight, call.k});
 #if ENGINE_X86
-    if (isa() == Isa::avx2 && call.m <= kDotRowsAvx2) return dot_linear<DotAvx2>(call, weight);
-    if (isa() == Isa::avx2 && call.m <= kWinogradRows) return winograd_linear(call, weight);
-    if (isa() == Isa::avx512 && call.m <= kDotRows) return dot_linear<DotAvx512>(call, weight);
+    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
+    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
 #endif
-    if (isa() == Isa::portable && call.m <= kDotRows) return dot_linear<DotPortable>(call, weight);
-    int8_panel_linear(call, DenseProvider{weight, call.k});
+    dot_linear<DotPortable>(call, weight);
 }
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,

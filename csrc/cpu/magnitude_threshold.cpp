@@ -20,8 +20,9 @@ namespace {
 
 constexpr int kLowBits = 15;
 constexpr int64_t kHighBins = int64_t{1} << 16, kLowBins = int64_t{1} << kLowBits;
-constexpr int64_t kPatterns = int64_t{1} << 15;  // of a 16-bit magnitude
-constexpr int64_t kBlock = int64_t{1} << 26;     // elements that a 32-bit counter surely counts
+constexpr int64_t kPatterns = int64_t{1} << 15;      // of a 16-bit magnitude
+constexpr int64_t kBlock = int64_t{1} << 26;         // elements that a 32-bit counter surely counts
+constexpr int64_t kManyElements = int64_t{1} << 21;  // for which four counters a bin are worth clearing and adding
 constexpr int kRowShift = 20;
 constexpr int64_t kRowBins = int64_t{1} << (31 - kRowShift);
 constexpr int64_t kLongRow = int64_t{1} << 18;  // from here on a row is counted as a tensor is, by all threads
@@ -48,25 +49,33 @@ struct Span {
     int64_t n;
 };
 
+// Counts elements into bins. The next four go to bins `lane` apart: where many are equal, and in a pruned weight most
+// are 0, a counter that was just stored is slow to load again.
 template <class T>
-using Count = void (*)(const T*, int64_t, uint32_t, uint32_t*);
+using Count = void (*)(const T* w,  // [n]
+                       int64_t n,
+                       uint32_t high,     // upper bits of what is to be counted, in the second pass
+                       uint32_t* counts,  // [4 * lane], or where lane is 0 all bins once
+                       int64_t lane);
 
-// Of a 16-bit dtype these are all the bits.
+// By the upper bits, of which there are 16 for fp32 and all 15 for 16-bit dtypes.
 template <class T>
-void count_high(const T* w,                    // [n]
-                int64_t n, uint32_t /*high*/,  // so that all passes have one signature
-                uint32_t* counts) {            // [kHighBins]
-    for (int64_t i = 0; i < n; ++i) ++counts[key_of(w[i]) >> kLowBits];
-}
-template <class T>
-void count_patterns(const T* w, int64_t n, uint32_t /*high*/,
-                    uint32_t* counts) {  // [kPatterns]
-    for (int64_t i = 0; i < n; ++i) ++counts[key_of(w[i]) >> 16];
+void count_upper(const T* w, int64_t n, uint32_t /*high*/, uint32_t* counts, int64_t lane) {
+    constexpr int kShift = sizeof(T) == 2 ? 16 : kLowBits;
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        ++counts[key_of(w[i]) >> kShift];
+        ++counts[lane + (key_of(w[i + 1]) >> kShift)];
+        ++counts[2 * lane + (key_of(w[i + 2]) >> kShift)];
+        ++counts[3 * lane + (key_of(w[i + 3]) >> kShift)];
+    }
+    for (; i < n; ++i) ++counts[key_of(w[i]) >> kShift];
 }
 
 ENGINE_INLINE void count_low(const float* w,  // [n]
                              int64_t n, uint32_t high,
-                             uint32_t* counts) {  // [kLowBins]
+                             uint32_t* counts,  // [4 * lane], or [kLowBins]
+                             int64_t lane) {
     constexpr int64_t kSpan = 64;
     for (int64_t begin = 0; begin < n; begin += kSpan) {
         const int64_t span = n - begin < kSpan ? n - begin : kSpan;
@@ -75,16 +84,20 @@ ENGINE_INLINE void count_low(const float* w,  // [n]
         if (any == 0) continue;
         for (int64_t i = 0; i < span; ++i) {
             const uint32_t key = key_of(w[begin + i]);
-            if (key >> kLowBits == high) ++counts[key & (kLowBins - 1)];
+            if (key >> kLowBits == high) ++counts[(i & 3) * lane + (key & (kLowBins - 1))];
         }
     }
 }
 
-void low_portable(const float* w, int64_t n, uint32_t high, uint32_t* counts) { count_low(w, n, high, counts); }
+void low_portable(const float* w, int64_t n, uint32_t high, uint32_t* counts, int64_t lane) {
+    count_low(w, n, high, counts, lane);
+}
 #if ENGINE_X86
-ENGINE_AVX2 void low_avx2(const float* w, int64_t n, uint32_t high, uint32_t* counts) { count_low(w, n, high, counts); }
-ENGINE_AVX512 void low_avx512(const float* w, int64_t n, uint32_t high, uint32_t* counts) {
-    count_low(w, n, high, counts);
+ENGINE_AVX2 void low_avx2(const float* w, int64_t n, uint32_t high, uint32_t* counts, int64_t lane) {
+    count_low(w, n, high, counts, lane);
+}
+ENGINE_AVX512 void low_avx512(const float* w, int64_t n, uint32_t high, uint32_t* counts, int64_t lane) {
+    count_low(w, n, high, counts, lane);
 }
 #endif
 
@@ -104,13 +117,16 @@ void count(Count<T> kernel, const T* from, int64_t n, uint32_t high, std::vector
     std::mutex mutex;
     const int64_t rows = (n + kRow - 1) / kRow;
     parallel_rows(rows, kRow * static_cast<int64_t>(sizeof(T)) / 16, [&](int64_t begin, int64_t end) {
-        std::vector<uint32_t> counts(total.size());
-        const int64_t last = std::min(end * kRow, n);
+        const int64_t last = std::min(end * kRow, n), bins = static_cast<int64_t>(total.size());
+        const int64_t lane = last - begin * kRow < kManyElements ? 0 : bins;
+        std::vector<uint32_t> counts(lane == 0 ? bins : 4 * bins);
         for (int64_t i = begin * kRow; i < last; i += kBlock) {
             std::fill(counts.begin(), counts.end(), 0u);
-            kernel(from + i, std::min(kBlock, last - i), high, counts.data());
+            kernel(from + i, std::min(kBlock, last - i), high, counts.data(), lane);
             const std::lock_guard lock(mutex);
-            for (size_t bin = 0; bin < total.size(); ++bin) total[bin] += counts[bin];
+            for (auto from_lane = counts.begin(); from_lane != counts.end(); from_lane += bins) {
+                for (int64_t bin = 0; bin < bins; ++bin) total[bin] += from_lane[bin];
+            }
         }
     });
 }
@@ -127,7 +143,7 @@ class Counts {
         }
     }
     std::vector<uint64_t> high() const {  // [kHighBins]
-        return sum(kHighBins, count_high<float>, 0, [](uint32_t bits) { return bits >> kLowBits; });
+        return sum(kHighBins, count_upper<float>, 0, [](uint32_t bits) { return bits >> kLowBits; });
     }
     std::vector<uint64_t> low(uint32_t high) const {  // [kLowBins] of those with these upper bits
         return sum(kLowBins, count_low_kernel(), high, [=](uint32_t bits) {
@@ -139,7 +155,7 @@ class Counts {
     template <class T>
     static void count_16(const T* from, int64_t n, std::vector<uint64_t>& total) {
         total.resize(kPatterns);
-        count(count_patterns<T>, from, n, 0, total);
+        count(count_upper<T>, from, n, 0, total);
     }
 
     // Counts fp32 spans by `kernel`, and adds those counted before to the bin that `bin_of` gives them; beyond: none.

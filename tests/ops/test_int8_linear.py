@@ -58,10 +58,10 @@ def test_tails(variant, k):
     weight, scale = weights(67, k)
     x = activations(31, k)
     want = reference(x, weight, scale)
-    for m in (1, 2, 3, 4, 5, 6, 7, 8, 15, 17, 18, 19, 20, 21, 22, 23, 31):
+    for m in (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 18, 19, 20, 21, 22, 23, 31):
         assert_same(int8_linear(x[:m], weight, scale), want[:m])
     for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 32, 33, 40, 48, 49, 56, 57, 64, 65):
-        for m in (2, 20):
+        for m in (2, 20, 26):
             assert_same(int8_linear(x[:m], weight[:n], scale[:n]), want[:m, :n])
 
 
@@ -76,7 +76,7 @@ def test_any_shape(m, n, k, dtype, has_bias):
             assert_same(int8_linear(x, weight, scale, bias), want)
 
 
-@pytest.mark.parametrize("m", [1, 3, 20])
+@pytest.mark.parametrize("m", [1, 3, 6, 20, 26])
 @pytest.mark.parametrize("k", [32640, 66400, 133000])
 def test_sums_beyond_int32_are_exact(variant, m, k):
     x, weight, scale = torch.ones(m, k), torch.full((5, k), -128, dtype=torch.int8), torch.full((5,), 2.0**-7)
