@@ -1,5 +1,6 @@
 """compress_, prune_ and quantize_: whole models in place, or not at all."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ Compressed = CompressedLinear | CompressedEmbedding
 # A layer that costs this share of a forward pass more than before, or less, can't be told from one that costs the same:
 # then its bytes decide. Without it an embedding, whose look-up takes microseconds, would never be compressed.
 SAME_TIME = 0.001
+NOT_FASTER = "not faster"  # how the reason begins for a layer that loses time
 
 
 def compress_(model: nn.Module, recipe: Recipe, example_inputs: Any = None) -> Report:
@@ -52,17 +54,14 @@ def compress_(model: nn.Module, recipe: Recipe, example_inputs: Any = None) -> R
         raise ValueError("engine.compress_: static activations are calibrated on example inputs: give example_inputs=")
     targets, left = find_targets(model, recipe.targets, recipe.ignore, "compress_")
     input_amax = _input_amax(model, example_inputs, targets) if static else {}
-    candidates = _candidates(targets, recipe, input_amax, left)
-    rows = [_describe(target, candidates[target.name]) for target in targets if target.name in candidates]
-    report = Report(recipe=recipe.to_dict(), layers=rows, left_alone=left, bytes_before=_model_bytes(model))
-    dense = {target.name: target.weight for target in targets}
-    if example_inputs is None:
-        for row in rows:
-            row.error = _weight_error(dense[row.name], candidates[row.name])
-    else:
-        _measure_errors(model, example_inputs, candidates, rows)
-    _guard(model, recipe, example_inputs, candidates, report)
-    measure.replace_(model, {name: candidates[name] for row in report.layers for name in row.names})
+    report = Report(recipe=recipe.to_dict(), layers=[], left_alone=left, bytes_before=_model_bytes(model))
+    chosen: dict[str, Compressed] = {}
+    _try_recipe(model, recipe, example_inputs, targets, input_amax, chosen, report)
+    if recipe.guard == "speed" and recipe.prune is not None and recipe.quantize is not None:
+        _try_unpruned(model, recipe, example_inputs, targets, input_amax, chosen, report)
+    if chosen and example_inputs is not None:
+        _guard_whole(model, recipe, example_inputs, chosen, report)
+    measure.replace_(model, chosen)
     report.bytes_after = _model_bytes(model)
     return report
 
@@ -248,22 +247,87 @@ def _measure_errors(model: nn.Module, inputs: Any, candidates: Mapping[str, Comp
         row.error = sum(seen) / len(seen) if seen else None
 
 
-def _guard(model: nn.Module, recipe: Recipe, inputs: Any, candidates: Mapping[str, Compressed], report: Report) -> None:
-    """Moves the layers that don't win from `report.layers` to `report.left_alone`; measures where there are inputs."""
+def _try_recipe(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Any,
+    targets: list[Target],
+    input_amax: Mapping[str, float],
+    chosen: dict[str, Compressed],
+    report: Report,
+) -> None:
+    """Compresses each target on trial: what passes the guard goes to `chosen` and `report.layers`, the rest, with the
+    reason, to `report.left_alone`.
+    """
+    candidates = _candidates(targets, recipe, input_amax, report.left_alone)
+    rows = [_describe(target, candidates[target.name]) for target in targets if target.name in candidates]
+    if inputs is None:
+        weights = {target.name: target.weight for target in targets}
+        for row in rows:
+            row.error = _weight_error(weights[row.name], candidates[row.name])
+    else:
+        _measure_errors(model, inputs, candidates, rows)
+    passed = _guard(model, recipe, inputs, candidates, rows, chosen, report)
+    chosen |= {name: candidates[name] for row in passed for name in row.names}
+    report.layers += passed
+
+
+def _try_unpruned(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Any,
+    targets: list[Target],
+    input_amax: Mapping[str, float],
+    chosen: dict[str, Compressed],
+    report: Report,
+) -> None:
+    """Quantises without pruning what was left alone because, pruned, it wasn't faster: there sparsity buys nothing."""
+    lost = {name: why for name, why in report.left_alone.items() if why.startswith(NOT_FASTER)}
+    again = [target for target in targets if target.name in lost and target.kinds == {nn.Linear}]
+    if not again:
+        return
+    for target in again:
+        for name in target.names:
+            del report.left_alone[name]
+    _try_recipe(model, dataclasses.replace(recipe, prune=None), inputs, again, input_amax, chosen, report)
+    for row in report.layers:
+        if row.name in lost:
+            row.note = f"not pruned: {lost[row.name]}"
+    for name in lost.keys() & report.left_alone.keys():
+        report.left_alone[name] = f"{lost[name]}; {report.left_alone[name]}"
+    order = {target.name: i for i, target in enumerate(targets)}
+    report.layers.sort(key=lambda row: order[row.name])
+
+
+def _guard(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Any,
+    candidates: Mapping[str, Compressed],
+    rows: list[Layer],
+    chosen: Mapping[str, Compressed],
+    report: Report,
+) -> list[Layer]:
+    """The rows that win by themselves, timed where there are inputs; the reasons of the others go to the report.
+
+    What is chosen already is in place while the rest is timed.
+    """
+    passed = list(rows)
 
     def leave(row: Layer, reason: str) -> None:
-        report.layers.remove(row)
+        passed.remove(row)
         report.left_alone |= dict.fromkeys(row.names, reason)
 
     if recipe.guard != "none":
-        for row in list(report.layers):
+        for row in rows:
             if row.bytes_after >= row.bytes_before:
                 leave(row, f"not smaller: {row.bytes_before:,} → {row.bytes_after:,} bytes as {row.format}")
-    if inputs is None or not report.layers:
-        return
-    chosen = {name: candidates[name] for row in report.layers for name in row.names}
-    layers, (whole, _) = measure.time_layers(model, inputs, chosen)
-    for row in list(report.layers):
+    if inputs is None or not passed:
+        return passed
+    with measure.replaced(model, chosen):
+        timed = {name: candidates[name] for row in passed for name in row.names}
+        layers, (whole, _) = measure.time_layers(model, inputs, timed)
+    for row in list(passed):
         times = [layers[name] for name in row.names if name in layers]
         row.seconds_before, row.seconds_after = (sum(side) for side in zip(*times, strict=True))
         if recipe.guard != "speed":
@@ -272,16 +336,20 @@ def _guard(model: nn.Module, recipe: Recipe, inputs: Any, candidates: Mapping[st
             leave(row, "the example inputs never reach it, so it can't be measured")
         elif row.seconds_after > row.seconds_before + SAME_TIME * whole:
             before, after = row.seconds_before * 1e6, row.seconds_after * 1e6
-            leave(row, f"not faster: {before:.0f} → {after:.0f} µs as {row.format}")
-    chosen = {name: candidates[name] for row in report.layers for name in row.names}
-    if not chosen:
-        return
+            leave(row, f"{NOT_FASTER}: {before:.0f} → {after:.0f} µs as {row.format}")
+    return passed
+
+
+def _guard_whole(model: nn.Module, recipe: Recipe, inputs: Any, chosen: dict[str, Compressed], report: Report) -> None:
+    """Times the model with all that is chosen; under the speed guard, gives everything up where that isn't faster."""
     report.seconds_before, report.seconds_after = measure.time_model(model, inputs, chosen)
     if recipe.guard == "speed" and report.seconds_after > report.seconds_before:
         before, after = report.seconds_before * 1e3, report.seconds_after * 1e3
+        reason = f"faster alone, but the whole model is not: {before:.2f} → {after:.2f} ms"
+        report.left_alone |= dict.fromkeys(chosen, reason)
         report.seconds_before = report.seconds_after = None
-        for row in list(report.layers):
-            leave(row, f"faster alone, but the whole model is not: {before:.2f} → {after:.2f} ms")
+        report.layers.clear()
+        chosen.clear()
 
 
 def _model_bytes(model: nn.Module) -> int:
