@@ -57,7 +57,7 @@ def _start() -> tuple[list[Status], ctypes.CDLL | None]:
 
     gpu, path = torch.cuda.is_available(), _library("_cuda")
     if path is None:
-        found.append(Status("cuda", False, "not built: no nvcc was found when the package was installed"))
+        found.append(Status("cuda", False, "not built: needs nvcc and a torch with CUDA when the package is installed"))
     elif not gpu:
         found.append(Status("cuda", False, f"{path.name} is built; no GPU is visible to torch"))
     else:
