@@ -33,7 +33,7 @@ fuzz: $(VENV)/.built
 	$(BIN)/python tests/native/sanitized.py python tests/fuzz_checkpoint.py --count 100000
 
 bench: $(VENV)/.built
-	for file in bench/bench_*.py; do $(BIN)/python $$file; done
+	$(BIN)/engine bench
 
 clean:
 	rm -rf build demo_out *.egg-info engine/*.so $(VENV)/.built

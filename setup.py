@@ -32,6 +32,7 @@ CPU_OPS = [
     "threshold_prune",
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
+MODULE_SOURCES = ["csrc/module/native.cpp", "csrc/module/limits.cpp", "csrc/cpu/isa.cpp"]
 CUDA_SOURCES = ["csrc/cuda/prune_to_bitmap.cu"]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
@@ -47,7 +48,7 @@ def extensions():
     how = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True}
     found = [
         CppExtension("engine._cpu", CPU_SOURCES, extra_compile_args=CXX, **how),
-        Pybind11Extension("engine._native", ["csrc/module/native.cpp"], cxx_std=17),
+        Pybind11Extension("engine._native", MODULE_SOURCES, extra_compile_args=CXX, include_dirs=how["include_dirs"]),
     ]
     # A CPU-only torch has nothing for a CUDA library to link against.
     if torch.version.cuda is not None and CUDA_HOME is not None and shutil.which("nvcc"):

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops._bitmap import pack_mask
 from engine.ops.bitmap_linear import bitmap_linear
 
@@ -32,9 +32,9 @@ def bench(n: int, k: int, sparsity: float, dtype: torch.dtype, why: str) -> None
         if m == 1:
             functions["F.linear bf16"] = lambda i, x=x16: F.linear(x, half[i % len(half)])
         repeats = 5 if n * k * m > 1 << 29 else 15
-        rows.append((f"M={m} N={n} K={k}", time_interleaved(functions, repeats), moved))
+        rows.append(Row(f"M={m} N={n} K={k}", time_interleaved(functions, repeats), moved, 2 * m * n * k, "fp32"))
     name = str(dtype).removeprefix("torch.")
-    print_rows(f"bitmap_linear, {sparsity:.0%} pruned, {name} values, {why}", rows, "bitmap_linear")
+    print_rows("bitmap_linear", rows, "bitmap_linear", f"{sparsity:.0%} pruned, {name} values, {why}")
 
 
 def main() -> None:

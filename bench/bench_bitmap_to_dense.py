@@ -1,8 +1,8 @@
 """bitmap_to_dense and its gradient's gather against masked_scatter and indexing, and against a copy of the result."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops._bitmap import bitmap_mask
 from engine.ops.bitmap_to_dense import bitmap_to_dense
 from engine.ops.prune_to_bitmap import prune_to_bitmap
@@ -11,7 +11,7 @@ SHAPES = [(384, 1536), (1024, 4096), (4096, 11008)]
 THRESHOLDS = {0.5: 0.6745, 0.9: 1.6449}  # of standard normal weights, by sparsity
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> list[tuple[str, dict[str, float], int]]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> list[Row]:
     size = shape[0] * shape[1]
 
     def make() -> tuple[torch.Tensor, ...]:
@@ -40,10 +40,10 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> list
         "clone of the result": lambda i: pick(i)[3].clone(),
         "masked_scatter_, mask given": scatter,
     }
-    rows = [(name, time_interleaved(forward, 7), moved)]
+    rows = [Row(name, time_interleaved(forward, 7), moved, traffic="copy")]
     if dtype.is_floating_point:
         backward = {"engine": gather, "grad[mask], mask given": lambda i: pick(i)[3][pick(i)[4]]}
-        rows.append((f"{name} gather", time_interleaved(backward, 7), moved))
+        rows.append(Row(f"{name} gather", time_interleaved(backward, 7), moved, traffic="copy"))
     return rows
 
 

@@ -1,14 +1,14 @@
 """int8_dequantize against PyTorch's own two steps, and against a copy that writes as many bytes."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops.int8_dequantize import int8_dequantize
 
 SHAPES = [(384, 384), (1024, 4096), (11008, 4096)]
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype) -> tuple[str, dict[str, float], int]:
+def measure(shape: tuple[int, int], dtype: torch.dtype) -> Row:
     rows, k = shape
     moved = rows * k * (1 + dtype.itemsize)
 
@@ -29,7 +29,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype) -> tuple[str, dict[str, 
             "clone of the result": lambda i: pick(i)[2].clone(),
         }
     )
-    return f"{rows}x{k} {str(dtype).removeprefix('torch.')}", seconds, moved
+    return Row(f"{rows}x{k} {str(dtype).removeprefix('torch.')}", seconds, moved, traffic="copy")
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
 """int8_embedding against the fp32 and bf16 embeddings that it replaces."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 from torch.nn.functional import embedding
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops.int8_embedding import int8_embedding
 
 SHAPES = [(30522, 384, 128), (30522, 384, 8 * 512), (128256, 2048, 1), (128256, 2048, 512)]  # rows, dim, indices
 
 
-def measure(rows: int, dim: int, n: int) -> tuple[str, dict[str, float], int]:
+def measure(rows: int, dim: int, n: int) -> Row:
     weight, scale = torch.randint(-127, 128, (rows, dim), dtype=torch.int8), torch.rand(rows)
     dense = weight * scale.unsqueeze(-1)
     half = dense.bfloat16()
@@ -25,7 +25,7 @@ def measure(rows: int, dim: int, n: int) -> tuple[str, dict[str, float], int]:
         },
         repeats=31,
     )
-    return f"{rows}x{dim}, {n} indices", seconds, n * dim * 5
+    return Row(f"{rows}x{dim}, {n} indices", seconds, n * dim * 5, traffic="copy")
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops.int8_weight_linear import int8_weight_linear
 
 # N, K
@@ -25,8 +25,9 @@ def bench(n: int, k: int, why: str) -> None:
             functions["_weight_int8pack_mm bf16"] = lambda i, x=x16: torch._weight_int8pack_mm(
                 x, small[i % len(small)], scale.bfloat16()
             )
-        rows.append((f"M={m} N={n} K={k}", time_interleaved(functions, 7 if n * m > 1 << 20 else 25), n * k))
-    print_rows(f"int8_weight_linear, {why}", rows, "int8_weight_linear")
+        timings = time_interleaved(functions, 7 if n * m > 1 << 20 else 25)
+        rows.append(Row(f"M={m} N={n} K={k}", timings, n * k, 2 * m * n * k, "fp32"))
+    print_rows("int8_weight_linear", rows, "int8_weight_linear", why)
 
 
 def main() -> None:

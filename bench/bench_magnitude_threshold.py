@@ -1,8 +1,8 @@
 """magnitude_threshold against sorting, selecting and sampling in PyTorch, and against a plain copy of the weight."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops import magnitude_threshold
 
 SHAPES = [(384, 1536), (1024, 4096), (4096, 11008)]
@@ -10,9 +10,7 @@ SPARSITY = 0.5
 PRUNED = 1.6449  # of standard normal weights, leaves a tenth: pruning what was pruned before
 
 
-def measure(
-    shape: tuple[int, int], dtype: torch.dtype, scope: str, pruned: bool = False
-) -> tuple[str, dict[str, float], int]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, scope: str, pruned: bool = False) -> Row:
     bytes_each = shape[0] * shape[1] * dtype.itemsize
     sparsity = 0.95 if pruned else SPARSITY
 
@@ -36,7 +34,7 @@ def measure(
         "kthvalue": kthvalue,
     }
     name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {scope}{' 90% zeros' if pruned else ''}"
-    return name, time_interleaved(peers, 5), bytes_each
+    return Row(name, time_interleaved(peers, 5), bytes_each)
 
 
 def main() -> None:

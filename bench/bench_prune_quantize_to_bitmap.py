@@ -1,8 +1,8 @@
 """prune_quantize_to_bitmap against PyTorch by steps, int8_quantize alone, and a plain copy of the weight."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops.int8_quantize import int8_quantize
 from engine.ops.prune_quantize_to_bitmap import prune_quantize_to_bitmap
 
@@ -18,7 +18,7 @@ def by_steps(weight: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torc
     return (pruned / scale).round().to(torch.int8)[keep], scale
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tuple[str, dict[str, float], int]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> Row:
     threshold, size = THRESHOLDS[sparsity], shape[0] * shape[1]
     buffers = rotated(lambda: torch.randn(shape).to(dtype), size * dtype.itemsize, 96 << 20)
 
@@ -33,7 +33,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tupl
     }
     moved = int(size * (dtype.itemsize + 1 - sparsity + 1 / 8))  # the weight read once, the bitmap written
     name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {sparsity:.0%}"
-    return name, time_interleaved(peers, 7), moved
+    return Row(name, time_interleaved(peers, 7), moved, traffic="copy")
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
 """prune_to_bitmap against what PyTorch offers for the same end, and against a plain copy of the weight."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops.prune_to_bitmap import prune_to_bitmap
 
 SHAPES = [(384, 1536), (1024, 4096), (4096, 11008)]
 THRESHOLDS = {0.5: 0.6745, 0.75: 1.1503, 0.9: 1.6449}  # of standard normal weights, by sparsity
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tuple[str, dict[str, float], int]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> Row:
     threshold, size = THRESHOLDS[sparsity], shape[0] * shape[1]
     buffers = rotated(lambda: torch.randn(shape).to(dtype), size * dtype.itemsize, 96 << 20)
 
@@ -26,7 +26,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tupl
         peers["to_sparse_csr"] = lambda i: torch.where(pick(i).abs() > threshold, pick(i), 0.0).to_sparse_csr()
     moved = int(size * (dtype.itemsize * (2 - sparsity) + 1 / 8))  # the weight read once, the bitmap written
     name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {sparsity:.0%}"
-    return name, time_interleaved(peers, 7), moved
+    return Row(name, time_interleaved(peers, 7), moved, traffic="copy")
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
 """prune_to_csr against what PyTorch offers for the same end, and against a plain copy of the weight."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops import prune_to_csr
 
 SHAPES = [(384, 1536), (1024, 4096), (4096, 11008)]
 THRESHOLDS = {0.5: 0.6745, 0.9: 1.6449, 0.99: 2.5758}  # of standard normal weights, by sparsity
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tuple[str, dict[str, float], int]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> Row:
     threshold, size = THRESHOLDS[sparsity], shape[0] * shape[1]
     buffers = rotated(lambda: torch.randn(shape).to(dtype), size * dtype.itemsize)
 
@@ -23,7 +23,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> tupl
     }
     moved = int(size * (dtype.itemsize + (1 - sparsity) * (dtype.itemsize + 4)))  # read once, written once
     name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} {sparsity:.0%}"
-    return name, time_interleaved(peers, 5), moved
+    return Row(name, time_interleaved(peers, 5), moved, traffic="copy")
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
 """threshold_prune against what PyTorch offers for the same end, and against a plain copy of the weight."""
 
 import torch
-from common import print_rows, rotated, time_interleaved
 
+from engine.bench.common import Row, print_rows, rotated, time_interleaved
 from engine.ops import threshold_prune
 
 SHAPES = [(384, 1536), (1024, 4096), (4096, 11008)]
 THRESHOLD = 0.6745  # prunes half of standard normal weights
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, by_row: bool) -> tuple[str, dict[str, float], int]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, by_row: bool) -> Row:
     threshold = torch.full((shape[0], 1) if by_row else (), THRESHOLD)
     bytes_each = shape[0] * shape[1] * dtype.itemsize
     buffers = rotated(lambda: torch.randn(shape).to(dtype), bytes_each)
@@ -25,7 +25,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, by_row: bool) -> tuple[s
     if not by_row:
         peers["hardshrink"] = lambda i: torch.nn.functional.hardshrink(pick(i), THRESHOLD)
     name = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}{' by row' if by_row else ''}"
-    return name, time_interleaved(peers, 9), 2 * bytes_each
+    return Row(name, time_interleaved(peers, 9), 2 * bytes_each, traffic="copy")
 
 
 def main() -> None:

@@ -1,37 +1,106 @@
-"""One timer and one printer for every benchmark: peers interleaved in one loop, medians, buffers rotated."""
+"""One timer and one printer for every benchmark: peers interleaved in one loop, buffers rotated, limits measured."""
 
+import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.bench.limits import Limits, measure_limits
 
-def time_interleaved(functions: dict[str, Callable[[int], object]], repeats: int = 15) -> dict[str, float]:
-    """Median seconds a call. Every function runs once a round, in turn, so that noise falls on all of them alike.
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the fastest tenth, the median, the slowest tenth."""
+
+    p10: float
+    median: float
+    p90: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One shape of one op: every peer's timing, and what the machine's limits say it must cost at least.
+
+    Attributes:
+        case: the shape in words.
+        timings: by name, our own among them.
+        moved: bytes that have to be read and written.
+        operations: multiplications and additions, 0 where only the bytes matter.
+        arithmetic: whose rate bounds them: "int8" or "fp32".
+        traffic: whose bandwidth bounds the bytes: "read", "copy" (reads and writes), or "cache" (weights that
+            stay in it).
+    """
+
+    case: str
+    timings: dict[str, Timing]
+    moved: int
+    operations: int = 0
+    arithmetic: str = "int8"
+    traffic: str = "read"
+
+    def floor(self, limits: Limits) -> float:
+        """Seconds that this machine needs at least."""
+        bandwidth = {"read": limits.read_gbps, "copy": limits.copy_gbps, "cache": limits.cache_gbps}[self.traffic]
+        rate = limits.int8_gops if self.arithmetic == "int8" else limits.fp32_gops
+        return 1e-9 * max(self.moved / bandwidth, self.operations / rate if rate else 0.0)
+
+
+RESULTS: list[dict] = []  # every row printed in this process, for --json and --plot
+
+
+def time_interleaved(functions: dict[str, Callable[[int], object]], repeats: int = 15) -> dict[str, Timing]:
+    """Times every function once a round, in turn, so that noise falls on all of them alike.
 
     Each is called with the round's number, by which it picks one of its rotated buffers.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function(0)
-    for i in range(repeats):
+    for i in range(max(2, repeats)):
         for name, function in functions.items():
             start = time.perf_counter()
             function(i)
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: _timing(seconds) for name, seconds in times.items()}
+
+
+def _timing(seconds: list[float]) -> Timing:
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    return Timing(tenths[0], statistics.median(seconds), tenths[-1])
 
 
 def rotated(make: Callable[[], object], bytes_each: int, beyond: int = 256 << 20) -> list:
     """As many copies of `make()` as are needed to be larger than any cache together, at least one."""
-    return [make() for _ in range(max(1, -(-beyond // max(1, bytes_each))) if bytes_each < beyond else 1)]
+    return [make() for _ in range(copies(bytes_each, beyond))]
 
 
-def print_rows(title: str, rows: Sequence[tuple[str, dict[str, float], int]], own: str) -> None:
-    """Prints a line a shape: own median, GB/s over `bytes`, and how many times faster than each peer `own` is."""
-    print(f"\n{title}  ({torch.get_num_threads()} threads)")
-    for shape, seconds, moved in rows:
-        mine = seconds[own]
-        peers = "  ".join(f"{s / mine:6.2f}x {name}" for name, s in seconds.items() if name != own)
-        print(f"  {shape:<28} {mine * 1e6:10.1f} µs {moved / mine / 1e9:7.1f} GB/s  {peers}")
+def copies(bytes_each: int, beyond: int = 256 << 20) -> int:
+    """How many buffers of `bytes_each` are larger than any cache together."""
+    return -(-beyond // max(1, bytes_each)) if 0 < bytes_each < beyond else 1
+
+
+def print_rows(op: str, rows: Sequence[Row], own: str, note: str = "") -> None:
+    """Prints a line a shape: our median and its spread, GB/s or GOP/s, the fraction of the machine's limit, and how
+    many times as fast as each peer we are; then the geometric means over the shapes.
+    """
+    limits = measure_limits()
+    print(f"\n{op}{f', {note}' if note else ''}  ({torch.get_num_threads()} threads; {limits})")
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        mine, others = row.timings[own], {name: t for name, t in row.timings.items() if name != own}
+        fraction = row.floor(limits) / mine.median
+        for name, timing in others.items():
+            ratios.setdefault(name, []).append(timing.median / mine.median)
+        speed = f"{row.moved / mine.median / 1e9:7.1f} GB/s"
+        if row.operations / (limits.int8_gops or math.inf) > row.moved / limits.read_gbps:
+            speed = f"{row.operations / mine.median / 1e9:7.1f} GOP/s"
+        peers = "  ".join(f"{t.median / mine.median:6.2f}x {name}" for name, t in others.items())
+        spread = f"[{mine.p10 * 1e6:.0f}, {mine.p90 * 1e6:.0f}]"
+        print(f"  {row.case:<32} {mine.median * 1e6:10.1f} µs {spread:<16} {speed} {fraction:4.0%} of limit  {peers}")
+        RESULTS.append({"op": op, "note": note, "own": own, "fraction_of_limit": fraction, **dataclasses.asdict(row)})
+    if len(rows) > 1:
+        means = "  ".join(f"{math.exp(statistics.fmean(map(math.log, r))):6.2f}x {n}" for n, r in ratios.items())
+        print(f"  geometric mean over {len(rows)} shapes: {means}")

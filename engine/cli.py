@@ -1,4 +1,4 @@
-"""The command line: engine compress | inspect | doctor."""
+"""The command line: engine compress | inspect | bench | doctor."""
 
 import contextlib
 import importlib
@@ -290,6 +290,28 @@ def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:
         row = {"name": name, "format": "dense", "shape": entry.shape, "dtype": dtype, "sparsity": None}
         rows.append({**row, "bytes": entry.nbytes, "dense_bytes": entry.nbytes})
     return sorted(rows, key=lambda row: row["name"]), file
+
+
+@app.command()
+def bench(
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops; all where none is named.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write every row with the machine's description.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw them (.png).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default torch's own number.")] = None,
+) -> None:
+    """Time ops beside their peers, in one loop, against this machine's own limits."""
+    from engine.bench.run import run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        run(ops or [], json, plot)
+    except ValueError as error:
+        _fail(f"bench: {error}", BAD_OPTION)
+    except ImportError as error:
+        _fail(f"bench: needs the native libraries, see `engine doctor`: {error}", BAD_FILE)
 
 
 @app.command()

@@ -1,9 +1,11 @@
-// engine._native: what is no tensor op. Today the processor's description for `engine doctor`.
+// engine._native: what is no tensor op. The processor's description, and what the machine can do at most.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 #include <string>
+
+#include "module/limits.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -56,5 +58,10 @@ std::string name() {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "What the engine needs from C++ that is no tensor op.";
     m.def("cpu_name", &name, "The processor's brand string.");
+    const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("read_gbps", &engine::read_gbps, py::arg("bytes"), py::arg("threads"), py::arg("seconds"), nogil);
+    m.def("copy_gbps", &engine::copy_gbps, py::arg("bytes"), py::arg("threads"), py::arg("seconds"), nogil);
+    m.def("fp32_gops", &engine::fp32_gops, py::arg("isa"), py::arg("threads"), py::arg("seconds"), nogil);
+    m.def("int8_gops", &engine::int8_gops, py::arg("isa"), py::arg("threads"), py::arg("seconds"), nogil);
     m.def("cpu_features", &features, "Instruction sets by name, with whether the processor has them.");
 }

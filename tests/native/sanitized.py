@@ -39,11 +39,15 @@ def build() -> Path:
 
 def main() -> int:
     """Runs the command line's arguments; pytest and python by this environment's own."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Python isn't linked to libstdc++: loaded after the sanitizer, its exceptions could not be thrown.
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = {
         **os.environ,
         "ENGINE_CPU_LIBRARY": str(build()),
-        "LD_PRELOAD": runtime.stdout.strip(),
+        "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end
     }
     tool, *arguments = sys.argv[1:]

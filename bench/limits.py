@@ -1,0 +1,54 @@
+"""The machine's limits, measured in the same run as what is held against them."""
+
+import dataclasses
+import functools
+import importlib
+
+import torch
+
+from engine import backends
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What all threads in use reach together; a rate of 0 is one that can't be measured here.
+
+    Attributes:
+        read_gbps, copy_gbps: from memory, 256 MB a thread; a copy counts bytes read and bytes written.
+        cache_gbps: reading 256 KB a thread, over and over.
+        fp32_gops: fused multiply-adds in float32, 10^9 operations a second, by the instruction set in use.
+        int8_gops: exact sums of int8 products, the same way.
+        int8_by: the instructions that reached it.
+    """
+
+    read_gbps: float
+    copy_gbps: float
+    cache_gbps: float
+    fp32_gops: float
+    int8_gops: float
+    int8_by: str
+
+    def __str__(self) -> str:
+        return (
+            f"limits: {self.read_gbps:.0f} GB/s read, {self.copy_gbps:.0f} copied, {self.cache_gbps:.0f} from cache; "
+            f"{self.fp32_gops:.0f} GFLOP/s fp32, {self.int8_gops:.0f} GOP/s int8"
+        )
+
+
+def measure_limits(threads: int | None = None) -> Limits:
+    """Measures once a process for each number of threads (torch's by default) and instruction set; about a second."""
+    return _measure(threads or torch.get_num_threads(), backends.cpu_variant())
+
+
+@functools.cache
+def _measure(threads: int, variant: str) -> Limits:
+    native = importlib.import_module("engine._native")
+    int8, by = native.int8_gops(variant, threads, 0.1)
+    return Limits(
+        read_gbps=native.read_gbps(256 << 20, threads, 0.3),
+        copy_gbps=native.copy_gbps(256 << 20, threads, 0.3),
+        cache_gbps=native.read_gbps(256 << 10, threads, 0.1),
+        fp32_gops=native.fp32_gops(variant, threads, 0.1),
+        int8_gops=int8,
+        int8_by=by,
+    )

@@ -1,0 +1,225 @@
+#include "module/limits.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "common/isa.h"
+#if ENGINE_X86
+#include <immintrin.h>
+#endif
+
+namespace engine {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Keeps what was computed from being optimised away.
+template <class T>
+void keep(const T& value) {
+    asm volatile("" : : "m"(value) : "memory");
+}
+
+// Work a second, of all threads together: each calls `work(thread)`, which returns how much it did, until the time is
+// up. Threads start counting together, and each is rated by its own clock, so that a late start costs nothing.
+double rate(int threads, double seconds, const std::function<double(int)>& work) {
+    std::vector<double> rates(threads);
+    std::atomic<int> waiting{threads};
+    std::vector<std::thread> pool;
+    const auto run = [&](int thread) {
+        work(thread);  // touches the memory and wakes the clock of the core
+        --waiting;
+        while (waiting.load() > 0) std::this_thread::yield();
+        const auto begun = Clock::now();
+        double done = 0, passed = 0;
+        while (passed < seconds) {
+            done += work(thread);
+            passed = std::chrono::duration<double>(Clock::now() - begun).count();
+        }
+        rates[thread] = done / passed;
+    };
+    for (int thread = 1; thread < threads; ++thread) pool.emplace_back(run, thread);
+    run(0);
+    for (auto& thread : pool) thread.join();
+    double sum = 0;
+    for (const double each : rates) sum += each;
+    return sum;
+}
+
+// A buffer on pages of its own, written once.
+struct Buffer {
+    explicit Buffer(int64_t bytes) : size((bytes + 4095) / 4096 * 4096), data(std::aligned_alloc(4096, size)) {
+        if (data == nullptr) throw std::bad_alloc();
+        std::memset(data, 1, size);
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    int64_t size;
+    void* data;
+};
+
+std::vector<std::unique_ptr<Buffer>> buffers(int count, int64_t bytes) {
+    std::vector<std::unique_ptr<Buffer>> made;
+    for (int i = 0; i < count; ++i) made.push_back(std::make_unique<Buffer>(bytes));
+    return made;
+}
+
+// Enough calls on one buffer that the clock is read seldom.
+int64_t passes(int64_t bytes) { return std::max<int64_t>(1, (4 << 20) / bytes); }
+
+ENGINE_INLINE uint64_t read_words(const uint64_t* words, int64_t count) {
+    uint64_t sum[16] = {};
+    for (int64_t i = 0; i < count; i += 16) {
+        for (int j = 0; j < 16; ++j) sum[j] ^= words[i + j];
+    }
+    return sum[0] ^ sum[5] ^ sum[10] ^ sum[15];
+}
+uint64_t read_portable(const uint64_t* words, int64_t count) { return read_words(words, count); }
+#if ENGINE_X86
+ENGINE_AVX2 uint64_t read_avx2(const uint64_t* words, int64_t count) { return read_words(words, count); }
+ENGINE_AVX512 uint64_t read_avx512(const uint64_t* words, int64_t count) { return read_words(words, count); }
+
+// Enough chains that no instruction waits for another: 2 pipes by 4 or 5 cycles.
+constexpr int kChains = 12;
+constexpr int kSteps = 1 << 14;
+
+ENGINE_AVX2 double fma_avx2(int) {
+    __m256 sum[kChains], a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(1.5f);
+    for (auto& s : sum) s = a;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) sum[c] = _mm256_fmadd_ps(sum[c], a, b);
+    }
+    for (auto& s : sum) keep(s);
+    return 2.0 * 8 * kChains * kSteps;
+}
+ENGINE_AVX512 double fma_avx512(int) {
+    __m512 sum[kChains], a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(1.5f);
+    for (auto& s : sum) s = a;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) sum[c] = _mm512_fmadd_ps(sum[c], a, b);
+    }
+    for (auto& s : sum) keep(s);
+    return 2.0 * 16 * kChains * kSteps;
+}
+
+ENGINE_AVX512 double dot_avx512(int) {
+    __m512i sum[kChains], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
+    for (auto& s : sum) s = a;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) sum[c] = _mm512_dpbusd_epi32(sum[c], a, b);
+    }
+    for (auto& s : sum) keep(s);
+    return 2.0 * 64 * kChains * kSteps;
+}
+
+// The products of a loop would be the same each time and moved out of it: this hides where an operand came from.
+ENGINE_AVX2 ENGINE_INLINE __m256i opaque(__m256i x) {
+    asm volatile("" : "+x"(x));
+    return x;
+}
+// int8 widened to 16 bits beforehand: 16 products by vpmaddwd and vpaddd.
+ENGINE_AVX2 double pairs_avx2(int) {
+    __m256i sum[kChains], a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
+    for (auto& s : sum) s = a;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(opaque(a), b));
+    }
+    for (auto& s : sum) keep(s);
+    return 2.0 * 16 * kChains * kSteps;
+}
+// Winograd's inner product: 32 products by one vpmaddwd, two vpaddw and one vpaddd.
+ENGINE_AVX2 double winograd_avx2(int) {
+    __m256i sum[kChains], a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
+    for (auto& s : sum) s = a;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) {
+            const __m256i x = _mm256_add_epi16(opaque(a), b), y = _mm256_add_epi16(opaque(b), a);
+            sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(x, y));
+        }
+    }
+    for (auto& s : sum) keep(s);
+    return 2.0 * 32 * kChains * kSteps;
+}
+// |x| times w with the sign of x: 32 products by vpsignb, vpmaddubsw, vpmaddwd and vpaddd, which can't saturate.
+ENGINE_AVX2 double signs_avx2(int) {
+    __m256i sum[kChains], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5), ones = _mm256_set1_epi16(1);
+    for (auto& s : sum) s = a;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) {
+            const __m256i pairs = _mm256_maddubs_epi16(a, _mm256_sign_epi8(opaque(b), a));
+            sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    for (auto& s : sum) keep(s);
+    return 2.0 * 32 * kChains * kSteps;
+}
+#endif
+
+}  // namespace
+
+double read_gbps(int64_t bytes, int threads, double seconds) {
+    auto* read = read_portable;
+#if ENGINE_X86
+    if (best_isa() == Isa::avx2) read = read_avx2;
+    if (best_isa() == Isa::avx512) read = read_avx512;
+#endif
+    const auto from = buffers(threads, bytes);
+    return 1e-9 * rate(threads, seconds, [&](int thread) {
+               const Buffer& buffer = *from[thread];
+               uint64_t sum = 0;
+               for (int64_t i = 0; i < passes(bytes); ++i) {
+                   sum += read(static_cast<const uint64_t*>(buffer.data), buffer.size / 8);
+                   keep(sum);
+               }
+               return static_cast<double>(buffer.size * passes(bytes));
+           });
+}
+
+double copy_gbps(int64_t bytes, int threads, double seconds) {
+    const auto from = buffers(threads, bytes), to = buffers(threads, bytes);
+    return 1e-9 * rate(threads, seconds, [&](int thread) {
+               for (int64_t i = 0; i < passes(bytes); ++i) {
+                   std::memcpy(to[thread]->data, from[thread]->data, from[thread]->size);
+                   keep(*static_cast<char*>(to[thread]->data));
+               }
+               return 2.0 * from[thread]->size * passes(bytes);
+           });
+}
+
+double fp32_gops(const std::string& isa, int threads, double seconds) {
+#if ENGINE_X86
+    if (isa == "avx512") return 1e-9 * rate(threads, seconds, fma_avx512);
+    if (isa == "avx2") return 1e-9 * rate(threads, seconds, fma_avx2);
+#endif
+    return 0;
+}
+
+std::pair<double, std::string> int8_gops(const std::string& isa, int threads, double seconds) {
+    std::pair<double, std::string> best{0, ""};
+#if ENGINE_X86
+    const auto consider = [&](double (*loop)(int), const char* name) {
+        best = std::max(best, {1e-9 * rate(threads, seconds, loop), name});
+    };
+    if (isa == "avx512") consider(dot_avx512, "vpdpbusd");
+    if (isa == "avx2") {
+        consider(pairs_avx2, "vpmaddwd");
+        consider(winograd_avx2, "vpmaddwd by Winograd's identity");
+        consider(signs_avx2, "vpsignb, vpmaddubsw");
+    }
+#endif
+    return best;
+}
+
+}  // namespace engine

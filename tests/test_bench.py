@@ -1,0 +1,99 @@
+"""The benchmark harness: its timer, its limits, its output. What it measures decides no test."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from engine import backends, ops
+from engine.bench import OPS, common, run
+from engine.bench.common import Row, Timing
+from engine.bench.limits import Limits, measure_limits
+from engine.bench.peers import int8_linears
+from engine.cli import app
+from engine.ops._library import REFERENCES
+
+LIMITS = Limits(read_gbps=10, copy_gbps=5, cache_gbps=100, fp32_gops=50, int8_gops=200, int8_by="vpdpbusd")
+needs_native = pytest.mark.skipif(not backends.cpu_variants(), reason="needs the native libraries")
+
+
+def test_every_public_op_has_a_benchmark():
+    public = {name for name in vars(ops) if not name.startswith("_") and name in REFERENCES}
+    assert len(public) >= 14 and public <= set(OPS)
+
+
+def test_timer_interleaves_and_rotates():
+    calls = []
+    timings = common.time_interleaved({"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i))}, 3)
+    assert calls == [("a", 0), ("b", 0), *((name, i) for i in range(3) for name in "ab")]  # a warm-up of each first
+    assert all(0 < t.p10 <= t.median <= t.p90 for t in timings.values())
+    assert common.copies(1 << 20, 3 << 20) == 3 and common.copies(4 << 20, 3 << 20) == common.copies(0) == 1
+
+
+@pytest.mark.parametrize(
+    "row, seconds",
+    [
+        (Row("", {}, 10**10), 1.0),
+        (Row("", {}, 10**10, traffic="copy"), 2.0),
+        (Row("", {}, 10**10, traffic="cache"), 0.1),
+        (Row("", {}, 10**9, 4 * 10**11), 2.0),
+        (Row("", {}, 10**9, 4 * 10**11, "fp32"), 8.0),
+    ],
+)
+def test_floor(row, seconds):
+    assert row.floor(LIMITS) == pytest.approx(seconds)
+
+
+@needs_native
+def test_limits_are_measured():
+    limits = measure_limits()
+    assert limits.read_gbps > 0.5 and limits.copy_gbps > 0.5 and limits.cache_gbps > limits.read_gbps / 4
+    if backends.cpu_variant() != "portable":
+        assert limits.fp32_gops > 1 and limits.int8_gops > limits.fp32_gops and limits.int8_by
+    assert "GB/s" in str(limits) and measure_limits() is limits
+
+
+def test_peers_compute_the_same_task():
+    linear, x = torch.nn.Linear(128, 64), torch.randn(16, 128)
+    with torch.inference_mode():
+        peers = int8_linears(linear, 16)
+        assert "_int_mm" in peers
+        for name, peer in peers.items():
+            expected = linear(x) - (linear.bias if name == "_weight_int8pack_mm" else 0)
+            assert (peer(x) - expected).norm() < 0.1 * expected.norm(), name
+
+
+@needs_native
+def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
+    def main():
+        timings = {"engine": Timing(1e-3, 2e-3, 3e-3), "clone": Timing(3e-3, 4e-3, 5e-3)}
+        rows = [Row("8x8", timings, 2 * 10**7), Row("16x16", timings, 10**7, traffic="copy")]
+        common.print_rows("int8_quantize", rows, "engine", "a note")
+
+    monkeypatch.setattr(importlib.import_module("engine.bench.bench_int8_quantize"), "main", main)
+    monkeypatch.setattr(common, "RESULTS", [])
+    monkeypatch.setattr(common, "measure_limits", lambda: LIMITS)
+    run.run(["int8_quantize"], tmp_path / "rows.json", tmp_path / "rows.png")
+    text = capsys.readouterr().out
+    assert "2000.0 µs [1000, 3000]" in text and "100% of limit" in text and "2.00x clone" in text
+    assert "geometric mean over 2 shapes:   2.00x clone" in text
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert saved["torch"] == torch.__version__ and saved["limits"]["read_gbps"] > 0
+    first = saved["rows"][0]
+    assert first["case"] == "8x8" and first["fraction_of_limit"] == 1 and first["timings"]["clone"]["median"] == 4e-3
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["int9_linear"], "no benchmark for 'int9_linear'"),
+        (["int8_linear", "--json", "rows.txt"], "ending in .json"),
+        (["int8_linear", "--plot", "no/such/rows.png"], "no such folder: no/such"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2 and message in result.output
