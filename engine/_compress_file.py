@@ -40,7 +40,7 @@ WEIGHT_SUFFIXES = {
     ".tflite",
 }
 PIPELINE_MODULE = re.compile(r"\d+_\w+")  # sentence-transformers keeps further layers of its pipeline in such folders
-EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
+EMBEDDING = re.compile(r"embed|(^|[._])emb($|[._])|(^|\.)(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
 CHUNK_ELEMENTS = 1 << 22
 HALF = 16  # bits of a float32
 

@@ -15,6 +15,7 @@ from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata,
 from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
 from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn._replace import has_hooks, switches_of_fused_paths
 from engine.nn.compressed import _Compressed
 
 __all__ = ["CheckpointError", "CheckpointFile", "load_", "read_weight", "save"]
@@ -177,7 +178,7 @@ def _replacements(file: CheckpointFile, slots: _Slots, names: Mapping[str, str])
     """The compressed modules by qualified name: read, checked, and fit for the modules that they replace."""
     homes: dict[str, list[str]] = {}
     for name, source in names.items():
-        if source in file.weights:
+        if source in file.weights and not _stays_dense(file, slots, name, source):
             _check_home(file, slots, name, source)
             homes.setdefault(source, []).append(name)
     found: dict[str, nn.Module] = {}
@@ -195,6 +196,20 @@ def _replacements(file: CheckpointFile, slots: _Slots, names: Mapping[str, str])
     return found
 
 
+def _stays_dense(file: CheckpointFile, slots: _Slots, name: str, source: str) -> bool:
+    """Whether a compressed weight is for a layer that can't be replaced, and so is loaded as the dense weight it means.
+
+    A file that was compressed by the names of its tensors may hold such: the weight of a convolution that transformers
+    spells as a matrix, of a subclass of Linear, of a pruned embedding.
+    """
+    module = slots.modules.get(name)
+    if isinstance(module, _Compressed) or not isinstance(slots.tensors.get(name), Tensor):
+        return False
+    if type(module) is nn.Embedding:
+        return file.weights[source].format is not DenseInt8
+    return type(module) is not nn.Linear
+
+
 def _check_home(file: CheckpointFile, slots: _Slots, name: str, source: str) -> None:
     """Raises unless the module at `name` can be replaced by a compressed one of the file's dtype."""
     where, module = f"{file.path}: {source}", slots.modules.get(name)
@@ -210,8 +225,8 @@ def _check_home(file: CheckpointFile, slots: _Slots, name: str, source: str) -> 
         raise CheckpointError(f"{where}: is {file.weights[source].format.__name__}, an embedding takes DenseInt8")
     if getattr(module, "max_norm", None) is not None:
         raise CheckpointError(f"{where}: an embedding with max_norm can't be compressed")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise CheckpointError(f"{where}: the model's layer has forward hooks, which a replacement would lose")
+    if has_hooks(module):
+        raise CheckpointError(f"{where}: the model's layer has hooks, which a replacement would lose")
     _check_dtype(where, file.weights[source].dtype, _dense_dtype(module))
 
 
@@ -260,7 +275,7 @@ def _copies(
     sources: dict[int, str] = {}  # by the model's tensor, the one that is copied into it
     homes: dict[str, Tensor] = {}  # by name in the file, the first of the model's tensors for it
     for name, source in names.items():
-        if source in file.weights:
+        if source in file.weights and not _stays_dense(file, slots, name, source):
             continue
         tensor = slots.tensors.get(name)
         _check_tensor(file, slots, name, source)
@@ -279,16 +294,24 @@ def _copies(
 
 def _check_tensor(file: CheckpointFile, slots: _Slots, name: str, source: str) -> None:
     """Raises unless the file's tensor can be copied to where the model has `name`."""
-    where, entry, tensor = f"{file.path}: {source}", file.entries[source], slots.tensors.get(name)
+    where, tensor = f"{file.path}: {source}", slots.tensors.get(name)
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    if source in file.weights:
+        shape, dtype = read_weight(file, source).shape, file.weights[source].dtype
+    else:
+        shape, dtype = file.entries[source].shape, file.entries[source].dtype
     if not isinstance(tensor, Tensor):
         compressed = isinstance(slots.modules.get(name), _Compressed)
         what = "a compressed weight there: load into a fresh model" if compressed else "no tensor there"
         raise CheckpointError(f"{where}: the model has {what}")
     if tensor.is_meta:
         raise CheckpointError(f"{where}: the model is on the meta device: call to_empty() first")
-    if tuple(tensor.shape) != entry.shape:
-        raise CheckpointError(f"{where}: has shape {list(entry.shape)}, the model {list(tensor.shape)}")
-    _check_dtype(where, entry.dtype, tensor.dtype)
+    if tuple(tensor.shape) != tuple(shape):
+        raise CheckpointError(f"{where}: has shape {list(shape)}, the model {list(tensor.shape)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise CheckpointError(f"{where}: the model's tensor is expanded, so that it can't be written to")
+    _check_dtype(where, dtype, tensor.dtype)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -307,13 +330,15 @@ def _commit(
     try:
         for tensor, source in copies:
             undo.append(functools.partial(_copy, tensor, tensor.detach().clone()))
-            file.read_into(source, tensor)
+            if source in file.weights:
+                _copy(tensor, read_weight(file, source).to_dense(tensor.dtype))
+            else:
+                file.read_into(source, tensor)
         for path, module in replacements.items():
             parent, child = _parent(model, path)
             _set_item(parent._modules, child, module, undo)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # Its fused path would take the dense weight out of the layers instead of calling them.
-                _set_item(vars(parent), "activation_relu_or_gelu", 0, undo)
+            for attributes, key, value in switches_of_fused_paths(model, path):
+                _set_item(attributes, key, value, undo)
         for name, tensor in ties:  # after the replacements, which may hold biases that are tied
             parent, child = _parent(model, name)
             _set_item(parent._parameters if isinstance(tensor, nn.Parameter) else parent._buffers, child, tensor, undo)

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import platform
 import shutil
@@ -38,12 +39,15 @@ LEFT_ALONE_SHOWN = 20
 def main() -> None:
     """Entry point of the `engine` command."""
     # Ended by a scheduler, a command still removes its temporary file.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a sign shows another
+            stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
 
 
 def _fail(message: object, code: int) -> NoReturn:
-    text = " ".join(str(message).split())
+    text = _plain(" ".join(str(message).split()))
     typer.echo(f"engine: {text.removeprefix('engine.')}", err=True)
     raise typer.Exit(code)
 
@@ -198,8 +202,14 @@ def _compress_with_progress(source: Source, out: Path, recipe: Recipe) -> Result
 
 def _console() -> Console:
     """Standard output, as wide as it is on a terminal and without a limit in a pipe or file."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=240)
+    # Names come from files: they are not markup.
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=240)
+
+
+def _plain(name: str) -> str:
+    """A name from a file without what would command the terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)
 
 
 def _table(*columns: str, left: int = 2) -> Table:
@@ -219,7 +229,9 @@ def _print_result(result: Result, out: Path) -> None:
     for row in result.compressed:
         share = f"{row.bytes_after / max(1, row.bytes_before):.1%}"
         bytes_before, bytes_after = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
-        table.add_row(row.name, _shape(row.shape), row.format, f"{row.sparsity:.2f}", bytes_before, bytes_after, share)
+        table.add_row(
+            _plain(row.name), _shape(row.shape), row.format, f"{row.sparsity:.2f}", bytes_before, bytes_after, share
+        )
     if result.compressed:
         console.print(table)
     total = f"{result.bytes_before:,} → {result.bytes_after:,} bytes"
@@ -229,7 +241,7 @@ def _print_result(result: Result, out: Path) -> None:
     if result.left_alone:
         console.print("left alone:")
         for name, reason in list(result.left_alone.items())[:LEFT_ALONE_SHOWN]:
-            console.print(f"  {name}: {reason}", markup=False)
+            console.print(f"  {_plain(name)}: {_plain(reason)}")
         if len(result.left_alone) > LEFT_ALONE_SHOWN:
             console.print(f"  and {len(result.left_alone) - LEFT_ALONE_SHOWN} more")
     console.print("Load it by engine.load_(model, ...) into the model built from its configuration.")
@@ -253,17 +265,17 @@ def inspect(
         sparsity = "–" if row["sparsity"] is None else f"{row['sparsity']:.2f}"
         share = f"{row['bytes'] / row['dense_bytes']:.1%}" if row["dense_bytes"] else "–"
         table.add_row(
-            row["name"], row["format"], _shape(row["shape"]), row["dtype"], sparsity, f"{row['bytes']:,}", share
+            _plain(row["name"]), row["format"], _shape(row["shape"]), row["dtype"], sparsity, f"{row['bytes']:,}", share
         )
     console.print(table)
     for alias, name in checkpoint.aliases.items():
-        console.print(f"{alias} = {name}", markup=False)
+        console.print(_plain(f"{alias} = {name}"))
     share = f"{totals['bytes'] / totals['dense_bytes']:.1%}" if totals["dense_bytes"] else "–"
     console.print(
         f"{len(rows)} tensors, {len(checkpoint.weights)} compressed: {totals['bytes']:,} bytes, {share} of dense"
     )
     if checkpoint.recipe is not None:
-        console.print(f"recipe: {json.dumps(checkpoint.recipe)}", markup=False)
+        console.print(f"recipe: {json.dumps(checkpoint.recipe)}")
 
 
 def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:

@@ -215,12 +215,19 @@ def test_transformer_layer_calls_its_compressed_linears(path):
         torch.manual_seed(0)
         return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
 
-    model = build()
-    compress_(model, Recipe(quantize=Quantize(), targets=("re:.*linear",), guard="none"))
-    save(model, path)
-    x = torch.randn(2, 3, 16)
+    model, x = build(), torch.randn(2, 3, 16)
+    pad = torch.tensor([[False, False, True], [False, False, False]])  # makes the encoder take a path of its own
     with torch.inference_mode():
-        assert torch.equal(load_(build(), path)(x), model(x))
+        dense = model(x), model(x, src_key_padding_mask=pad)
+    recipe = Recipe(quantize=Quantize(), targets=("re:.*linear",), guard="none")
+    compress_(model, recipe, {"src": x, "src_key_padding_mask": pad})
+    save(model, path)
+    loaded = load_(build(), path)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x)) and not torch.equal(model(x), dense[0])
+        got = model(x, src_key_padding_mask=pad)
+        assert torch.equal(loaded(x, src_key_padding_mask=pad), got)
+        assert (got - dense[1])[~pad].abs().max() < 0.1
 
 
 def wrong_models():
@@ -231,8 +238,8 @@ def wrong_models():
     del fewer.head
     hooked = Mlp()
     hooked.first.register_forward_hook(lambda *_: None)
-    subclassed = Mlp()
-    subclassed.first = type("MyLinear", (nn.Linear,), {})(256, 512)
+    expanded = Mlp()
+    expanded.first.bias.data = torch.zeros(1).expand(512)
     return {
         "shape": (bigger, r"first\.weight: has shape \[512, 256\], the model \[520, 260\]"),
         "missing": (extra, r"missing: more\.bias, more\.weight"),
@@ -241,12 +248,12 @@ def wrong_models():
             Mlp().bfloat16(),
             r"is torch.float32, the model's is torch.bfloat16: load into model.to\(torch.float32\)",
         ),
-        "hooks": (hooked, "first.weight: the model's layer has forward hooks"),
-        "subclass": (subclassed, "first.weight: compressed, but the model has no Linear or Embedding there: MyLinear"),
+        "hooks": (hooked, "first.weight: the model's layer has hooks"),
+        "expanded": (expanded, "first.bias: the model's tensor is expanded"),
     }
 
 
-@pytest.mark.parametrize("case", ["shape", "missing", "unexpected", "dtype", "hooks", "subclass"])
+@pytest.mark.parametrize("case", ["shape", "missing", "unexpected", "dtype", "hooks", "expanded"])
 def test_a_file_for_another_model_is_refused(case, path):
     small_file(path)
     model, message = wrong_models()[case]
@@ -263,11 +270,23 @@ def test_one_layer_alone_is_refused(path):
     load_(nn.Sequential(nn.Linear(8, 8)), path)
 
 
-def test_pruned_embedding_is_refused(path):
-    model = nn.ModuleDict({"embed": CompressedLinear.from_dense(nn.Linear(8, 16, bias=False), Bitmap, threshold=0.1)})
-    save(model, path)
-    with pytest.raises(CheckpointError, match="an embedding takes DenseInt8"):
-        load_(nn.ModuleDict({"embed": nn.Embedding(16, 8)}), path)
+def test_what_cannot_be_replaced_gets_the_dense_weight(path):
+    """As in a file that was compressed by the names of its tensors, without the model's code."""
+    linear = nn.Linear(8, 16, bias=False)
+    layers = {
+        "embed": CompressedLinear.from_dense(linear, Bitmap, threshold=0.1),
+        "own": CompressedLinear.from_dense(nn.Linear(8, 16, bias=False), DenseInt8),
+        "plain": CompressedLinear.from_dense(nn.Linear(8, 16, bias=False), DenseInt8),
+    }
+    save(nn.ModuleDict(layers), path)
+    own = type("MyLinear", (nn.Linear,), {})(8, 16, bias=False)
+    fresh = nn.ModuleDict({"embed": nn.Embedding(16, 8), "own": own, "plain": nn.Linear(8, 16, bias=False)})
+    load_(fresh, path)
+    assert type(fresh["embed"]) is nn.Embedding and torch.equal(fresh["embed"].weight, layers["embed"].weight)
+    assert fresh["own"] is own and torch.equal(own.weight, layers["own"].weight)
+    assert isinstance(fresh["plain"], CompressedLinear)
+    with pytest.raises(CheckpointError, match=r"embed.weight: has shape \[16, 8\], the model \[8, 16\]"):
+        load_(nn.ModuleDict({**fresh, "embed": nn.Embedding(8, 16), "plain": nn.Linear(8, 16, bias=False)}), path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

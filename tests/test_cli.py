@@ -279,3 +279,20 @@ def test_a_real_model(tmp_path):
     with torch.inference_mode():
         got, expected = (m(tokens).last_hidden_state.mean(1) for m in (small, whole))
     assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.99
+
+
+def test_names_in_a_file_are_not_markup(tmp_path):
+    name = "a[bold]b[/x]\x1b[2J.weight"
+    save_file({name: torch.randn(64, 64)}, tmp_path / "model.safetensors")
+    for args in (["inspect", tmp_path / "model.safetensors"],):
+        text = run(*args)
+        assert "a[bold]b[/x]\ufffd[2J.weight" in text and "\x1b[2J" not in text
+    text = run("compress", tmp_path / "model.safetensors", "-o", tmp_path / "small.safetensors", "--int8")
+    assert "a[bold]b[/x]\ufffd[2J.weight" in text and "\x1b[2J" not in text
+
+
+def test_output_that_cannot_show_a_sign(model):
+    command = [sys.executable, "-c", "import engine.cli; engine.cli.main()", "inspect", str(model)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import struct
 
+import numpy as np
 import pytest
 import torch
 from models import Mlp, TinyLm, assert_unchanged, state_of
@@ -11,6 +13,7 @@ from torch import nn
 import engine
 from engine import Prune, Quantize, Recipe
 from engine.compress import measure
+from engine.compress.report import Layer, Report
 from engine.nn import CompressedEmbedding, CompressedLinear
 
 BOTH = {"prune": Prune(sparsity=0.5), "quantize": Quantize(), "guard": "none"}
@@ -195,7 +198,7 @@ def test_speed_guard_really_measures():
     seen = []
     model.first.register_forward_hook(lambda *_: None)  # a hooked layer is left alone
     report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), x)
-    assert report.left_alone["first"] == "it has forward hooks, which a replacement would lose"
+    assert report.left_alone["first"] == "it has hooks, which a replacement would lose"
     for layer in report.layers:
         seen.append(layer.name)
         assert layer.seconds_before > 0 and layer.seconds_after > 0
@@ -396,3 +399,103 @@ def test_report_files(tmp_path):
 def test_prints_nothing(capfd):
     engine.compress_(Mlp(), Recipe(**BOTH), torch.randn(4, 256))
     assert capfd.readouterr() == ("", "")
+
+
+def test_own_class_of_the_same_name_is_left_alone():
+    own = type("Linear", (nn.Linear,), {})(64, 64)
+    model = nn.Sequential(nn.Linear(64, 64), own)
+    report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    assert isinstance(model[0], CompressedLinear) and model[1] is own
+    assert "a subclass of Linear" in report.left_alone["1"]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_static_calibration_refuses_what_is_not_finite(bad):
+    model, x = Mlp(), torch.randn(4, 256)
+    x[1, 2] = bad
+    before = state_of(model)
+    with pytest.raises(ValueError, match="first: its input on the example inputs holds a NaN or an infinity"):
+        engine.compress_(model, Recipe(quantize=Quantize("static"), guard="none"), x)
+    assert_unchanged(model, before)
+
+
+def test_backward_hooks_are_kept():
+    model = Mlp()
+    model.first.register_full_backward_hook(lambda *_: None)
+    model.second.weight.register_hook(lambda gradient: gradient)
+    report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    assert set(report.left_alone) == {"first", "second"}
+
+
+def test_what_a_model_caches_while_measured_can_be_trained_on():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+            self.cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.ones(64) * 2
+            return self.linear(x * self.cache)
+
+    model, x = Caching(), torch.randn(4, 64)
+    engine.compress_(model, Recipe(quantize=Quantize(), guard="none"), x)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_ignore_that_matches_nothing_is_said(caplog):
+    engine.compress_(Mlp(), Recipe(quantize=Quantize(), guard="none", ignore=("haed", "head")))
+    assert [record.message for record in caplog.records] == [
+        "engine.compress_: ignore='haed' matches nothing in the model"
+    ]
+
+
+def test_prune_leaves_what_is_tied_to_an_embedding():
+    embed, head, up = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False), nn.Linear(16, 8)
+    model = nn.ModuleDict({"embed": embed, "head": head, "up": up})
+    model["head"].weight = model["embed"].weight
+    before = model["embed"].weight.clone()
+    pruned = engine.prune_(model, sparsity=0.5, targets=("Linear", "Embedding"))
+    assert set(pruned) == {"up"} and torch.equal(model["embed"].weight, before)
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: engine.compress_("model", Recipe(quantize=Quantize(), guard="none")), TypeError, "torch.nn.Module"),
+        (lambda: Prune(sparsity="0.5"), TypeError, "sparsity: expected a number, got str"),
+        (lambda: Recipe(quantize=Quantize(), targets=None), TypeError, "targets: expected a tuple of strings"),
+        (lambda: Recipe(quantize=Quantize(), targets=()), ValueError, "targets: expected at least one"),
+        (
+            lambda: engine.quantize_(nn.Sequential(nn.Linear(4, 4, device="meta"))),
+            ValueError,
+            "0: is on the meta device",
+        ),
+    ],
+)
+def test_clear_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_numbers_of_other_kinds_and_lazy_layers():
+    assert type(Prune(threshold=np.float32(0.5)).threshold) is float
+    report = engine.quantize_(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), targets=("Linear",))
+    assert [layer.name for layer in report.layers] == ["0"]
+
+
+def test_report_of_what_is_slower_not_finite_or_large(tmp_path):
+    layers = [
+        Layer(f"l{i}", (f"l{i}",), (4, 4), "int8", 0.0, 64, 32, 0.0, 0.0, torch.nan if i else 0.5) for i in range(90)
+    ]
+    report = Report({}, layers, {}, 1000, 500, 1.0, 2.0)
+    assert "2.00x slower" in str(report) and "0 → 0" not in str(report)
+    report.save(tmp_path / "report.JSON")
+    saved = json.loads((tmp_path / "report.JSON").read_text(), parse_constant=pytest.fail)
+    assert saved["layers"][0]["error"] == 0.5 and saved["layers"][1]["error"] is None
+    report.save(tmp_path / "report.png")
+    width, height = struct.unpack(">II", (tmp_path / "report.png").read_bytes()[16:24])
+    assert 500 < height < 2500 and width > 500

@@ -185,3 +185,15 @@ def test_reference_mode_is_the_same_layer(linear):
     with engine.reference_mode():
         want = linear(x)
     torch.testing.assert_close(linear(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_loading_another_number_of_kept_weights_keeps_ties_and_optimizers():
+    dense = nn.Linear(32, 16)
+    first = CompressedLinear.from_dense(dense, Bitmap, threshold=0.05)
+    tied = nn.Sequential(first, CompressedLinear(first.format, None))
+    other = CompressedLinear.from_dense(dense, Bitmap, threshold=0.1)
+    pair = nn.Sequential(other, CompressedLinear(other.format, None))
+    parameters = {id(p) for p in tied.parameters()}
+    tied.load_state_dict(pair.state_dict())
+    assert tied[0].values is tied[1].values and {id(p) for p in tied.parameters()} == parameters
+    assert torch.equal(tied[0].weight, other.weight)

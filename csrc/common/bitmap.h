@@ -38,7 +38,7 @@ static_assert(std::endian::native == std::endian::little, "a bitmask is read as 
 // How many values beyond the last that a row needs its reader may load.
 constexpr int64_t kReadAhead = 64;
 
-inline int64_t mask_bytes(int64_t k) { return (k + 7) / 8; }
+inline int64_t mask_bytes(int64_t k) { return k / 8 + (k % 8 != 0); }  // without overflow for any k
 
 // Throws unless 0 = row_offsets[0] <= ... <= row_offsets[rows] = nnz.
 inline void check_row_offsets(const char* op,

@@ -96,7 +96,7 @@ Spans spans_of(const Tensor& threshold, const Tensor& weight) {
             spans.steps.push_back(step);
         }
     }
-    if (spans.sizes.empty()) return spans;
+    if (spans.sizes.empty() || weight.numel() == 0) return spans;
     if (spans.steps.back() > 1) return spans_of(torch::stable::contiguous(threshold), weight);
     spans.length = spans.sizes.back();
     spans.step = spans.steps.back();

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.nn._replace import switches_of_fused_paths
+
 # A round is one forward pass of each side. Below the least, a median says nothing; the time limit bounds large models.
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 31, 15.0
 
@@ -23,11 +25,14 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, so that a forward pass changes nothing; each module's own mode comes back."""
+    """Eval mode without gradients, so that a forward pass changes nothing; each module's own mode comes back.
+
+    Not inference mode: what the model caches in a forward pass must be fit for training afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module in training:
@@ -42,6 +47,21 @@ def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
         yield
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def _unfused(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """`model` calling the modules of these names with plain tensors, as it will when they are replaced."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for name in names:
+            for attributes, key, value in switches_of_fused_paths(model, name):
+                undo.append(functools.partial(attributes.__setitem__, key, attributes[key]))
+                attributes[key] = value
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
 
 
 def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callable[[], None]:
@@ -61,9 +81,8 @@ def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callabl
             path, _, child = name.rpartition(".")
             parent = model.get_submodule(path)
             set_item(parent._modules, child, module)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # Its fused path would take the dense weight out of the layers instead of calling them.
-                set_item(vars(parent), "activation_relu_or_gelu", 0)
+            for attributes, key, value in switches_of_fused_paths(model, name):
+                set_item(attributes, key, value)
     except BaseException:
         restore()
         raise
@@ -82,7 +101,7 @@ def observe(
                 see(name, args, kwargs, output)
 
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        with evaluating(model):
+        with evaluating(model), _unfused(model, modules):
             run(model, inputs)
     finally:
         for handle in handles:

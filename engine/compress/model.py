@@ -1,6 +1,7 @@
 """compress_, prune_ and quantize_: whole models in place, or not at all."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,7 +113,7 @@ def prune_(
     elif threshold is not None or sparsity is not None:
         raise ValueError("engine.prune_: give either a Prune or threshold and sparsity")
     found, _ = find_targets(model, targets, ignore, "prune_")
-    found = [target for target in found if nn.Linear in target.kinds]
+    found = [target for target in found if target.kinds == {nn.Linear}]
     if not found:
         raise ValueError(f"engine.prune_: targets {targets!r} match no Linear layer")
     thresholds = _thresholds(found, prune)
@@ -153,7 +154,10 @@ def _input_amax(model: nn.Module, inputs: Any, targets: list[Target]) -> dict[st
 
     def see(name: str, args: tuple, kwargs: dict, output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        amax[name] = max(amax.get(name, 0.0), x.abs().amax().item() if x.numel() else 0.0)
+        largest = x.abs().amax().item() if x.numel() else 0.0
+        if not math.isfinite(largest):
+            raise ValueError(f"engine.compress_: {name}: its input on the example inputs holds a NaN or an infinity")
+        amax[name] = max(amax.get(name, 0.0), largest)
 
     linears = {n: m for t in targets for n, m in zip(t.names, t.modules, strict=True) if isinstance(m, nn.Linear)}
     measure.observe(model, inputs, linears, see)
@@ -355,4 +359,5 @@ def _guard_whole(model: nn.Module, recipe: Recipe, inputs: Any, chosen: dict[str
 def _model_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers, tied ones once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    return sum(t.numel() * t.element_size() for t in tensors.values() if not isinstance(t, lazy))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 SCOPES = ("row", "layer", "model")
@@ -40,6 +41,12 @@ class Prune:
     pattern: str = "unstructured"
 
     def __post_init__(self) -> None:
+        for field in ("sparsity", "threshold"):
+            value = getattr(self, field)
+            if value is not None:
+                if not isinstance(value, numbers.Real):
+                    raise TypeError(f"engine.Prune: {field}: expected a number, got {type(value).__name__}")
+                object.__setattr__(self, field, float(value))
         if (self.sparsity is None) == (self.threshold is None):
             raise ValueError("engine.Prune: give exactly one of sparsity and threshold")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -112,9 +119,11 @@ class Recipe:
                 raise TypeError(f"engine.Recipe: {field}: expected engine.{cls.__name__}, got {type(value).__name__}")
         for field in ("targets", "ignore"):
             value = getattr(self, field)
-            if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+            if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
                 raise TypeError(f"engine.Recipe: {field}: expected a tuple of strings, got {value!r}")
             object.__setattr__(self, field, tuple(value))
+        if not self.targets:
+            raise ValueError("engine.Recipe: targets: expected at least one")
         _one_of("Recipe", "guard", self.guard, GUARDS)
         if self.prune is not None and self.quantize is not None and self.quantize.activation == "none":
             raise ValueError(

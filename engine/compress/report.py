@@ -6,12 +6,15 @@ import html
 import importlib
 import io
 import json
+import math
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+
+MOST_BARS = 60  # a picture of thousands of layers is too tall to be drawn or read
 
 
 @dataclasses.dataclass
@@ -83,7 +86,8 @@ class Report:
         if self.seconds_before is None or self.seconds_after is None:
             return size
         before, after = self.seconds_before * 1e3, self.seconds_after * 1e3
-        return f"{size}, {before:.2f} → {after:.2f} ms a forward pass ({before / after:.2f}x faster)"
+        change = f"{before / after:.2f}x faster" if after <= before else f"{after / before:.2f}x slower"
+        return f"{size}, {before:.2f} → {after:.2f} ms a forward pass ({change})"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -96,11 +100,13 @@ class Report:
             ValueError: another ending.
         """
         path = Path(path)
-        if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        elif path.suffix == ".png":
+        if path.suffix.lower() == ".json":
+            path.write_text(
+                json.dumps(_without_nan(self.to_dict()), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        elif path.suffix.lower() == ".png":
             path.write_bytes(self._chart())
-        elif path.suffix == ".html":
+        elif path.suffix.lower() == ".html":
             path.write_text(self._page(), encoding="utf-8")
         else:
             raise ValueError(f"engine.Report.save: expected a name ending in .json, .png or .html, got {path.name!r}")
@@ -109,17 +115,20 @@ class Report:
         """Bytes and µs a layer, before and after, as PNG."""
         from matplotlib.figure import Figure  # takes a second to import, and only this needs it
 
-        timed = any(layer.seconds_before is not None for layer in self.layers)
-        count = max(1, len(self.layers))
+        shown = sorted(self.layers, key=lambda layer: -layer.bytes_before)[:MOST_BARS]
+        shown = [layer for layer in self.layers if layer in shown]
+        timed = any(layer.seconds_before is not None for layer in shown)
+        count = max(1, len(shown))
         figure = Figure(figsize=(7.5 * (1 + timed), 1.6 + 0.27 * count), layout="constrained")
         axes = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
-        names = [layer.name for layer in self.layers]
-        _bars(axes[0], names, [(y.bytes_before / 1e6, y.bytes_after / 1e6) for y in self.layers], "MB")
+        names = [layer.name for layer in shown]
+        _bars(axes[0], names, [(y.bytes_before / 1e6, y.bytes_after / 1e6) for y in shown], "MB")
         if timed:
-            times = [((y.seconds_before or 0) * 1e6, (y.seconds_after or 0) * 1e6) for y in self.layers]
+            times = [((y.seconds_before or 0) * 1e6, (y.seconds_after or 0) * 1e6) for y in shown]
             _bars(axes[1], names, times, "µs a forward pass")
         axes[0].legend(loc="lower right", frameon=False)
-        figure.suptitle(self.summary(), fontsize=11)
+        more = f"\nthe {count} largest of {len(self.layers)} layers" if count < len(self.layers) else ""
+        figure.suptitle(self.summary() + more, fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         return buffer.getvalue()
@@ -164,7 +173,7 @@ def _bars(axis: Any, names: list[str], pairs: list[tuple[float, float]], unit: s
 
 def _cells(layer: Layer) -> tuple[str, ...]:
     times = "–"
-    if layer.seconds_before is not None and layer.seconds_after is not None:
+    if layer.seconds_before and layer.seconds_after is not None:  # 0 where the inputs never reach it
         times = f"{layer.seconds_before * 1e6:,.0f} → {layer.seconds_after * 1e6:,.0f}"
     others = f" (+{len(layer.names) - 1} tied)" if len(layer.names) > 1 else ""
     return (
@@ -187,6 +196,15 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 def _html_row(tag: str, cells: tuple[str, ...]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _html_reasons(title: str, reasons: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Which modules a recipe speaks of, and which of them can be compressed."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable
 
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 
 from engine.compress.recipe import DEFAULT_TARGETS
+from engine.nn._replace import has_hooks
 from engine.nn.compressed import _Compressed
 from engine.ops._check import FLOAT_DTYPES
 
+LOG = logging.getLogger("engine")
 COMPRESSIBLE = (nn.Linear, nn.Embedding)  # exactly these: a subclass may read its weight in ways of its own
 
 
@@ -64,6 +67,8 @@ def find_targets(
             weight holds a NaN or an infinity.
     """
     check_patterns(owner, (*targets, *ignore))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"engine.{owner}: model: expected a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     compressed = [name for name, module in modules.items() if isinstance(module, _Compressed)]
     if compressed:
@@ -77,6 +82,7 @@ def find_targets(
             f"use engine.nn.Compressed{kind}.from_dense"
         )
     chosen: dict[str, nn.Module] = {}
+    subclasses: dict[str, str] = {}
     matched_by = dict.fromkeys(targets, 0)
     for name, module in modules.items():
         for pattern in targets:
@@ -86,12 +92,18 @@ def find_targets(
             matched_by[pattern] += inside is None or type(module) in COMPRESSIBLE
             if type(module) in COMPRESSIBLE:
                 chosen[name] = module
+            elif pattern in DEFAULT_TARGETS and isinstance(module, COMPRESSIBLE):
+                subclasses[name] = f"its class is a subclass of {pattern}, which may compute something else"
             elif inside is None:
                 chosen |= _compressible_below(name, module, pattern, owner)
     missed = [pattern for pattern, count in matched_by.items() if count == 0]
     if missed and (targets != DEFAULT_TARGETS or len(missed) == len(targets)):
         raise ValueError(f"engine.{owner}: target {missed[0]!r} matches no module that can be compressed")
-    return _group(model, modules, chosen, ignore, owner)
+    for pattern in ignore:
+        if not any(_ignores(pattern, name, type(module).__name__) for name, module in modules.items()):
+            LOG.warning("engine.%s: ignore=%r matches nothing in the model", owner, pattern)
+    found, left = _group(model, modules, chosen, ignore, owner)
+    return found, subclasses | left
 
 
 def _compressible_below(name: str, module: nn.Module, pattern: str, owner: str) -> dict[str, nn.Module]:
@@ -131,7 +143,9 @@ def _group(
         if reason:
             left |= dict.fromkeys(names, reason)
             continue
-        if not torch.isfinite(target.weight).all():
+        if target.weight.is_meta:
+            raise ValueError(f"engine.{owner}: {target.name}: is on the meta device: there is nothing to compress yet")
+        if not torch.isfinite(target.weight.detach()).all():
             raise ValueError(f"engine.{owner}: {target.name}: its weight holds a NaN or an infinity")
         found.append(target)
     return found, left
@@ -152,6 +166,6 @@ def _why_not(target: Target, others: set[str]) -> str | None:
         return "its weight is empty"
     if any(isinstance(module, nn.Embedding) and module.max_norm is not None for module in target.modules):
         return "max_norm changes its weight as it runs"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in target.modules):
-        return "it has forward hooks, which a replacement would lose"
+    if any(has_hooks(module) for module in target.modules):
+        return "it has hooks, which a replacement would lose"
     return None

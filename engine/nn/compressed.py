@@ -64,8 +64,9 @@ class _Compressed(nn.Module):
             mine: Any = self._parameters[name]
             resized = name in RESIZED_BY_LOADING and mine is not None and tensor is not None
             if resized and mine.shape != tensor.shape and tensor.dim() == mine.dim() == 1:
-                fresh = torch.empty(tensor.shape, dtype=mine.dtype, device=mine.device)
-                self._parameters[name] = nn.Parameter(fresh, requires_grad=mine.requires_grad)
+                mine.data = torch.empty(
+                    tensor.shape, dtype=mine.dtype, device=mine.device
+                )  # ties and optimizers keep it
             if name == "input_scale" and mine is None and tensor is not None:
                 fresh = torch.empty((), dtype=torch.float32, device=self.values.device)
                 self._parameters[name] = nn.Parameter(fresh, requires_grad=False)
@@ -140,6 +141,7 @@ class CompressedEmbedding(_Compressed):
             raise TypeError(f"engine.nn.CompressedEmbedding: expected a DenseInt8, got {type(format).__name__}")
         super().__init__(format, dtype)
         self.num_embeddings, self.embedding_dim = format.shape
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.padding_idx = padding_idx
 
     @classmethod

@@ -101,6 +101,11 @@ def test_strides_and_dtypes_of_the_threshold(variant):
     assert_same_bits(threshold_prune(weight[0, 0], 0.0), weight[0, 0].clone())
 
 
+def test_empty_weight_and_a_strided_threshold(variant):
+    out = threshold_prune(torch.randn(0, 4), torch.randn(0, 8)[:, ::2])
+    assert out.shape == (0, 4)
+
+
 def test_threads_agree(variant):
     weight, threshold = torch.randn(700, 601), torch.rand(700, 1)
     before = torch.get_num_threads()

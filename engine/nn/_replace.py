@@ -1,0 +1,27 @@
+"""What replacing a layer in a model has to mind: PyTorch's fused paths, and hooks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def switches_of_fused_paths(model: nn.Module, name: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """What to set, `(attributes, key, value)`, so that the module at qualified `name` is called after its replacement.
+
+    PyTorch's fused transformer paths take dense weights out of layers instead of calling them.
+    """
+    parts = name.split(".")[:-1]
+    for depth in range(len(parts) + 1):
+        around = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(around, nn.TransformerEncoderLayer):
+            yield vars(around), "activation_relu_or_gelu", 0
+        if isinstance(around, nn.TransformerEncoder):  # else it hands its layers a tensor only the fused path takes
+            yield vars(around), "use_nested_tensor", False
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks hang on `module` or its weight, which a replacement would lose."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    weight = module._parameters.get("weight")
+    return any(getattr(module, name) for name in hooks) or bool(weight is not None and weight._backward_hooks)
