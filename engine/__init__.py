@@ -4,18 +4,20 @@ from importlib.metadata import version
 
 from engine import backends, formats, nn, ops
 from engine.checkpoint import CheckpointError, load_, save
-from engine.compress import Prune, Quantize, Recipe, Report, compress_, prune_, quantize_
+from engine.compress import Calibration, Prune, Quantize, Recipe, Report, calibrate, compress_, prune_, quantize_
 from engine.ops._library import reference_mode
 
 __version__ = version("compression-engine")
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "Prune",
     "Quantize",
     "Recipe",
     "Report",
     "backends",
+    "calibrate",
     "compress_",
     "formats",
     "load_",

@@ -148,8 +148,32 @@ def test_speed_guard_keeps_what_wins(monkeypatch):
     report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), torch.randn(4, 256))
     assert isinstance(model.first, CompressedLinear) and isinstance(model.head, CompressedLinear)
     assert type(model.second) is nn.Linear
-    assert report.left_alone == {"second": "not faster: 200000 → 300000 µs as bitmap int8"}
+    reasons = ["not faster: 200000 → 300000 µs as bitmap int8", "not faster: 200000 → 300000 µs as int8"]
+    assert report.left_alone == {"second": "; ".join(reasons)}
     assert "left alone (1):" in str(report)
+
+
+def test_speed_guard_quantises_without_pruning_where_pruning_does_not_win(monkeypatch):
+    def time_layers(model, inputs, candidates):
+        assert inputs is x
+        slow = {"bitmap int8": ("first", "second"), "int8": ("second",)}
+        times = {n: (0.2, 0.3 if n in slow[c.format.label] else 0.1) for n, c in candidates.items()}
+        in_place.append({n for n, m in model.named_modules() if isinstance(m, CompressedLinear)})
+        return times, (1.0, 1.0)
+
+    monkeypatch.setattr(measure, "time_layers", time_layers)
+    monkeypatch.setattr(measure, "time_model", lambda m, i, c: (1.0, 0.5))
+    model, x, in_place = Mlp(), torch.randn(4, 256), []
+    weight = model.first.weight.detach().clone()
+    report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), x)
+    assert in_place == [set(), {"head"}]  # the second time the layer that won already is in place
+    assert [(layer.name, layer.format) for layer in report.layers] == [("first", "int8"), ("head", "bitmap int8")]
+    q, scale = engine.ops.int8_quantize(weight)
+    assert torch.equal(model.first.format.values, q) and torch.equal(model.first.format.scale, scale)
+    note = "not pruned: not faster: 200000 → 300000 µs as bitmap int8"
+    assert report.layers[0].note == note and f"first: {note}" in str(report) and not report.layers[1].note
+    assert set(report.left_alone) == {"second"} and report.left_alone["second"].endswith("as int8")
+    assert type(model.second) is nn.Linear and model.first.in_features == 256
 
 
 def test_speed_guard_gives_up_where_the_model_is_not_faster(monkeypatch):

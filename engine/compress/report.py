@@ -20,7 +20,8 @@ class Layer:
 
     `seconds_*` are medians inside whole forward passes on the example inputs, None where none were given. `error` is
     the relative error (L2) of the layer's output on them, or of its weight where none were given, None where the
-    inputs never reach the layer. `names` has every module that shares the weight.
+    inputs never reach the layer. `names` has every module that shares the weight. `note` says what the recipe asked for
+    and was not done, and why.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Layer:
     seconds_before: float | None = None
     seconds_after: float | None = None
     error: float | None = None
+    note: str = ""
 
 
 @dataclasses.dataclass
@@ -65,6 +67,10 @@ class Report:
         lines = [_line(header, widths), "  ".join("─" * width for width in widths)]
         lines += [_line(row, widths) for row in rows]
         lines += ["", self.summary()]
+        noted = [layer for layer in self.layers if layer.note]
+        if noted:
+            lines += ["", f"done in part ({len(noted)}):"]
+            lines += [f"  {layer.name}: {layer.note}" for layer in noted]
         if self.left_alone:
             lines += ["", f"left alone ({len(self.left_alone)}):"]
             lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
@@ -121,8 +127,8 @@ class Report:
     def _page(self) -> str:
         header = ("layer", "shape", "format", "sparsity", "bytes", "µs", "error")
         body = "".join(_html_row("td", _cells(layer)) for layer in self.layers)
-        left = "".join(_html_row("td", item) for item in self.left_alone.items())
-        left = f"<h2>Left alone</h2><table>{_html_row('th', ('layer', 'reason'))}{left}</table>" if left else ""
+        noted = _html_reasons("Done in part", {layer.name: layer.note for layer in self.layers if layer.note})
+        left = _html_reasons("Left alone", self.left_alone)
         chart = base64.b64encode(self._chart()).decode()
         facts = "".join(_html_row("td", (str(k), str(v))) for k, v in self.machine.items())
         return (
@@ -130,7 +136,7 @@ class Report:
             f"<style>{_STYLE}</style></head><body><h1>Compression report</h1>"
             f"<p>{html.escape(self.summary())}</p>"
             f'<img alt="Bytes and time of each layer, before and after" src="data:image/png;base64,{chart}">'
-            f"<h2>Layers</h2><table class=numbers>{_html_row('th', header)}{body}</table>{left}"
+            f"<h2>Layers</h2><table class=numbers>{_html_row('th', header)}{body}</table>{noted}{left}"
             f"<h2>Recipe</h2><pre>{html.escape(json.dumps(self.recipe, indent=2))}</pre>"
             f"<h2>Machine</h2><table>{facts}</table></body></html>\n"
         )
@@ -181,6 +187,13 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 def _html_row(tag: str, cells: tuple[str, ...]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _html_reasons(title: str, reasons: dict[str, str]) -> str:
+    if not reasons:
+        return ""
+    rows = "".join(_html_row("td", item) for item in reasons.items())
+    return f"<h2>{title}</h2><table>{_html_row('th', ('layer', 'reason'))}{rows}</table>"
 
 
 def _megabytes(count: int) -> str:
