@@ -9,26 +9,30 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent.resolve()
-CPU_SOURCES = [
-    "csrc/cpu/bitmap_int8_linear.cpp",
-    "csrc/cpu/bitmap_linear.cpp",
-    "csrc/cpu/bitmap_to_dense.cpp",
-    "csrc/cpu/csr_linear.cpp",
-    "csrc/cpu/int8_dequantize.cpp",
-    "csrc/cpu/int8_embedding.cpp",
-    "csrc/cpu/int8_linear.cpp",
-    "csrc/cpu/int8_quantize.cpp",
-    "csrc/cpu/int8_weight_linear.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/magnitude_threshold.cpp",
-    "csrc/cpu/prune_quantize_to_bitmap.cpp",
-    "csrc/cpu/prune_to_bitmap.cpp",
-    "csrc/cpu/prune_to_csr.cpp",
-    "csrc/cpu/threshold_prune.cpp",
+CPU_OPS = [
+    "bitmap_int8_linear",
+    "bitmap_linear",
+    "bitmap_to_dense",
+    "csr_linear",
+    "int8_dequantize",
+    "int8_embedding",
+    "int8_fake_quantize",
+    "int8_linear",
+    "int8_quantize",
+    "int8_weight_linear",
+    "magnitude_threshold",
+    "prune_quantize_to_bitmap",
+    "prune_to_bitmap",
+    "prune_to_csr",
+    "threshold_prune",
 ]
+CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
 CUDA_SOURCES = ["csrc/cuda/prune_to_bitmap.cu"]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
@@ -38,40 +42,18 @@ NVCC += ["-gencode=arch=compute_90,code=compute_90"]
 
 
 def extensions():
-    import torch
-    from pybind11.setup_helpers import Pybind11Extension
-    from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
-
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        warnings.warn(
-            "no C++ compiler: engine installs without native kernels and runs by its references", stacklevel=1
-        )
+        warnings.warn("no C++ compiler: engine installs without native kernels, by its references", stacklevel=1)
         return []
+    how = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True}
     found = [
-        CppExtension(
-            "engine._cpu", CPU_SOURCES, include_dirs=[str(ROOT / "csrc")], extra_compile_args=CXX, py_limited_api=True
-        ),
+        CppExtension("engine._cpu", CPU_SOURCES, extra_compile_args=CXX, **how),
         Pybind11Extension("engine._native", ["csrc/module/native.cpp"], cxx_std=17),
     ]
     # A CPU-only torch has nothing for a CUDA library to link against.
     if torch.version.cuda is not None and CUDA_HOME is not None and shutil.which("nvcc"):
-        flags = {"cxx": CXX, "nvcc": NVCC}
-        found.append(
-            CUDAExtension(
-                "engine._cuda",
-                CUDA_SOURCES,
-                include_dirs=[str(ROOT / "csrc")],
-                extra_compile_args=flags,
-                py_limited_api=True,
-            )
-        )
+        found.append(CUDAExtension("engine._cuda", CUDA_SOURCES, extra_compile_args={"cxx": CXX, "nvcc": NVCC}, **how))
     return found
 
 
-def build_ext():
-    from torch.utils.cpp_extension import BuildExtension
-
-    return BuildExtension
-
-
-setup(ext_modules=extensions(), cmdclass={"build_ext": build_ext()})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
