@@ -4,7 +4,19 @@ from importlib.metadata import version
 
 from engine import backends, formats, nn, ops
 from engine.checkpoint import CheckpointError, load_, save
-from engine.compress import Calibration, Prune, Quantize, Recipe, Report, calibrate, compress_, prune_, quantize_
+from engine.compress import (
+    Calibration,
+    Distillation,
+    Prune,
+    Quantize,
+    Recipe,
+    Report,
+    calibrate,
+    compress_,
+    distill,
+    prune_,
+    quantize_,
+)
 from engine.ops._library import reference_mode
 
 __version__ = version("compression-engine")
@@ -12,6 +24,7 @@ __version__ = version("compression-engine")
 __all__ = [
     "Calibration",
     "CheckpointError",
+    "Distillation",
     "Prune",
     "Quantize",
     "Recipe",
@@ -19,6 +32,7 @@ __all__ = [
     "backends",
     "calibrate",
     "compress_",
+    "distill",
     "formats",
     "load_",
     "nn",
