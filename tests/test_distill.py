@@ -116,9 +116,9 @@ def test_the_task_alone_without_a_teacher():
         model,
         None,
         batches,
-        steps=80,
-        recipe=BOTH,
-        learning_rate=1e-2,
+        steps=100,
+        recipe=Recipe(Prune(sparsity=0.5), Quantize(), **HOW),
+        learning_rate=2e-2,
         loss=lambda output, batch: nn.functional.cross_entropy(output, answers[id(batch)]),
     )
     assert done.losses[-1] < 0.5 * done.losses[0]
