@@ -149,6 +149,9 @@ def distill(
             for tensor, values in before.values():
                 tensor.copy_(values)
         raise
+    finally:
+        for parameter in student.parameters():
+            parameter.grad = None
     sparsity = {name: layer.sparsity for name, layer in layers.items()}
     return Distillation(run.losses, sparsity, resumed, time.perf_counter() - begun)
 

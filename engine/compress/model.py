@@ -246,7 +246,9 @@ def _pruned(
         if quantize is not None:
             scale = importance.clip_scales(weight, mean_square if quantize.weight_clip else None)
         how: dict[str, Any] = {"pattern": prune.pattern, "scope": prune.scope, "scale": scale, "name": target.name}
-        corrected = importance.obs_prune(weight, seen.second_moment, prune.sparsity, **how)
+        # The sum, as the mean would be a copy of K×K, and only proportions count.
+        moment = seen.moment_sum if seen.moment_sum is not None else seen.second_moment
+        corrected = importance.obs_prune(weight, moment, prune.sparsity, **how)
         return (corrected if scale is not None else corrected.to(weight.dtype)), 0.0, scale
     if prune.pattern == "2:4":
         score = weight.float().abs()
