@@ -22,6 +22,7 @@ CPU_OPS = [
     "csr_linear",
     "int8_dequantize",
     "int8_embedding",
+    "int8_fake_quantize",
     "int8_linear",
     "int8_quantize",
     "int8_weight_linear",

@@ -4,19 +4,35 @@ from importlib.metadata import version
 
 from engine import backends, formats, nn, ops
 from engine.checkpoint import CheckpointError, load_, save
-from engine.compress import Prune, Quantize, Recipe, Report, compress_, prune_, quantize_
+from engine.compress import (
+    Calibration,
+    Distillation,
+    Prune,
+    Quantize,
+    Recipe,
+    Report,
+    calibrate,
+    compress_,
+    distill,
+    prune_,
+    quantize_,
+)
 from engine.ops._library import reference_mode
 
 __version__ = version("compression-engine")
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
+    "Distillation",
     "Prune",
     "Quantize",
     "Recipe",
     "Report",
     "backends",
+    "calibrate",
     "compress_",
+    "distill",
     "formats",
     "load_",
     "nn",

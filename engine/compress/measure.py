@@ -93,6 +93,15 @@ def observe(
     model: nn.Module, inputs: Any, modules: Mapping[str, nn.Module], see: Callable[[str, tuple, dict, Any], None]
 ) -> None:
     """One forward pass, calling `see(name, args, kwargs, output)` after every call of one of `modules`."""
+    with observing(model, modules, see), evaluating(model):
+        run(model, inputs)
+
+
+@contextlib.contextmanager
+def observing(
+    model: nn.Module, modules: Mapping[str, nn.Module], see: Callable[[str, tuple, dict, Any], None]
+) -> Iterator[None]:
+    """Calls `see(name, args, kwargs, output)` after every call of one of `modules` while it lasts."""
     handles = []
     try:
         for name, module in modules.items():
@@ -101,8 +110,8 @@ def observe(
                 see(name, args, kwargs, output)
 
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        with evaluating(model), _unfused(model, modules):
-            run(model, inputs)
+        with _unfused(model, modules):
+            yield
     finally:
         for handle in handles:
             handle.remove()

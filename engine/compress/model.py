@@ -1,7 +1,6 @@
 """compress_, prune_ and quantize_: whole models in place, or not at all."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.compress import measure
+from engine.compress import importance, measure
+from engine.compress.calibrate import Calibration, InputStatistics, calibrate
 from engine.compress.recipe import Prune, Quantize, Recipe
 from engine.compress.report import Layer, Report
 from engine.compress.targets import Target, find_targets
 from engine.formats import Bitmap, DenseInt8, Format
 from engine.nn import CompressedEmbedding, CompressedLinear
-from engine.ops.int8_quantize import SMALLEST_AMAX
 
 Compressed = CompressedLinear | CompressedEmbedding
 
@@ -25,7 +24,9 @@ SAME_TIME = 0.001
 NOT_FASTER = "not faster"  # how the reason begins for a layer that loses time
 
 
-def compress_(model: nn.Module, recipe: Recipe, example_inputs: Any = None) -> Report:
+def compress_(
+    model: nn.Module, recipe: Recipe, example_inputs: Any = None, calibration: Calibration | None = None
+) -> Report:
     """Compresses `model` in place as `recipe` says and returns a report. Prints nothing.
 
     Everything is prepared and measured beside the model; its modules are replaced at the very end, so that an error or
@@ -37,6 +38,8 @@ def compress_(model: nn.Module, recipe: Recipe, example_inputs: Any = None) -> R
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`. Needed for the speed
             guard and for static activations; with them the report tells times and output errors. Their shapes are the
             ones that the model is made fast for.
+        calibration: of :func:`engine.calibrate`, for static activations and importances that look at inputs. Without
+            it, the example inputs are the one batch that is calibrated on.
 
     Raises:
         TypeError: `recipe` is no Recipe.
@@ -45,21 +48,26 @@ def compress_(model: nn.Module, recipe: Recipe, example_inputs: Any = None) -> R
     """
     if not isinstance(recipe, Recipe):
         raise TypeError(f"engine.compress_: recipe: expected engine.Recipe, got {type(recipe).__name__}")
-    static = recipe.quantize is not None and recipe.quantize.activation == "static"
     if example_inputs is None and recipe.guard == "speed":
         raise ValueError(
             "engine.compress_: guard='speed' measures layers on example inputs: give example_inputs=, "
             "or choose Recipe(guard='size') or Recipe(guard='none')"
         )
-    if example_inputs is None and static:
-        raise ValueError("engine.compress_: static activations are calibrated on example inputs: give example_inputs=")
+    needs = _needs_inputs(recipe)
+    if needs and calibration is None and example_inputs is None:
+        raise ValueError(
+            f"engine.compress_: {needs} calibrated on example inputs: give calibration= or example_inputs="
+        )
     targets, left = find_targets(model, recipe.targets, recipe.ignore, "compress_")
-    input_amax = _input_amax(model, example_inputs, targets) if static else {}
+    if needs and calibration is None and any(nn.Linear in target.kinds for target in targets):
+        moments = recipe.prune is not None and recipe.prune.importance == "obs"
+        how: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "second_moment": moments}
+        calibration = calibrate(model, [example_inputs], progress=False, **how)
     report = Report(recipe=recipe.to_dict(), layers=[], left_alone=left, bytes_before=_model_bytes(model))
     chosen: dict[str, Compressed] = {}
-    _try_recipe(model, recipe, example_inputs, targets, input_amax, chosen, report)
+    _try_recipe(model, recipe, example_inputs, targets, calibration, chosen, report)
     if recipe.guard == "speed" and recipe.prune is not None and recipe.quantize is not None:
-        _try_unpruned(model, recipe, example_inputs, targets, input_amax, chosen, report)
+        _try_unpruned(model, recipe, example_inputs, targets, calibration, chosen, report)
     if chosen and example_inputs is not None:
         _guard_whole(model, recipe, example_inputs, chosen, report)
     measure.replace_(model, chosen)
@@ -90,6 +98,7 @@ def prune_(
     scope: str = "layer",
     targets: tuple[str, ...] = ("Linear",),
     ignore: tuple[str, ...] = (),
+    calibration: Calibration | None = None,
 ) -> dict[str, float]:
     """Sets small weights of `model` to zero in place: still dense, for further training. Compress it afterwards.
 
@@ -101,6 +110,7 @@ def prune_(
         scope: "row", "layer" or "model".
         targets: as in Recipe. Only Linear layers are pruned.
         ignore: as in Recipe.
+        calibration: of :func:`engine.calibrate`, for an importance that looks at the inputs.
 
     Returns:
         Fraction of zeros by qualified name of each pruned layer.
@@ -116,13 +126,20 @@ def prune_(
     found = [target for target in found if target.kinds == {nn.Linear}]
     if not found:
         raise ValueError(f"engine.prune_: targets {targets!r} match no Linear layer")
-    thresholds = _thresholds(found, prune)
+    seen = {n: s for t in found for n in t.names if calibration and (s := calibration.layers.get(n))}
+    unseen = [target.name for target in found if prune.importance != "magnitude" and target.name not in seen]
+    if unseen:
+        raise ValueError(
+            f"engine.prune_: {unseen[0]}: importance {prune.importance!r} looks at inputs: give calibration="
+        )
+    thresholds = _thresholds(found, prune) if _is_plain(prune) else {}
     pruned: dict[str, float] = {}
     before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for target in found:
-                zeroed = ops.threshold_prune(target.weight, thresholds[target.name])
+                packed, limit, _ = _pruned(target, prune, None, seen.get(target.name), thresholds.get(target.name))
+                zeroed = ops.threshold_prune(packed, limit)
                 before.append((target.weight, target.weight.detach().clone()))
                 target.weight.copy_(zeroed)
                 share = 1 - zeroed.count_nonzero().item() / zeroed.numel()
@@ -148,49 +165,62 @@ def _thresholds(targets: list[Target], prune: Prune) -> dict[str, Tensor | float
     return {t.name: ops.magnitude_threshold(t.weight.detach(), prune.sparsity, scope) for t in targets}
 
 
-def _input_amax(model: nn.Module, inputs: Any, targets: list[Target]) -> dict[str, float]:
-    """The largest magnitude that each Linear's input takes on the example inputs."""
-    amax: dict[str, float] = {}
+def _is_plain(prune: Prune) -> bool:
+    """Whether thresholds on magnitudes alone say what goes."""
+    return prune.importance == "magnitude" and prune.pattern == "unstructured"
 
-    def see(name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        largest = x.abs().amax().item() if x.numel() else 0.0
-        if not math.isfinite(largest):
-            raise ValueError(f"engine.compress_: {name}: its input on the example inputs holds a NaN or an infinity")
-        amax[name] = max(amax.get(name, 0.0), largest)
 
-    linears = {n: m for t in targets for n, m in zip(t.names, t.modules, strict=True) if isinstance(m, nn.Linear)}
-    measure.observe(model, inputs, linears, see)
-    return amax
+def _needs_inputs(recipe: Recipe) -> str | None:
+    """What of the recipe can be decided only by looking at inputs."""
+    if recipe.quantize is not None and recipe.quantize.activation == "static":
+        return "static activations are"
+    if recipe.prune is not None and recipe.prune.importance != "magnitude":
+        return f"importance {recipe.prune.importance!r} is"
+    return None
 
 
 def _candidates(
-    targets: list[Target], recipe: Recipe, input_amax: Mapping[str, float], left: dict[str, str]
+    targets: list[Target], recipe: Recipe, calibration: Calibration | None, left: dict[str, str]
 ) -> dict[str, Compressed]:
     """The compressed module for every name; a target without one goes to `left` with the reason."""
-    quantize, prunes = recipe.quantize, recipe.prune is not None
-    prunable = [t for t in targets if t.kinds == {nn.Linear}] if prunes else []
-    thresholds = _thresholds(prunable, recipe.prune) if recipe.prune and prunable else {}
+    quantize, prune, needs = recipe.quantize, recipe.prune, _needs_inputs(recipe)
+    prunable = [t for t in targets if t.kinds == {nn.Linear}] if prune else []
+    thresholds = _thresholds(prunable, prune) if prune and _is_plain(prune) and prunable else {}
+    prunes = {target.name for target in prunable}
     made: dict[str, Compressed] = {}
     for target in targets:
-        if quantize is None and target.name not in thresholds:
+        if quantize is None and target.name not in prunes:
             left |= dict.fromkeys(target.names, "embeddings, and what is tied to one, are quantised but never pruned")
             continue
-        how: dict[str, Any] = {}
-        linears = [name for name, module in zip(target.names, target.modules, strict=True) if type(module) is nn.Linear]
-        if quantize is not None and quantize.activation == "static" and linears:
-            if not any(name in input_amax for name in linears):
-                left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
-                continue
-            how["input_scale"] = max(max(input_amax.get(name, 0.0) for name in linears), SMALLEST_AMAX) / 127
+        linear = nn.Linear in target.kinds
+        seen = (
+            next((calibration.layers[n] for n in target.names if n in calibration.layers), None)
+            if calibration
+            else None
+        )
+        static = quantize is not None and quantize.activation == "static" and linear
+        if needs and seen is None and (static or target.name in prunes):
+            left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
+            continue
         with torch.no_grad():
-            if target.name in thresholds:
+            if target.name in prunes:
+                assert prune is not None
+                weight, threshold, scale = _pruned(target, prune, quantize, seen, thresholds.get(target.name))
+                how: dict[str, Any] = {}
+                if static:
+                    assert seen is not None and quantize is not None
+                    how["input_scale"] = seen.input_scale(quantize.input_scale)
                 values = torch.int8 if quantize is not None else None
-                format: Format = Bitmap.from_dense(target.weight, thresholds[target.name], values, **how)
+                format: Format = Bitmap.from_dense(weight, threshold, values, scale=scale, **how)
             else:
                 assert quantize is not None
-                activation = quantize.activation if linears else "dynamic"
-                format = DenseInt8.from_dense(target.weight, activation, **how)
+                how = {"activation": quantize.activation if linear else "dynamic"}
+                if static:
+                    assert seen is not None
+                    how["input_scale"] = seen.input_scale(quantize.input_scale)
+                if quantize.weight_clip and linear:
+                    how["scale"] = importance.clip_scales(target.weight, seen.channel_mean_square if seen else None)
+                format = DenseInt8.from_dense(target.weight, **how)
         twins: dict[int, Compressed] = {}
         for name, module in zip(target.names, target.modules, strict=True):
             if id(module) not in twins:
@@ -198,6 +228,42 @@ def _candidates(
                 format = twins[id(module)].format  # the next one shares these parameters
             made[name] = twins[id(module)]
     return made
+
+
+def _pruned(
+    target: Target,
+    prune: Prune,
+    quantize: Quantize | None,
+    seen: InputStatistics | None,
+    threshold: Tensor | float | None,
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """A weight, the threshold to pack it at, and the scales of its rows where they are not those of its amax."""
+    weight = target.weight.detach()
+    mean_square = seen.channel_mean_square if seen is not None else None
+    if prune.importance == "obs":
+        assert seen is not None
+        scale = None
+        if quantize is not None:
+            scale = importance.clip_scales(weight, mean_square if quantize.weight_clip else None)
+        how: dict[str, Any] = {"pattern": prune.pattern, "scope": prune.scope, "scale": scale, "name": target.name}
+        # The sum, as the mean would be a copy of K×K, and only proportions count.
+        moment = seen.moment_sum if seen.moment_sum is not None else seen.second_moment
+        corrected = importance.obs_prune(weight, moment, prune.sparsity, **how)
+        return (corrected if scale is not None else corrected.to(weight.dtype)), 0.0, scale
+    if prune.pattern == "2:4":
+        score = weight.float().abs()
+        if prune.importance == "wanda":
+            assert mean_square is not None
+            score = score * mean_square.sqrt()
+        weight, threshold = importance.semi_structured(weight, score), 0.0
+    elif prune.importance == "wanda":
+        assert seen is not None
+        threshold = importance.wanda_threshold(weight, seen, prune)
+    assert threshold is not None
+    if quantize is None or not quantize.weight_clip:
+        return weight, threshold, None
+    weight = ops.threshold_prune(weight, threshold)
+    return weight, 0.0, importance.clip_scales(weight, mean_square)
 
 
 def _module_over(format: Any, dense: nn.Module) -> Compressed:
@@ -256,14 +322,14 @@ def _try_recipe(
     recipe: Recipe,
     inputs: Any,
     targets: list[Target],
-    input_amax: Mapping[str, float],
+    calibration: Calibration | None,
     chosen: dict[str, Compressed],
     report: Report,
 ) -> None:
     """Compresses each target on trial: what passes the guard goes to `chosen` and `report.layers`, the rest, with the
     reason, to `report.left_alone`.
     """
-    candidates = _candidates(targets, recipe, input_amax, report.left_alone)
+    candidates = _candidates(targets, recipe, calibration, report.left_alone)
     rows = [_describe(target, candidates[target.name]) for target in targets if target.name in candidates]
     if inputs is None:
         weights = {target.name: target.weight for target in targets}
@@ -281,7 +347,7 @@ def _try_unpruned(
     recipe: Recipe,
     inputs: Any,
     targets: list[Target],
-    input_amax: Mapping[str, float],
+    calibration: Calibration | None,
     chosen: dict[str, Compressed],
     report: Report,
 ) -> None:
@@ -293,7 +359,7 @@ def _try_unpruned(
     for target in again:
         for name in target.names:
             del report.left_alone[name]
-    _try_recipe(model, dataclasses.replace(recipe, prune=None), inputs, again, input_amax, chosen, report)
+    _try_recipe(model, dataclasses.replace(recipe, prune=None), inputs, again, calibration, chosen, report)
     for row in report.layers:
         if row.name in lost:
             row.note = f"not pruned: {lost[row.name]}"

@@ -6,8 +6,10 @@ import numbers
 from typing import Any
 
 SCOPES = ("row", "layer", "model")
-PATTERNS = ("unstructured",)
+PATTERNS = ("unstructured", "2:4")
+IMPORTANCES = ("magnitude", "wanda", "obs")
 ACTIVATIONS = ("dynamic", "static", "none")
+STATIC_SCALES = ("amax", "percentile", "least_squares")
 GUARDS = ("speed", "size", "none")
 DEFAULT_TARGETS = ("Linear", "Embedding")
 
@@ -32,13 +34,17 @@ class Prune:
         sparsity: fraction to drop, in [0, 1): the smallest magnitudes of each `scope`.
         threshold: drop where `|w| <= threshold`.
         scope: "row" (each output), "layer", or "model" (all layers against each other).
-        pattern: "unstructured": any weight may go.
+        pattern: "unstructured": any weight may go; "2:4": two of every four along a row go (sparsity is 0.5).
+        importance: "magnitude": `|w|`; "wanda": `|w|` times the norm of its input; "obs": by the second moment of the
+            inputs, with what is kept corrected for what is dropped (SparseGPT). The last two look at the inputs:
+            `compress_` needs a calibration or example inputs, and a sparsity rather than a threshold.
     """
 
     sparsity: float | None = None
     threshold: float | None = None
     scope: str = "layer"
     pattern: str = "unstructured"
+    importance: str = "magnitude"
 
     def __post_init__(self) -> None:
         for field in ("sparsity", "threshold"):
@@ -55,6 +61,16 @@ class Prune:
             raise ValueError(f"engine.Prune: threshold: expected a finite number of at least 0, got {self.threshold!r}")
         _one_of("Prune", "scope", self.scope, SCOPES)
         _one_of("Prune", "pattern", self.pattern, PATTERNS)
+        _one_of("Prune", "importance", self.importance, IMPORTANCES)
+        if self.pattern == "2:4" and self.sparsity != 0.5:
+            raise ValueError(f"engine.Prune: pattern '2:4' has sparsity 0.5, got {self.sparsity!r}")
+        if self.importance != "magnitude":
+            if self.sparsity is None:
+                raise ValueError(f"engine.Prune: importance {self.importance!r} needs a sparsity, not a threshold")
+            if self.scope == "model":
+                raise ValueError(
+                    f"engine.Prune: importance {self.importance!r} has scope 'row' or 'layer', not 'model'"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values; `from_dict` takes it back."""
@@ -73,12 +89,20 @@ class Quantize:
     Attributes:
         activation: "dynamic": each row of activations to int8 by its own maximum; "static": by one scale a layer,
             calibrated on the example inputs; "none": activations stay float (not together with pruning).
+        input_scale: how a static scale is chosen: "amax" (nothing is clipped), "percentile" (99.99) or "least_squares".
+        weight_clip: None: a row's scale is its amax / 127; "least_squares": large weights of a Linear are clipped where
+            the finer steps for all others gain more.
     """
 
     activation: str = "dynamic"
+    input_scale: str = "amax"
+    weight_clip: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("Quantize", "activation", self.activation, ACTIVATIONS)
+        _one_of("Quantize", "input_scale", self.input_scale, STATIC_SCALES)
+        if self.weight_clip is not None:
+            _one_of("Quantize", "weight_clip", self.weight_clip, ("least_squares",))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values; `from_dict` takes it back."""

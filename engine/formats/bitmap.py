@@ -46,20 +46,28 @@ class Bitmap:
         threshold: Tensor | float,
         values: torch.dtype | None = None,
         input_scale: Tensor | float | None = None,
+        scale: Tensor | None = None,
     ) -> "Bitmap":
         """Prunes `weight` `[N, K]` where `|w| <= threshold` and packs the rest.
 
         `values` is the dtype to keep weights in: None for the weight's own, torch.int8 to quantise them in the same
         pass, or another float dtype (bfloat16 halves the bytes of float32, arithmetic stays float32). `input_scale`
-        goes with int8 alone.
+        goes with int8 alone, and so does `scale`, float32 `[N]`: values are rounded to multiples of it (and clipped at
+        127 of them) instead of by their row's amax.
         """
         weight = weight.detach()
         if values != torch.int8:
-            if input_scale is not None:
-                raise ValueError("engine.formats.Bitmap: input_scale goes with values=torch.int8")
+            if input_scale is not None or scale is not None:
+                raise ValueError("engine.formats.Bitmap: input_scale goes with values=torch.int8, and so does scale")
             bitmask, row_offsets, kept = ops.prune_to_bitmap(weight, threshold)
             return cls(kept.to(values or weight.dtype), bitmask, row_offsets, weight.shape[1])
-        bitmask, row_offsets, kept, scale = ops.prune_quantize_to_bitmap(weight, threshold)
+        if scale is None:
+            bitmask, row_offsets, kept, scale = ops.prune_quantize_to_bitmap(weight, threshold)
+        else:
+            _check.has_shape("formats.Bitmap", "scale", scale, (weight.shape[0],))
+            bitmask, row_offsets, kept = ops.prune_to_bitmap(weight, threshold)
+            kept = (kept.float() / scale.repeat_interleave(row_offsets.diff())).round_().clamp_(-127, 127)
+            kept = kept.to(torch.int8)
         if input_scale is not None:
             input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(())
         return cls(kept, bitmask, row_offsets, weight.shape[1], scale, input_scale)

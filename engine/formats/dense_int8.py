@@ -34,14 +34,25 @@ class DenseInt8:
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, activation: str = "dynamic", input_scale: Tensor | float | None = None
+        cls,
+        weight: Tensor,
+        activation: str = "dynamic",
+        input_scale: Tensor | float | None = None,
+        scale: Tensor | None = None,
     ) -> "DenseInt8":
-        """Quantises `weight` `[N, K]`. `activation` is "dynamic", "static" (then `input_scale` is needed) or "none"."""
+        """Quantises `weight` `[N, K]`. `activation` is "dynamic", "static" (then `input_scale` is needed) or "none".
+
+        By `scale`, float32 `[N]`, where it is given: values beyond 127 times it are clipped. Else by each row's amax.
+        """
         if activation not in ACTIVATIONS:
             raise ValueError(f"engine.formats.DenseInt8: activation: expected one of {ACTIVATIONS}, got {activation!r}")
         if (activation == "static") != (input_scale is not None):
             raise ValueError("engine.formats.DenseInt8: input_scale goes with activation='static', and only with it")
-        values, scale = ops.int8_quantize(weight.detach())
+        if scale is None:
+            values, scale = ops.int8_quantize(weight.detach())
+        else:
+            _check.has_shape("formats.DenseInt8", "scale", scale, (weight.shape[0],))
+            values = (weight.detach().float() / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
         if input_scale is not None:
             input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(())
         return cls(values, scale, input_scale, activation != "none")

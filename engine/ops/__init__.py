@@ -6,6 +6,7 @@ from engine.ops.bitmap_to_dense import bitmap_to_dense
 from engine.ops.csr_linear import csr_linear
 from engine.ops.int8_dequantize import int8_dequantize
 from engine.ops.int8_embedding import int8_embedding
+from engine.ops.int8_fake_quantize import int8_fake_quantize
 from engine.ops.int8_linear import int8_linear
 from engine.ops.int8_quantize import int8_quantize
 from engine.ops.int8_weight_linear import int8_weight_linear
@@ -22,6 +23,7 @@ __all__ = [
     "csr_linear",
     "int8_dequantize",
     "int8_embedding",
+    "int8_fake_quantize",
     "int8_linear",
     "int8_quantize",
     "int8_weight_linear",

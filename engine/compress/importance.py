@@ -1,0 +1,156 @@
+"""Which weights of a layer to keep, by more than their magnitude.
+
+Everything here ends as what the fused pack ops take: a threshold for the weight as it is, or a weight whose dropped
+places are zero already, to be packed at threshold 0.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.compress.calibrate import InputStatistics
+from engine.compress.recipe import Prune
+from engine.ops.int8_quantize import SMALLEST_AMAX
+
+BLOCK = 128  # columns that are pruned before the rest of the layer is corrected, as in SparseGPT
+DAMPING = 0.01  # share of the mean diagonal that is added to it
+DAMPING_TRIES = 6  # each ten times the last
+CLIP_FRACTIONS = torch.linspace(0.5, 1.0, 26)  # of a row's amax, tried as the clipping limit
+
+logger = logging.getLogger(__name__)
+
+
+def wanda_threshold(weight: Tensor, statistics: InputStatistics, prune: Prune) -> Tensor:
+    """The threshold that keeps the largest `|w| * norm(x)`: `[1, K]`, or `[N, K]` where each row has its own.
+
+    Wanda: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023. A channel that was
+    always zero is dropped.
+    """
+    norm = statistics.channel_mean_square.sqrt().to(weight.device)
+    scope = "row" if prune.scope == "row" else "tensor"
+    assert prune.sparsity is not None
+    limit = ops.magnitude_threshold(weight.detach().float() * norm, prune.sparsity, scope)
+    return torch.where(norm > 0, limit / norm.clamp_min(SMALLEST_AMAX), torch.inf).expand(weight.shape)
+
+
+def semi_structured(weight: Tensor, score: Tensor) -> Tensor:
+    """`weight` `[N, K]` with the two smallest scores of every four along K set to zero; a tail below four is kept."""
+    columns = weight.shape[1] // 4 * 4
+    groups = score[:, :columns].reshape(weight.shape[0], -1, 4)
+    drop = torch.zeros_like(groups, dtype=torch.bool)
+    drop.scatter_(-1, groups.topk(2, largest=False).indices, True)
+    pruned = weight.detach().clone(memory_format=torch.contiguous_format)
+    pruned[:, :columns].masked_fill_(drop.reshape(weight.shape[0], columns), 0)
+    return pruned
+
+
+def clip_scales(weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
+    """For each row the int8 scale that loses least by rounding and clipping together: fp32 `[N]`.
+
+    `mean_square` `[K]`, of the input's channels, weighs the errors as the output feels them; None: all alike.
+    """
+    values = weight.detach().float()
+    amax = values.abs().amax(1) if values.shape[1] else values.new_zeros(values.shape[0])
+    best = torch.full_like(amax, torch.inf)
+    scale = torch.ones_like(amax)
+    for fraction in CLIP_FRACTIONS.tolist():
+        tried = torch.where(amax < SMALLEST_AMAX, 1.0, amax * (fraction / 127)).unsqueeze(1)
+        error = ((values / tried).round_().clamp_(-127, 127).mul_(tried)).sub_(values).square_()
+        loss = error.sum(1) if mean_square is None else error @ mean_square
+        better = loss <= best
+        best, scale = torch.where(better, loss, best), torch.where(better, tried.squeeze(1), scale)
+    return scale
+
+
+def obs_prune(
+    weight: Tensor,
+    second_moment: Tensor,
+    sparsity: float | None,
+    *,
+    pattern: str = "unstructured",
+    scope: str = "layer",
+    scale: Tensor | None = None,
+    name: str = "the layer",
+) -> Tensor:
+    """`weight` pruned, the weights that are kept corrected for what was dropped, so that the output changes least.
+
+    SparseGPT: Frantar and Alistarh, 2023. Columns are pruned in blocks, a column's error (of pruning, and of rounding
+    to int8 where `scale` is given) made good by those that follow, as the inverse second moment of the inputs says.
+
+    Besides the arguments it holds the weight twice and one K×K matrix, all in fp32.
+
+    Args:
+        weight: `[N, K]`, float.
+        second_moment: fp32 `[K, K]`, the mean (or sum) of `x^T x`. Stays as it is.
+        sparsity: fraction to drop in each block; with "2:4" it is half and this is not read; None prunes nothing.
+        pattern: "unstructured" or "2:4".
+        scope: "layer" (places in all rows compete in a block) or "row".
+        scale: fp32 `[N]`: what is kept is rounded to multiples of it, at most 127; None leaves it float.
+        name: for messages.
+
+    Returns:
+        fp32 `[N, K]` with zeros where pruned.
+    """
+    columns = weight.shape[1]
+    dead = second_moment.diagonal() == 0
+    upper = _inverse_factor(second_moment, dead, name)
+    work = weight.detach().t().float().clone(memory_format=torch.contiguous_format)  # [K, N]: a column lies together
+    work[dead] = 0
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        block, factor = work[begin:end], upper[begin:end, begin:end]
+        error = torch.empty_like(block)
+        diagonal = factor.diagonal().unsqueeze(1)
+        keep = None
+        if pattern == "unstructured" and sparsity is not None:
+            keep = _keep(block.abs() / diagonal, sparsity, scope)
+        for i in range(end - begin):
+            if pattern == "2:4" and i % 4 == 0 and begin + i + 4 <= columns:
+                # Chosen only now, as the columns before have changed these four.
+                lowest = (block[i : i + 4].abs() / diagonal[i : i + 4]).topk(2, dim=0, largest=False).indices
+                keep = torch.ones_like(block, dtype=torch.bool) if keep is None else keep
+                keep[i : i + 4].scatter_(0, lowest, False)
+            column = block[i]
+            new = column if keep is None else torch.where(keep[i], column, 0.0)
+            if scale is not None:
+                new = (new / scale).round_().clamp_(-127, 127).mul_(scale)
+            error[i] = (column - new) / factor[i, i]
+            block[i] = new
+            if i + 1 < end - begin:
+                block[i + 1 :].addr_(factor[i, i + 1 :], error[i], alpha=-1)
+        if end < columns:
+            work[end:].addmm_(upper[begin:end, end:].t(), error, alpha=-1)
+    return work.t().contiguous()
+
+
+def _keep(score: Tensor, sparsity: float, scope: str) -> Tensor:
+    """Where the scores `[B, N]` of a block are above the threshold: of the block, or of each row of the weight."""
+    if scope == "row":
+        return score > ops.magnitude_threshold(score.t().contiguous(), sparsity, "row").t()
+    return score > ops.magnitude_threshold(score, sparsity)
+
+
+def _inverse_factor(second_moment: Tensor, dead: Tensor, name: str) -> Tensor:
+    """The upper Cholesky factor of the damped second moment's inverse, `[K, K]`.
+
+    Raises the damping, and says so, until the matrix can be inverted.
+    """
+    if not bool(second_moment.isfinite().all()):
+        raise ValueError(f"engine.compress_: {name}: the second moment of its input holds a NaN or an infinity")
+    diagonal = second_moment.diagonal()
+    mean = diagonal.mean().item() or 1.0
+    for attempt in range(DAMPING_TRIES):
+        damping = DAMPING * 10**attempt
+        matrix = second_moment.clone()
+        matrix.diagonal().copy_(torch.where(dead, mean, diagonal) + damping * mean)
+        info = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+        if info.item() == 0:
+            torch.cholesky_inverse(matrix, out=matrix)
+            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, info))
+            if info.item() == 0 and bool(matrix.diagonal().isfinite().all()):
+                return matrix
+        logger.warning("%s: its second moment can't be inverted with damping %g: trying ten times that", name, damping)
+    raise ValueError(f"engine.compress_: {name}: the second moment of its input can't be inverted")

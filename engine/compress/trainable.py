@@ -1,0 +1,114 @@
+"""TrainableLinear: a compressed layer while it is trained, and the way into and out of it.
+
+The weight is trained as a dense matrix under a mask, not as a bitmap's values. The gradient of either is a dense
+product of matrices, but a bitmap's would be expanded and gathered again at every step, and int8 rounding by rows needs
+the rows. It is exact all the same: what the mask drops is multiplied by zero in the forward pass, gets zero gradient,
+and is not packed in the end, while what it keeps is packed even where training has made it zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import ops
+from engine.compress.recipe import Prune
+from engine.formats import Bitmap, Csr, DenseInt8, Format
+from engine.nn import CompressedLinear
+from engine.ops._bitmap import bitmap_mask
+
+
+class TrainableLinear(nn.Module):
+    """Computes as the compressed layer will, from a float weight under a mask; int8 is rounded to and trained through.
+
+    Args:
+        compressed: the layer as it is compressed now; its format, mask and static scale are kept.
+        weight: where training starts, `[N, K]`; None: the weight that `compressed` holds.
+        trained: whether the weight gets a gradient.
+    """
+
+    mask: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(self, compressed: CompressedLinear, weight: Tensor | None = None, trained: bool = True) -> None:
+        super().__init__()
+        format = compressed.format
+        self.format_type, self.values_dtype = type(format), format.values.dtype
+        self.dense_dtype = compressed._dtype_marker.dtype
+        self.in_features, self.out_features = compressed.in_features, compressed.out_features
+        self.rounds_weight = self.values_dtype == torch.int8
+        self.rounds_input = self.rounds_weight and getattr(format, "quantize_input", True)
+        mask = None
+        if isinstance(format, Bitmap):
+            mask = bitmap_mask(format.bitmask, format.columns)
+        elif isinstance(format, Csr):
+            ones = Csr(torch.ones_like(format.values), format.crow_indices, format.col_indices, format.columns)
+            mask = ones.to_dense() != 0
+        start = format.to_dense() if weight is None else weight.detach().float().clone()
+        self.weight = nn.Parameter(start if mask is None else start * mask, requires_grad=trained)
+        self.register_buffer("mask", mask)
+        scale = getattr(format, "input_scale", None)
+        self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
+        self.bias = compressed.bias
+        self.train(compressed.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., K]` to `[..., N]`."""
+        weight = self.weight if self.mask is None else self.weight * self.mask
+        if self.rounds_weight:
+            weight = ops.int8_fake_quantize(weight)
+        if self.rounds_input:
+            x = ops.int8_fake_quantize(x, self.input_scale)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction that the mask drops."""
+        return 0.0 if self.mask is None else 1 - self.mask.float().mean().item()
+
+    @torch.no_grad()
+    def prune_to(self, sparsity: float, prune: Prune) -> None:
+        """Raises the mask's sparsity by magnitude; what was dropped stays dropped."""
+        assert self.mask is not None
+        if sparsity <= 0:
+            self.mask.fill_(True)
+            return
+        self.weight.mul_(self.mask)
+        limit = ops.magnitude_threshold(self.weight, sparsity, "row" if prune.scope == "row" else "tensor")
+        self.mask.logical_and_(self.weight.abs() > limit)
+        self.weight.mul_(self.mask)
+
+    @torch.no_grad()
+    def compressed(self) -> CompressedLinear:
+        """The layer compressed again, in the same format, with exactly the mask's places kept."""
+        weight = self.weight.detach().to(self.dense_dtype)
+        format: Format
+        if self.mask is None:
+            activation = "none" if not self.rounds_input else "dynamic" if self.input_scale is None else "static"
+            format = DenseInt8.from_dense(weight, activation, self.input_scale)
+        else:
+            # Nothing is at most -1, everything is at most infinity: a kept weight that became 0 is kept.
+            threshold = torch.where(self.mask, -1.0, torch.inf)
+            if self.format_type is Csr:
+                format = Csr.from_dense(weight, threshold)
+            else:
+                format = Bitmap.from_dense(weight, threshold, self.values_dtype, self.input_scale)
+        module = CompressedLinear(format, self.bias, self.dense_dtype).train(self.training)
+        if module.values.is_floating_point():
+            module.values.requires_grad_(self.weight.requires_grad)
+        return module
+
+
+def trainable_layers(model: nn.Module) -> dict[str, TrainableLinear]:
+    """By qualified name; one that stands under several names, once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TrainableLinear)}
+
+
+def twins(modules: dict[str, Any], make: Any) -> dict[str, Any]:
+    """`make(name, module)` for every name, called once for each module."""
+    made: dict[int, Any] = {}
+    for name, module in modules.items():
+        if id(module) not in made:
+            made[id(module)] = make(name, module)
+    return {name: made[id(module)] for name, module in modules.items()}

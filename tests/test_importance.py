@@ -1,0 +1,209 @@
+"""calibrate, static scales, clipping, wanda, obs and 2:4: against plain computations, and by what they gain."""
+
+import logging
+
+import pytest
+import torch
+from models import Mlp, TinyLm, assert_unchanged, state_of
+from torch import nn
+
+import engine
+from engine import Prune, Quantize, Recipe
+from engine.compress import importance
+from engine.compress.calibrate import InputStatistics
+
+
+def correlated(rows, columns, seed=0):
+    """Inputs as networks have them: few directions, channels of very different size."""
+    g = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(rows, columns // 8, generator=g) @ torch.randn(columns // 8, columns, generator=g)
+    return (mixed + 0.5 * torch.randn(rows, columns, generator=g)) * torch.rand(columns, generator=g).mul(2).exp() / 4
+
+
+def output_error(model, x, before):
+    return ((model(x) - before).norm() / before.norm()).item()
+
+
+def test_statistics_are_those_of_all_rows_at_once():
+    model = Mlp().train()
+    x = correlated(60, 256)
+    before = state_of(model)
+    batches = iter([x[:10], (x[10:40],), {"x": x[40:]}])
+    seen = engine.calibrate(model, batches, second_moment=True, progress=False)
+    assert_unchanged(model, before)
+    first = seen.layers["first"]
+    assert seen.batches == 3 and set(seen.layers) == {"first", "second", "head"} and first.rows == 60
+    assert torch.equal(first.channel_amax, x.abs().amax(0)) and first.amax == x.abs().max().item()
+    torch.testing.assert_close(first.channel_mean_square, x.square().mean(0))
+    torch.testing.assert_close(first.second_moment, x.t() @ x / 60)
+    assert first.counts.sum() == x.numel()
+    assert seen.input_scales()["first"] == pytest.approx(x.abs().max().item() / 127)
+
+
+def test_scales_of_a_heavy_tail():
+    x = torch.randn(200, 500)
+    x[3, 4] = 60.0
+    statistics = InputStatistics.empty(500, x.device, False)
+    for rows in x.split(7):
+        statistics.see(rows)
+    percentile = statistics.input_scale("percentile", 99.0) * 127
+    assert percentile == pytest.approx(x.abs().flatten().quantile(0.99).item(), rel=0.1)
+
+    def loss(scale):
+        return ((x / scale).round().clamp(-127, 127) * scale - x).square().sum().item()
+
+    best = statistics.input_scale("least_squares")
+    tried = [60 / 127 * f for f in torch.linspace(0.2, 1, 41).tolist()]
+    assert loss(best) <= 1.02 * min(map(loss, tried)) and loss(best) < loss(60 / 127)
+    with pytest.raises(ValueError, match="method: expected one of"):
+        statistics.input_scale("best")
+    with pytest.raises(ValueError, match="was not gathered"):
+        _ = statistics.second_moment
+
+
+def test_inputs_of_zeros_and_none():
+    statistics = InputStatistics.empty(4, torch.device("cpu"), False)
+    statistics.see(torch.zeros(3, 4))
+    statistics.see(torch.zeros(0, 4))
+    assert statistics.rows == 3 and all(statistics.input_scale(m) > 0 for m in ("amax", "percentile", "least_squares"))
+    statistics.see(torch.ones(1, 4))
+    assert statistics.counts.sum() == 16 and statistics.counts[0] == 12
+
+
+def test_calibrate_refuses():
+    model = Mlp()
+    with pytest.raises(ValueError, match="expected at least one"):
+        engine.calibrate(model, [])
+    with pytest.raises(ValueError, match="first: its input holds a NaN"):
+        engine.calibrate(model, [torch.full((2, 256), torch.nan)])
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_tied_weights_share_their_statistics():
+    model = TinyLm()
+    seen = engine.calibrate(model, [torch.randint(0, 100, (2, 7))], targets=("Linear", "Embedding"), progress=False)
+    assert seen.layers["embed"] is seen.layers["lm_head"] and seen.layers["lm_head"].rows == 14
+
+
+@pytest.mark.parametrize("method", ["amax", "percentile", "least_squares"])
+def test_static_scales_reach_the_kernels(method):
+    model, x = Mlp(), correlated(64, 256)
+    seen = engine.calibrate(model, x.split(16), progress=False)
+    recipe = Recipe(quantize=Quantize("static", input_scale=method), guard="none")
+    with torch.no_grad():
+        before = model(x)
+        engine.compress_(model, recipe, calibration=seen)
+        assert model.first.input_scale.item() == pytest.approx(seen.layers["first"].input_scale(method))
+        assert output_error(model, x, before) < 0.2
+
+
+def test_clipping_gains_where_a_row_has_an_outlier():
+    weight = torch.randn(20, 300)
+    weight[:, 7] = 6.0
+    plain = engine.formats.DenseInt8.from_dense(weight)
+    scale = importance.clip_scales(weight)
+    clipped = engine.formats.DenseInt8.from_dense(weight, scale=scale)
+    flat = torch.full((2, 8), 1.0)  # nothing to gain: amax stays
+    torch.testing.assert_close(importance.clip_scales(flat), torch.full((2,), 1 / 127))
+    assert importance.clip_scales(torch.zeros(1, 4)).tolist() == [1.0]
+    losses = [(f.to_dense() - weight).norm() for f in (clipped, plain)]
+    assert losses[0] <= losses[1]
+    ignored = torch.ones(300)
+    ignored[7] = 0  # an input that is always 0 may be clipped as hard as one likes
+    weighted = engine.formats.DenseInt8.from_dense(weight, scale=importance.clip_scales(weight, ignored))
+    assert ((weighted.to_dense() - weight) * ignored).norm() < 0.8 * ((plain.to_dense() - weight) * ignored).norm()
+
+
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_wanda_keeps_by_weight_times_norm(scope):
+    model, x = Mlp(), correlated(40, 256)
+    x[:, 5] = 0
+    weight = model.first.weight.detach().clone()
+    recipe = Recipe(prune=Prune(sparsity=0.6, scope=scope, importance="wanda"), guard="none")
+    engine.compress_(model, recipe, x)
+    kept = model.first.weight != 0
+    score = weight.abs() * x.square().mean(0).sqrt()
+    assert not kept[:, 5].any() and model.first.format.sparsity == pytest.approx(0.6, abs=2e-3)
+    limits = [(score[i][kept[i]].min(), score[i][~kept[i]].max()) for i in range(3)]
+    if scope == "layer":
+        limits = [(score[kept].min(), score[~kept].max())]
+    assert all(least >= most * (1 - 1e-5) for least, most in limits)
+    assert torch.equal(model.first.weight, torch.where(kept, weight, 0.0))
+
+
+@pytest.mark.parametrize("quantize", [None, Quantize(), Quantize("static", weight_clip="least_squares")])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_obs_loses_at_most_half_of_what_magnitude_does(pattern, quantize):
+    x, held_out = correlated(900, 256).split([600, 300])
+    errors = {}
+    for kind in ("magnitude", "obs"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 96))
+        with torch.no_grad():
+            before = model(held_out)
+            recipe = Recipe(Prune(sparsity=0.5, pattern=pattern, importance=kind), quantize, guard="none")
+            engine.compress_(model, recipe, x)
+            errors[kind] = output_error(model, held_out, before)
+        assert model[0].format.sparsity == pytest.approx(0.5, abs=5e-3)
+        if pattern == "2:4":
+            assert ((model[0].weight.view(96, 64, 4) != 0).sum(-1) <= 2).all()
+    assert errors["obs"] <= 0.5 * errors["magnitude"]
+
+
+def test_obs_without_pruning_rounds_to_the_scales():
+    weight, x = torch.randn(30, 70), correlated(200, 70)
+    scale = importance.clip_scales(weight)
+    rounded = importance.obs_prune(weight, x.t() @ x, None, scale=scale)
+    plain = (weight / scale[:, None]).round().clamp(-127, 127) * scale[:, None]
+    steps = rounded / scale[:, None]
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert ((rounded - weight) @ x.t()).norm() < 0.9 * ((plain - weight) @ x.t()).norm()
+
+
+def test_obs_with_dead_columns_and_a_singular_moment(caplog):
+    weight, x = torch.randn(16, 40), correlated(3, 40)
+    x[:, 11] = 0
+    pruned = importance.obs_prune(weight, x.t() @ x, 0.5)
+    assert pruned.isfinite().all() and (pruned[:, 11] == 0).all()
+    assert importance.obs_prune(weight, torch.zeros(40, 40), 0.5).count_nonzero() == 0
+    bad = x.t() @ x
+    bad[0, 1] = bad[1, 0] = bad.diagonal().mean() * 3  # no moment of anything: only much damping helps
+    with caplog.at_level(logging.WARNING, "engine"):
+        assert importance.obs_prune(weight, bad, 0.5, name="deep.layer").isfinite().all()
+    assert "deep.layer: its second moment can't be inverted with damping 0.01" in caplog.text
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        importance.obs_prune(weight, torch.full((40, 40), torch.nan), 0.5)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 128, 131])
+def test_obs_of_any_width(columns):
+    weight, x = torch.randn(5, columns), torch.randn(300, columns)
+    for pattern in ("unstructured", "2:4"):
+        pruned = importance.obs_prune(weight, x.t() @ x, 0.5, pattern=pattern, scale=torch.full((5,), 0.05))
+        assert pruned.shape == weight.shape and pruned.isfinite().all()
+
+
+def test_prune_by_importance():
+    model, x = Mlp(), correlated(40, 256)
+    with pytest.raises(ValueError, match=r"first: importance 'wanda' looks at inputs: give calibration="):
+        engine.prune_(model, Prune(sparsity=0.5, importance="wanda"))
+    seen = engine.calibrate(model, [x], second_moment=True, progress=False)
+    shares = engine.prune_(model, Prune(sparsity=0.5, importance="obs"), calibration=seen)
+    assert all(share == pytest.approx(0.5, abs=5e-3) for share in shares.values())
+    shares = engine.prune_(model, Prune(sparsity=0.5, pattern="2:4"))
+    assert all(share >= 0.5 for share in shares.values())
+
+
+def test_bad_choices():
+    for how, message in [
+        ({"threshold": 0.1, "importance": "obs"}, "needs a sparsity"),
+        ({"sparsity": 0.5, "importance": "wanda", "scope": "model"}, "not 'model'"),
+        ({"sparsity": 0.6, "pattern": "2:4"}, "has sparsity 0.5, got 0.6"),
+        ({"sparsity": 0.6, "importance": "luck"}, "importance: expected one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Prune(**how)
+    with pytest.raises(ValueError, match="calibrated on example inputs"):
+        engine.compress_(Mlp(), Recipe(prune=Prune(sparsity=0.5, importance="obs"), guard="none"))
+    with pytest.raises(ValueError, match="weight_clip: expected one of"):
+        Quantize(weight_clip="hard")
