@@ -23,6 +23,7 @@ from rich.table import Table
 from engine import backends
 from engine._checkpoint_file import CheckpointFile, read_weight
 from engine._compress_file import WEIGHTS, Result, Source, choose, compress_file, copy_companions, remove_stale_weights
+from engine._safetensors import CheckpointError
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 
 app = typer.Typer(
@@ -249,7 +250,7 @@ def _print_result(result: Result, out: Path) -> None:
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, or any safetensors file.")],
+    file: Annotated[Path, typer.Argument(help="A checkpoint, any safetensors file, or a folder with one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a checkpoint holds, after checking all of it."""
@@ -280,6 +281,11 @@ def inspect(
 
 def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:
     """A row for each weight and each other tensor; every one of them is read and checked."""
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise CheckpointError(f"{path}: holds {len(found)} safetensors files: name one")
+        path = found[0]
     file = CheckpointFile(path)
     rows: list[dict[str, Any]] = []
     for name, info in file.weights.items():

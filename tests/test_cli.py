@@ -240,6 +240,11 @@ def test_inspect(model, out):
     rows = {row["name"]: row for row in found["tensors"]}
     assert rows["first.weight"]["dense_bytes"] == 4 * 512 * 256 and abs(rows["first.weight"]["sparsity"] - 0.75) < 0.01
     assert found["bytes"] == sum(row["bytes"] for row in found["tensors"]) < found["dense_bytes"]
+    assert run("inspect", out.parent / "alone", code=1).endswith("no such file or folder\n")
+    (out.parent / "alone").mkdir()
+    assert "holds 0 safetensors files: name one" in run("inspect", out.parent / "alone", code=1)
+    shutil.copy(out, out.parent / "alone")
+    assert "first.weight" in run("inspect", out.parent / "alone")
     tensors, file = load_file(out), CheckpointFile(out)
     tensors["first.weight.row_offsets"][1] = 2**62
     save_file(tensors, out, file.metadata)

@@ -197,3 +197,12 @@ def test_loading_another_number_of_kept_weights_keeps_ties_and_optimizers():
     tied.load_state_dict(pair.state_dict())
     assert tied[0].values is tied[1].values and {id(p) for p in tied.parameters()} == parameters
     assert torch.equal(tied[0].weight, other.weight)
+
+
+def test_forward_mode_derivatives_are_refused(linear):
+    x = torch.randn(3, linear.in_features)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            torch.func.jvp(linear, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(linear(x), linear(x))  # without a tangent it is as ever

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIBRARY = torch.library.Library("engine", "DEF")
@@ -48,12 +49,22 @@ def _without_autograd_overhead(op: torch._ops.OpOverload) -> Callable:
     """
 
     def call(*args):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     return call
+
+
+def _refuse_tangents(op: torch._ops.OpOverload, args: tuple) -> None:
+    """Forward-mode derivatives would silently be zero."""
+    if any(isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise RuntimeError(f"{op.name().replace('::', '.ops.')} has no forward-mode derivative (jvp)")
 
 
 def explained_by(check: Callable) -> Callable:
