@@ -19,6 +19,7 @@ from torch import Tensor
 from engine import ops
 from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, weight_parts
 from engine._safetensors import CheckpointError, Entry, TensorWriter, explained
+from engine.compress.importance import semi_structured
 from engine.compress.recipe import Recipe
 from engine.compress.targets import check_patterns, matches
 from engine.formats import Bitmap, DenseInt8, Format
@@ -136,10 +137,13 @@ def _files_by_tensor(folder: Path) -> Iterable[tuple[str, CheckpointFile]]:
 
 @dataclasses.dataclass
 class _Plan:
-    """What the first pass found for one weight: the threshold, or None to quantise only; the form it will have."""
+    """What the first pass found for one weight: the threshold, or None to quantise only; the form it will have; and
+    whether two of every four weights go before the threshold is asked.
+    """
 
     threshold: Tensor | float | None
     format: Format  # on the meta device
+    two_of_four: bool = False
 
 
 def compress_file(source: Source, out: Path, recipe: Recipe, tick: Tick = lambda name, count: None) -> Result:
@@ -270,7 +274,10 @@ def _plan(name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: Tenso
         assert recipe.quantize is not None
         return _Plan(None, DenseInt8(meta, scale))
     limit = threshold
-    if limit is None:
+    two_of_four = recipe.prune.pattern == "2:4"
+    if two_of_four:
+        weight, limit = semi_structured(weight, weight.abs()), 0.0
+    elif limit is None:
         assert recipe.prune.sparsity is not None
         scope = "row" if recipe.prune.scope == "row" else "tensor"
         limit = ops.magnitude_threshold(weight, recipe.prune.sparsity, scope)
@@ -278,12 +285,14 @@ def _plan(name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: Tenso
     values = torch.empty(kept, dtype=torch.int8 if recipe.quantize else weight.dtype, device="meta")
     bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
     row_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
-    return _Plan(limit, Bitmap(values, bitmask, row_offsets, columns, scale if recipe.quantize else None))
+    return _Plan(limit, Bitmap(values, bitmask, row_offsets, columns, scale if recipe.quantize else None), two_of_four)
 
 
 def _compress(weight: Tensor, plan: _Plan) -> Format:
     if plan.threshold is None:
         return DenseInt8.from_dense(weight)
+    if plan.two_of_four:
+        weight = semi_structured(weight, weight.abs())
     values = torch.int8 if plan.format.values.dtype == torch.int8 else None
     return Bitmap.from_dense(weight, plan.threshold, values)
 

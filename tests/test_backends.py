@@ -21,6 +21,7 @@ OWNERS = {
         "csr_linear",
         "int8_dequantize",
         "int8_embedding",
+        "int8_fake_quantize",
         "int8_linear",
         "int8_quantize",
         "int8_weight_linear",

@@ -77,6 +77,10 @@ RECIPES = {
         ["--sparsity", "0.6", "--scope", "row", "--int8"],
         Recipe(prune=Prune(sparsity=0.6, scope="row"), quantize=Quantize(), guard="size"),
     ),
+    "2:4": (
+        ["--sparsity", "0.5", "--pattern", "2:4", "--int8"],
+        Recipe(prune=Prune(sparsity=0.5, pattern="2:4"), quantize=Quantize(), guard="size"),
+    ),
     "model": (
         ["--sparsity", "0.6", "--scope", "model"],
         Recipe(prune=Prune(sparsity=0.6, scope="model"), guard="size"),
@@ -147,7 +151,8 @@ def test_a_folder(shards, options, tmp_path):
         (["--int8", "--guard", "speed"], "needs the model's code and inputs: use engine.compress_"),
         (["--int8", "--guard", "fast"], "guard: expected one of"),
         (["--sparsity", "0.5", "--scope", "all"], "scope: expected one of"),
-        (["--sparsity", "0.5", "--pattern", "2:4"], "pattern: expected one of"),
+        (["--sparsity", "0.5", "--pattern", "4:8"], "pattern: expected one of"),
+        (["--sparsity", "0.6", "--pattern", "2:4"], "pattern '2:4' has sparsity 0.5, got 0.6"),
         (["--int8", "--ignore", "re:("], r"'re:\(' is no regular expression"),
         (["--int8", "--target", "nothing"], "target 'nothing' matches no weight"),
     ],
