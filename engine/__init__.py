@@ -2,6 +2,8 @@
 
 from importlib.metadata import version
 
+import torch
+
 from engine import backends, formats, nn, ops
 from engine.checkpoint import CheckpointError, load_, save
 from engine.compress import (
@@ -18,6 +20,9 @@ from engine.compress import (
     quantize_,
 )
 from engine.ops._library import reference_mode
+
+if torch.distributed.is_available():  # some builds of PyTorch come without
+    from engine import distributed as distributed
 
 __version__ = version("compression-engine")
 

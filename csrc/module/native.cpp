@@ -1,4 +1,4 @@
-// engine._native: what is no tensor op. The processor's description, and what the machine can do at most.
+// engine._native: what is no tensor op. The processor's description, what the machine can do at most, and the ring.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +6,7 @@
 #include <string>
 
 #include "module/limits.h"
+#include "module/ring.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -64,4 +65,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("fp32_gops", &engine::fp32_gops, py::arg("isa"), py::arg("threads"), py::arg("seconds"), nogil);
     m.def("int8_gops", &engine::int8_gops, py::arg("isa"), py::arg("threads"), py::arg("seconds"), nogil);
     m.def("cpu_features", &features, "Instruction sets by name, with whether the processor has them.");
+    engine::bind_ring(m);
 }
