@@ -20,7 +20,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Keeps what was computed from being optimised away.
+// Keeps what was computed from being optimised away. Not for a loop's vectors: an operand in memory would have GCC keep
+// them there, and the loop would measure its own spills.
 template <class T>
 void keep(const T& value) {
     asm volatile("" : : "m"(value) : "memory");
@@ -85,8 +86,9 @@ uint64_t read_portable(const uint64_t* words, int64_t count) { return read_words
 ENGINE_AVX2 uint64_t read_avx2(const uint64_t* words, int64_t count) { return read_words(words, count); }
 ENGINE_AVX512 uint64_t read_avx512(const uint64_t* words, int64_t count) { return read_words(words, count); }
 
-// Enough chains that no instruction waits for another: 2 pipes by 4 or 5 cycles.
-constexpr int kChains = 12;
+// Enough chains that no instruction waits for another (2 pipes by 4 or 5 cycles); int8 needs registers for operands
+// too.
+constexpr int kChains = 12, kInt8Chains = 8;
 constexpr int kSteps = 1 << 14;
 
 ENGINE_AVX2 double fma_avx2(int) {
@@ -121,50 +123,56 @@ ENGINE_AVX512 double dot_avx512(int) {
     return 2.0 * 64 * kChains * kSteps;
 }
 
-// The products of a loop would be the same each time and moved out of it: this hides where an operand came from.
-ENGINE_AVX2 ENGINE_INLINE __m256i opaque(__m256i x) {
-    asm volatile("" : "+x"(x));
-    return x;
-}
+// Instructions as they stand: a compiler would compute what is the same in every round once, and add moves and spills
+// to hide it. A volatile asm stays where it is.
+#define ENGINE_INSTRUCTION(name, to, a, b) asm volatile(name " %2, %1, %0" : "=x"(to) : "x"(a), "x"(b))
+#define ENGINE_ADD_TO(sum, a) asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a))
+
 // int8 widened to 16 bits beforehand: 16 products by vpmaddwd and vpaddd.
 ENGINE_AVX2 double pairs_avx2(int) {
-    __m256i sum[kChains], a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
-    for (auto& s : sum) s = a;
+    __m256i sum[kInt8Chains] = {}, a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
     for (int i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 12
-        for (int c = 0; c < kChains; ++c) sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(opaque(a), b));
+#pragma GCC unroll 8
+        for (int c = 0; c < kInt8Chains; ++c) {
+            __m256i products;
+            ENGINE_INSTRUCTION("vpmaddwd", products, a, b);
+            ENGINE_ADD_TO(sum[c], products);
+        }
     }
-    for (auto& s : sum) keep(s);
-    return 2.0 * 16 * kChains * kSteps;
+    return 2.0 * 16 * kInt8Chains * kSteps;
 }
 // Winograd's inner product: 32 products by one vpmaddwd, two vpaddw and one vpaddd.
 ENGINE_AVX2 double winograd_avx2(int) {
-    __m256i sum[kChains], a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
-    for (auto& s : sum) s = a;
+    __m256i sum[kInt8Chains] = {}, a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
     for (int i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 12
-        for (int c = 0; c < kChains; ++c) {
-            const __m256i x = _mm256_add_epi16(opaque(a), b), y = _mm256_add_epi16(opaque(b), a);
-            sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(x, y));
+#pragma GCC unroll 8
+        for (int c = 0; c < kInt8Chains; ++c) {
+            __m256i x, y;
+            ENGINE_INSTRUCTION("vpaddw", x, a, b);
+            ENGINE_INSTRUCTION("vpaddw", y, b, a);
+            ENGINE_INSTRUCTION("vpmaddwd", x, x, y);
+            ENGINE_ADD_TO(sum[c], x);
         }
     }
-    for (auto& s : sum) keep(s);
-    return 2.0 * 32 * kChains * kSteps;
+    return 2.0 * 32 * kInt8Chains * kSteps;
 }
 // |x| times w with the sign of x: 32 products by vpsignb, vpmaddubsw, vpmaddwd and vpaddd, which can't saturate.
 ENGINE_AVX2 double signs_avx2(int) {
-    __m256i sum[kChains], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5), ones = _mm256_set1_epi16(1);
-    for (auto& s : sum) s = a;
+    __m256i sum[kInt8Chains] = {}, a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5), ones = _mm256_set1_epi16(1);
     for (int i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 12
-        for (int c = 0; c < kChains; ++c) {
-            const __m256i pairs = _mm256_maddubs_epi16(a, _mm256_sign_epi8(opaque(b), a));
-            sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(pairs, ones));
+#pragma GCC unroll 8
+        for (int c = 0; c < kInt8Chains; ++c) {
+            __m256i pairs;
+            ENGINE_INSTRUCTION("vpsignb", pairs, b, a);
+            ENGINE_INSTRUCTION("vpmaddubsw", pairs, a, pairs);
+            ENGINE_INSTRUCTION("vpmaddwd", pairs, pairs, ones);
+            ENGINE_ADD_TO(sum[c], pairs);
         }
     }
-    for (auto& s : sum) keep(s);
-    return 2.0 * 32 * kChains * kSteps;
+    return 2.0 * 32 * kInt8Chains * kSteps;
 }
+#undef ENGINE_INSTRUCTION
+#undef ENGINE_ADD_TO
 #endif
 
 }  // namespace
