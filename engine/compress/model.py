@@ -1,7 +1,8 @@
 """compress_, prune_ and quantize_: whole models in place, or not at all."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,9 +66,10 @@ def compress_(
         calibration = calibrate(model, [example_inputs], progress=False, **how)
     report = Report(recipe=recipe.to_dict(), layers=[], left_alone=left, bytes_before=_model_bytes(model))
     chosen: dict[str, Compressed] = {}
-    _try_recipe(model, recipe, example_inputs, targets, calibration, chosen, report)
+    attempt = functools.partial(_try_recipe, model, example_inputs, calibration, chosen, report)
+    attempt(recipe, targets)
     if recipe.guard == "speed" and recipe.prune is not None and recipe.quantize is not None:
-        _try_unpruned(model, recipe, example_inputs, targets, calibration, chosen, report)
+        _try_unpruned(attempt, recipe, targets, report)
     if chosen and example_inputs is not None:
         _guard_whole(model, recipe, example_inputs, chosen, report)
     measure.replace_(model, chosen)
@@ -319,12 +321,12 @@ def _measure_errors(model: nn.Module, inputs: Any, candidates: Mapping[str, Comp
 
 def _try_recipe(
     model: nn.Module,
-    recipe: Recipe,
     inputs: Any,
-    targets: list[Target],
     calibration: Calibration | None,
     chosen: dict[str, Compressed],
     report: Report,
+    recipe: Recipe,
+    targets: list[Target],
 ) -> None:
     """Compresses each target on trial: what passes the guard goes to `chosen` and `report.layers`, the rest, with the
     reason, to `report.left_alone`.
@@ -343,13 +345,7 @@ def _try_recipe(
 
 
 def _try_unpruned(
-    model: nn.Module,
-    recipe: Recipe,
-    inputs: Any,
-    targets: list[Target],
-    calibration: Calibration | None,
-    chosen: dict[str, Compressed],
-    report: Report,
+    attempt: Callable[[Recipe, list[Target]], None], recipe: Recipe, targets: list[Target], report: Report
 ) -> None:
     """Quantises without pruning what was left alone because, pruned, it wasn't faster: there sparsity buys nothing."""
     lost = {name: why for name, why in report.left_alone.items() if why.startswith(NOT_FASTER)}
@@ -359,7 +355,7 @@ def _try_unpruned(
     for target in again:
         for name in target.names:
             del report.left_alone[name]
-    _try_recipe(model, dataclasses.replace(recipe, prune=None), inputs, again, calibration, chosen, report)
+    attempt(dataclasses.replace(recipe, prune=None), again)
     for row in report.layers:
         if row.name in lost:
             row.note = f"not pruned: {lost[row.name]}"
