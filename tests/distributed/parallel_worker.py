@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import engine
 from engine.distributed import all_reduce, tensor_parallel_
@@ -230,6 +231,18 @@ def files():
     mine.shard = CompressedLinear.from_dense(mine.shard, DenseInt8)
     got = mine(x)
     assert 0 < (got - want).norm() < 0.02 * want.norm()
+
+
+def pipeline():
+    """Compressed layers as the two stages of a pipeline."""
+    whole = compressed_model()
+    stages = [whole.blocks[0], nn.Sequential(whole.blocks[1], whole.head)]
+    x = torch.randn(6, 9, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = torch.cat([whole(part) for part in x.chunk(3)])
+        schedule = ScheduleGPipe(PipelineStage(stages[rank], rank, 2, torch.device("cpu"), group=group), 3)
+        got = schedule.step() if rank else schedule.step(x)
+    assert rank == 0 or torch.equal(got, want)
 
 
 def copies():
