@@ -128,3 +128,34 @@ def test_bad_arguments():
         DenseInt8.from_dense(weight, "sometimes")
     with pytest.raises(ValueError, match=r"input_scale goes with values=torch\.int8"):
         Bitmap.from_dense(weight, 0.5, input_scale=0.1)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("shape", [(40, 65), (7, 384), (1, 1), (3, 16)])
+def test_a_shard_is_the_slice_of_the_weight(make, shape):
+    format = make(torch.randn(shape))
+    dense = format.to_dense()
+    for dim in (0, 1):
+        size = shape[dim]
+        for begin, end in {(0, size), (0, size // 2), (size // 2, size), (size // 3, size // 3 + size // 2), (1, 1)}:
+            shard = format.shard(dim, begin, end)
+            shard.check()
+            assert type(shard) is type(format) and shard.label == format.label
+            assert torch.equal(shard.to_dense(), dense.narrow(dim, begin, end - begin))
+            for name in format.TENSORS:
+                whole, part = getattr(format, name), getattr(shard, name)
+                assert (whole is None) == (part is None)
+                if part is not None:
+                    assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+                    assert part.numel() == 0 or part.data_ptr() != whole.data_ptr()
+            x = torch.randn(2, shard.shape[1])
+            assert shard.linear(x).shape == (2, shard.shape[0])
+    with pytest.raises(ValueError, match=r"dim: expected 0 \(rows\) or 1"):
+        format.shard(2, 0, 1)
+    with pytest.raises(ValueError, match="begin, end: expected a range"):
+        format.shard(0, 0, shape[0] + 1)
+
+
+def test_a_shard_of_unsorted_csr():
+    format = Csr(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 3, 4]), torch.tensor([4, 0, 4, 1]), 5)
+    assert torch.equal(format.shard(1, 1, 5).to_dense(), format.to_dense()[:, 1:5])

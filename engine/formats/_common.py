@@ -1,5 +1,7 @@
 """What the formats share."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,22 @@ def check_scales(where: str, scale: Tensor | None, input_scale: Tensor | None, r
         _check.is_dtype(where, name, tensor, torch.float32)
         _check.has_shape(where, name, tensor, shape)
         _check.expect(bool((tensor.isfinite() & (tensor > 0)).all()), where, name, "finite numbers above 0", "others")
+
+
+def check_shard(where: str, dim: int, begin: int, end: int, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless [begin, end) lies within dimension `dim` of `shape`."""
+    _check.expect(dim in (0, 1), where, "dim", "0 (rows) or 1 (columns)", dim)
+    _check.expect(0 <= begin <= end <= shape[dim], where, "begin, end", f"a range in [0, {shape[dim]}]", (begin, end))
+
+
+@overload
+def own(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def own(tensor: None) -> None: ...
+
+
+def own(tensor: Tensor | None) -> Tensor | None:
+    """A copy of what `tensor` shows, so that the memory that it was cut out of can be freed."""
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)

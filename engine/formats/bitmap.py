@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.formats._common import check_scales, nbytes_of
+from engine.formats._common import check_scales, check_shard, nbytes_of, own
 from engine.ops import _check
-from engine.ops._bitmap import check_bitmap, check_bitmap_metadata
+from engine.ops._bitmap import bitmap_columns, check_bitmap, check_bitmap_metadata
 
 INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
@@ -84,6 +84,19 @@ class Bitmap:
         return ops.bitmap_int8_linear(
             x, self.bitmask, self.row_offsets, self.values, self.scale, bias, self.input_scale
         )
+
+    def shard(self, dim: int, begin: int, end: int) -> "Bitmap":
+        """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own; scales stay."""
+        check_shard("formats.Bitmap.shard", dim, begin, end, self.shape)
+        bitmask, row_offsets, values = self.bitmask.detach(), self.row_offsets.detach(), self.values.detach()
+        if dim == 1:
+            parts = bitmap_columns(bitmask, row_offsets, values, begin, end)
+            return Bitmap(*parts, end - begin, own(self.scale), own(self.input_scale))
+        row_offsets = row_offsets[begin : end + 1]
+        first, last = int(row_offsets[0]), int(row_offsets[-1])
+        scale = None if self.scale is None else own(self.scale[begin:end])
+        values, bitmask = own(values[first:last]), own(bitmask[begin:end])
+        return Bitmap(values, bitmask, row_offsets - first, self.columns, scale, own(self.input_scale))
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.formats._common import nbytes_of
+from engine.formats._common import check_shard, nbytes_of, own
 from engine.ops import _check
 from engine.ops._csr import check_csr, check_csr_metadata, dense_rows
 
@@ -54,6 +54,18 @@ class Csr:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[..., K]`."""
         return ops.csr_linear(x, self.crow_indices, self.col_indices, self.values, bias)
+
+    def shard(self, dim: int, begin: int, end: int) -> "Csr":
+        """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own."""
+        check_shard("formats.Csr.shard", dim, begin, end, self.shape)
+        crow_indices, col_indices, values = self.crow_indices.detach(), self.col_indices.detach(), self.values.detach()
+        if dim == 0:
+            crow_indices = crow_indices[begin : end + 1]
+            first, last = int(crow_indices[0]), int(crow_indices[-1])
+            return Csr(own(values[first:last]), crow_indices - first, own(col_indices[first:last]), self.columns)
+        inside = (col_indices >= begin) & (col_indices < end)
+        before = torch.nn.functional.pad(inside.cumsum(0, dtype=crow_indices.dtype), (1, 0))
+        return Csr(values[inside], before[crow_indices.long()], col_indices[inside] - begin, end - begin)
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.formats._common import check_scales, nbytes_of
+from engine.formats._common import check_scales, check_shard, nbytes_of, own
 from engine.ops import _check
 
 ACTIVATIONS = ("dynamic", "static", "none")
@@ -66,6 +66,13 @@ class DenseInt8:
         if self.quantize_input:
             return ops.int8_linear(x, self.values, self.scale, bias, self.input_scale)
         return ops.int8_weight_linear(x, self.values, self.scale, bias)
+
+    def shard(self, dim: int, begin: int, end: int) -> "DenseInt8":
+        """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own; scales stay."""
+        check_shard("formats.DenseInt8.shard", dim, begin, end, self.shape)
+        values = self.values[begin:end] if dim == 0 else self.values[:, begin:end]
+        scale = self.scale[begin:end] if dim == 0 else self.scale
+        return dataclasses.replace(self, values=own(values), scale=own(scale), input_scale=own(self.input_scale))
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""

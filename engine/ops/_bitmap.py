@@ -36,6 +36,46 @@ def popcount(bitmask: Tensor) -> Tensor:
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
 
 
+def bitmap_columns(
+    bitmask: Tensor, row_offsets: Tensor, values: Tensor, begin: int, end: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns [begin, end) of a bitmap that was checked before: `values`, `bitmask`, `row_offsets`, all copied.
+
+    Never dense: a row's values of these columns are neighbours, and where they begin is a count of bits.
+    """
+    rows = bitmask.shape[0]
+    counts = popcount(first_columns(bitmask, end))
+    skipped = popcount(first_columns(bitmask, begin))
+    counts = counts - skipped
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    shifts = row_offsets[:-1] + skipped - offsets[:-1]
+    kept = values.new_empty(int(offsets[-1]))
+    step = max(1, CHUNK_BYTES // max(1, 8 * (end - begin)))  # so many rows that their values' positions are few
+    for row in range(0, rows, step):
+        first, last = int(offsets[row]), int(offsets[min(rows, row + step)])
+        positions = torch.arange(first, last, device=values.device)
+        positions += shifts[row : row + step].repeat_interleave(counts[row : row + step])
+        torch.index_select(values, 0, positions, out=kept[first:last])
+    return kept, first_columns(_shifted(bitmask, begin), end - begin), offsets
+
+
+def first_columns(bitmask: Tensor, columns: int) -> Tensor:
+    """The bitmask of the first `columns` columns, in memory of its own."""
+    mask = bitmask[:, : (columns + 7) // 8].clone(memory_format=torch.contiguous_format)
+    if columns % 8:
+        mask[:, -1] &= (1 << columns % 8) - 1
+    return mask
+
+
+def _shifted(bitmask: Tensor, columns: int) -> Tensor:
+    """The bitmask without its first `columns` columns; bits beyond the last column are 0."""
+    mask, shift = bitmask[:, columns // 8 :], columns % 8
+    if not shift:
+        return mask
+    following = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    return (mask >> shift) | (following << (8 - shift))
+
+
 def check_bitmap_metadata(op: str, bitmask: Tensor, row_offsets: Tensor, values: Tensor, columns: int) -> None:
     """Raises TypeError or ValueError unless dtypes and shapes fit together. Reads no data: fine on fake tensors.
 
