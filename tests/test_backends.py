@@ -32,7 +32,12 @@ OWNERS = {
         "prune_to_csr",
         "threshold_prune",
     },
-    "CUDA": {"prune_to_bitmap", "threshold_prune"},
+    "CUDA": {
+        "int8_dequantize",
+        "int8_quantize",
+        "prune_to_bitmap",
+        "threshold_prune",
+    },
 }
 
 
