@@ -34,6 +34,7 @@ OWNERS = {
     },
     "CUDA": {
         "int8_dequantize",
+        "int8_linear",
         "int8_quantize",
         "prune_to_bitmap",
         "threshold_prune",
