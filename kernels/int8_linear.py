@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels import _device
 from engine.kernels._device import FLOAT_DTYPES, Device, expect, own_cuda, same_device
+from engine.kernels._tiles import is_aligned, load_tile, operand, tile_of
 from engine.kernels.int8_quantize import quantize_rows
 
 LONGEST_SUM = 131072  # |products| are at most 128 · 127, so that int32 holds the sum of so many
@@ -91,38 +91,6 @@ def gemm_config(m: int, n: int, k: int, aligned: bool, device: Device) -> GemmCo
         for splits in range(at_least, at_most + 1):
             candidates.append(GemmConfig(swapped, block_a, block_b, block_k, splits, warps, stages, blocks))
     return min(candidates, key=lambda config: (config.estimate_ns(m, n, k, device), config.splits))
-
-
-@triton.jit
-def load_tile(
-    source,  # int8 [rows, k]: a descriptor, or a pointer to rows every `stride` bytes
-    row,  # the tile's first
-    at,  # the tile's first of k
-    rows,
-    k,
-    stride,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BY_DESCRIPTOR: tl.constexpr,
-):
-    """[ROWS, BLOCK_K] of `source`; 0 beyond its edges."""
-    if BY_DESCRIPTOR:
-        tile = source.load([row, at])
-    else:
-        r = row + tl.arange(0, ROWS)
-        c = at + tl.arange(0, BLOCK_K)
-        mask = (r < rows)[:, None] & (c < k)[None, :]
-        tile = tl.load(source + r.to(tl.int64)[:, None] * stride + c[None, :], mask=mask, other=0)
-    return tile
-
-
-@triton.jit
-def tile_of(item, tiles_a, tiles_b, GROUP: tl.constexpr):
-    """Tiles in groups of GROUP rows of tiles, column by column: what is in the L2 cache is used again."""
-    first = item // (GROUP * tiles_b) * GROUP
-    rows = min(tiles_a - first, GROUP)
-    within = item % (GROUP * tiles_b)
-    return first + within % rows, within // rows
 
 
 @triton.jit
@@ -208,10 +176,6 @@ def int8_gemm_kernel(
                 write_out(total, row_a, row_b, token_scale, scale, bias, y, m, n, SWAPPED)
 
 
-def _operand(t: Tensor, rows: int, block_k: int, by_descriptor: bool) -> Tensor | TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, [rows, block_k]) if by_descriptor else t
-
-
 def int8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
 ) -> Tensor:
@@ -234,7 +198,7 @@ def int8_linear(
     if y.numel() == 0:
         return y
     device = _device.describe(x.device)
-    aligned = k > 0 and k % 16 == 0 and weight.data_ptr() % 16 == 0
+    aligned = is_aligned(weight)
     config = gemm_config(m, n, k, aligned, device)
     by_descriptor = aligned and device.has_tensor_maps
     tiles, parts, counters = config.tiles(m, n), None, None
@@ -246,8 +210,8 @@ def int8_linear(
     programs = min(tiles * config.splits, device.multiprocessors * config.blocks_per_multiprocessor)
     with torch.cuda.device_of(x):
         int8_gemm_kernel[(programs,)](
-            _operand(a, config.block_a, config.block_k, by_descriptor),
-            _operand(b, config.block_b, config.block_k, by_descriptor),
+            operand(a, config.block_a, config.block_k, by_descriptor),
+            operand(b, config.block_b, config.block_k, by_descriptor),
             token_scale,
             scale.contiguous(),
             bias,

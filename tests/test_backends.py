@@ -34,8 +34,10 @@ OWNERS = {
     },
     "CUDA": {
         "int8_dequantize",
+        "int8_embedding",
         "int8_linear",
         "int8_quantize",
+        "int8_weight_linear",
         "prune_to_bitmap",
         "threshold_prune",
     },

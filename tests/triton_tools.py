@@ -39,6 +39,15 @@ def needs_gpu(test):
     return pytest.mark.gpu(test)
 
 
+def quick_first(linears: list) -> list:
+    """Parameters of the shapes (M, N, K), those that keep the interpreter busy for seconds marked slow."""
+    long = [m * n * k > 4 << 20 for m, n, k in linears]
+    return [
+        pytest.param(shape, marks=pytest.mark.slow if slow else (), id=str(shape))
+        for shape, slow in zip(linears, long, strict=True)
+    ]
+
+
 def same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
     """Asserts equality to the bit; a NaN equals any other NaN, as processors differ in its payload."""
     assert got.dtype == want.dtype and got.shape == want.shape, f"{got.dtype} {got.shape}, {want.dtype} {want.shape}"
@@ -176,7 +185,17 @@ def mend_interpreter() -> None:
             return interpreter.TensorHandle(product.astype(np.int32) + d.data, d.dtype.scalar)
         return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
-    original = interpreter._convert_float
+    def cast(self, source, target):
+        before, after = source.dtype.scalar, target.scalar
+        if tl.bfloat16 not in (before, after) or tl.float32 in (before, after) or before == after:
+            return original_cast(self, source, target)
+        if before == tl.bfloat16:
+            return original_cast(self, interpreter.TensorHandle(widened(source.data), tl.float32), target)
+        single = source.data.astype(np.float32)
+        return interpreter.TensorHandle(convert(single, tl.float32, tl.bfloat16, None), tl.bfloat16)
+
+    original, original_cast = interpreter._convert_float, interpreter.InterpreterBuilder.cast_impl
+    interpreter.InterpreterBuilder.cast_impl = cast
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
 

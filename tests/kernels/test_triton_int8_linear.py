@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from shapes import LINEARS
-from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, same_bits
+from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, quick_first, same_bits
 
 pytest.importorskip("triton")
 from engine.kernels import int8_linear as module
@@ -40,7 +40,7 @@ def check(args, device="cpu"):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [*LINEARS, *MORE], ids=str)
+@pytest.mark.parametrize("shape", quick_first([*LINEARS, *MORE]))
 def test_interpreted_is_reference_to_the_bit(shape):
     which = [*LINEARS, *MORE].index(shape)
     dtype, bias = FLOAT_DTYPES[which % 3], (None, *FLOAT_DTYPES)[which % 4]
