@@ -21,6 +21,8 @@ TRITON_KERNELS: tuple[str, ...] = (
     "int8_linear",
     "int8_quantize",
     "int8_weight_linear",
+    "prune_to_block",
+    "prune_to_semi_structured",
     "threshold_prune",
 )  # modules of engine.kernels, each owning the CUDA key of the op of its name
 

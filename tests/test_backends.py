@@ -39,6 +39,8 @@ OWNERS = {
         "int8_quantize",
         "int8_weight_linear",
         "prune_to_bitmap",
+        "prune_to_block",
+        "prune_to_semi_structured",
         "threshold_prune",
     },
 }
