@@ -16,6 +16,8 @@ import torch
 
 CPU_VARIANTS = ("portable", "avx2", "avx512")  # in the order of csrc/common/isa.h
 TRITON_KERNELS: tuple[str, ...] = (
+    "block_int8_linear",
+    "block_linear",
     "int8_dequantize",
     "int8_embedding",
     "int8_linear",

@@ -33,6 +33,8 @@ OWNERS = {
         "threshold_prune",
     },
     "CUDA": {
+        "block_int8_linear",
+        "block_linear",
         "int8_dequantize",
         "int8_embedding",
         "int8_linear",
