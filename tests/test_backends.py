@@ -32,7 +32,19 @@ OWNERS = {
         "prune_to_csr",
         "threshold_prune",
     },
-    "CUDA": {"prune_to_bitmap", "threshold_prune"},
+    "CUDA": {
+        "block_int8_linear",
+        "block_linear",
+        "int8_dequantize",
+        "int8_embedding",
+        "int8_linear",
+        "int8_quantize",
+        "int8_weight_linear",
+        "prune_to_bitmap",
+        "prune_to_block",
+        "prune_to_semi_structured",
+        "threshold_prune",
+    },
 }
 
 
