@@ -32,7 +32,12 @@ OWNERS = {
         "prune_to_csr",
         "threshold_prune",
     },
-    "CUDA": {"prune_to_bitmap", "threshold_prune"},
+    "CUDA": {
+        "prune_quantize_to_bitmap",
+        "prune_to_bitmap",
+        "prune_to_csr",
+        "threshold_prune",
+    },
 }
 
 
