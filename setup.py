@@ -35,7 +35,13 @@ CPU_OPS = [
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
 MODULE_SOURCES = ["csrc/module/native.cpp", "csrc/module/limits.cpp", "csrc/module/ring.cpp", "csrc/cpu/isa.cpp"]
 MODULE_SOURCES += ["csrc/ring/reduce.cpp", "csrc/ring/shared_memory.cpp"]
-CUDA_OPS = ["prune_quantize_to_bitmap", "prune_to_bitmap", "prune_to_csr"]
+CUDA_OPS = [
+    "bitmap_int8_linear",
+    "magnitude_threshold",
+    "prune_quantize_to_bitmap",
+    "prune_to_bitmap",
+    "prune_to_csr",
+]
 CUDA_SOURCES = [f"csrc/cuda/{op}.cu" for op in CUDA_OPS]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.

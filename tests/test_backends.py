@@ -33,6 +33,9 @@ OWNERS = {
         "threshold_prune",
     },
     "CUDA": {
+        "bitmap_int8_linear",
+        "magnitude_threshold",
+        "magnitude_threshold_of_list",
         "prune_quantize_to_bitmap",
         "prune_to_bitmap",
         "prune_to_csr",

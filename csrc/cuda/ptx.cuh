@@ -130,24 +130,24 @@ inline void load_matrices(uint32_t (&at)[4], const void* shared_row) {
     __syncwarp();
 }
 
-// D[row][column] of `lanes`' fragments: the sum over 32 bytes of the dimension, 4 / sizeof(T) elements a register.
-template <class T, class Sum, class Lanes>
-Sum fragment_product(const Lanes& lanes, unsigned row, unsigned column) {
-    Sum sum = 0;
-    for (unsigned t = 0; t < 4; ++t) {
-        for (unsigned high = 0; high < 2; ++high) {
-            T a[4 / sizeof(T)], b[4 / sizeof(T)];
-            std::memcpy(a, &lanes[4 * (row % 8) + t].a.at[2 * high + row / 8], 4);
-            std::memcpy(b, &lanes[4 * column + t].b.at[high], 4);
-            for (unsigned i = 0; i < 4 / sizeof(T); ++i) {
-                if constexpr (sizeof(T) == 1) {
-                    sum += a[i] * b[i];
-                } else {
-                    sum += static_cast<Sum>(to_float(a[i])) * to_float(b[i]);
-                }
-            }
-        }
+// A row's 32 bytes as elements: of the four lanes that hold it, the low 4 bytes of each, then the high 4 bytes.
+template <class T>
+struct FragmentRow {
+    T at[32 / sizeof(T)];
+    void set(unsigned t, uint32_t low, uint32_t high) {
+        std::memcpy(at + 4 * t / sizeof(T), &low, 4);
+        std::memcpy(at + (16 + 4 * t) / sizeof(T), &high, 4);
     }
+};
+inline int32_t fragment_product(const FragmentRow<int8_t>& a, const FragmentRow<int8_t>& b) {
+    int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += a.at[i] * b.at[i];
+    return sum;
+}
+template <class T>
+double fragment_product(const FragmentRow<T>& a, const FragmentRow<T>& b) {
+    double sum = 0;
+    for (int i = 0; i < 16; ++i) sum += static_cast<double>(to_float(a.at[i])) * to_float(b.at[i]);
     return sum;
 }
 
@@ -157,12 +157,20 @@ void multiply_add(FragmentD<Acc>& d, const FragmentA& a, const FragmentB& b, T) 
         FragmentA a;
         FragmentB b;
     };
-    Operands lanes[kWarp];
-    emulated::all_lanes(Operands{a, b}, lanes);
+    emulated::show(Operands{a, b});
     const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    using Sum = std::conditional_t<sizeof(T) == 1, int64_t, double>;
+    FragmentRow<T> rows[2], columns[2];
+    for (unsigned i = 0; i < 4; ++i) {
+        const auto row = emulated::shown_by<Operands>(4 * g + i).a;
+        rows[0].set(i, row.at[0], row.at[2]);
+        rows[1].set(i, row.at[1], row.at[3]);
+        for (unsigned j = 0; j < 2; ++j) {
+            const auto column = emulated::shown_by<Operands>(4 * (2 * t + j) + i).b;
+            columns[j].set(i, column.at[0], column.at[1]);
+        }
+    }
     for (unsigned i = 0; i < 4; ++i)
-        d.at[i] = static_cast<Acc>(d.at[i] + fragment_product<T, Sum>(lanes, g + 8 * (i / 2), 2 * t + i % 2));
+        d.at[i] = static_cast<Acc>(d.at[i] + fragment_product(rows[i / 2], columns[i % 2]));
 }
 
 inline uint64_t load_acquire(const uint64_t* at) { return *at; }

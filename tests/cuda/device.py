@@ -1,4 +1,4 @@
-"""Where the CUDA kernels run in a test: on a GPU where there is one, and everywhere over emulated CUDA on CPU tensors."""
+"""Where the CUDA kernels run in a test: on a GPU where there is one, and everywhere on CPU tensors by emulation."""
 
 import os
 
@@ -17,7 +17,7 @@ on_device = [
 
 def emulated_library():
     """Every .cu compiled by g++, as one file; tests/cuda/emulated/cuda/launch.h says what that shows and what not."""
-    command = [*CXX, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared"]
+    command = [*CXX, "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared"]
     command += ["-I", ROOT / "tests/cuda/emulated", "-I", ROOT / "csrc"]
     together = "".join(f'#include "{source}"\n' for source in SOURCES)
     depends_on = [*command, *(source.read_text() for source in SOURCES), headers_text("csrc", "tests/cuda")]

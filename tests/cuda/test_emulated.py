@@ -1,4 +1,4 @@
-"""Every test of the CUDA kernels in this folder, over emulated CUDA, in a process that has those kernels for the CPU's."""
+"""Every test of the CUDA kernels in this folder, over emulated CUDA, in a process where they stand in for the CPU's."""
 
 import shutil
 from pathlib import Path
