@@ -37,6 +37,8 @@ MODULE_SOURCES = ["csrc/module/native.cpp", "csrc/module/limits.cpp", "csrc/modu
 MODULE_SOURCES += ["csrc/ring/reduce.cpp", "csrc/ring/shared_memory.cpp"]
 CUDA_OPS = [
     "bitmap_int8_linear",
+    "bitmap_linear",
+    "bitmap_to_dense",
     "magnitude_threshold",
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",

@@ -33,7 +33,10 @@ OWNERS = {
         "threshold_prune",
     },
     "CUDA": {
+        "bitmap_gather",
         "bitmap_int8_linear",
+        "bitmap_linear",
+        "bitmap_to_dense",
         "magnitude_threshold",
         "magnitude_threshold_of_list",
         "prune_quantize_to_bitmap",
