@@ -9,9 +9,7 @@
 // compared with row_offsets. A row that does not fit gives NaN: an error could be raised only by waiting for the GPU.
 #pragma once
 
-#include <limits>
-
-#include "cuda/ptx.cuh"
+#include "cuda/product.cuh"
 
 namespace engine {
 
@@ -144,26 +142,6 @@ __device__ inline void spread(uint32_t (&out)[8], uint32_t mask, Words words, ui
         }
     }
 }
-
-// A float tensor of whichever dtype, where speed is no matter.
-struct AnyFloat {
-    void* at;  // or null
-    ScalarType dtype;
-    __device__ float load(int64_t i) const {
-        if (dtype == ScalarType::Float) return static_cast<const float*>(at)[i];
-        if (dtype == ScalarType::Half) return to_float(static_cast<const Half*>(at)[i]);
-        return to_float(static_cast<const BFloat16*>(at)[i]);
-    }
-    __device__ void store(int64_t i, float value) const {
-        if (dtype == ScalarType::Float) {
-            static_cast<float*>(at)[i] = value;
-        } else if (dtype == ScalarType::Half) {
-            static_cast<Half*>(at)[i] = from_float<Half>(value);
-        } else {
-            static_cast<BFloat16*>(at)[i] = from_float<BFloat16>(value);
-        }
-    }
-};
 
 // The host's part: what does not take a look at the data.
 

@@ -10,20 +10,6 @@ namespace {
 
 constexpr const char* kOp = "bitmap_int8_linear";
 
-// float(sum) · (s_x · s_w) + bias in fp32, in that order, each step rounded.
-struct Int8Output {
-    AnyFloat y;              // [m, n]
-    const float* row_scale;  // [m]
-    const float* scale;      // [n]
-    AnyFloat bias;           // [n], or null
-    int64_t n;
-    __device__ void operator()(int64_t token, int64_t out, int64_t sum, bool fits, float) const {
-        float value = static_cast<float>(sum) * (row_scale[token] * scale[out]);
-        if (bias.at != nullptr) value = value + bias.load(out);
-        y.store(token * n + out, fits ? value : std::numeric_limits<float>::quiet_NaN());
-    }
-};
-
 void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
     STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected at least one dimension");

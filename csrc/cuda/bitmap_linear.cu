@@ -2,13 +2,11 @@
 // (bitmap.cuh).
 //
 // x and values both float16, or both bfloat16: tensor cores, products summed in fp32 (bitmap_product.cuh). Any other
-// pair of dtypes wants products that tensor cores do not make exactly: fp32_kernel multiplies and adds in fp32,
-// spreading 64 rows by 32 weights at a time into shared memory. Its bound is the fp32 units' rate, 1 / 15 of the tensor
-// cores', but for up to 8 rows of x the memory's: 4 B a kept weight. A thread has one row of w and 2 or 8 of x: 3 loads
-// from shared memory for 8 products.
+// pair of dtypes: fp32_product.cuh.
 
 #include "common/dtype.h"
 #include "cuda/bitmap_product.cuh"
+#include "cuda/fp32_product.cuh"
 #include "cuda/quantize_rows.cuh"
 
 namespace engine {
@@ -16,117 +14,44 @@ namespace {
 
 constexpr const char* kOp = "bitmap_linear";
 
-struct FloatOutput {
-    AnyFloat y;     // [m, n]
-    AnyFloat bias;  // [n], or null
-    int64_t n;
-    __device__ void operator()(int64_t token, int64_t out, float sum, bool fits, float poison) const {
-        float value = sum + poison;
-        if (bias.at != nullptr) value = value + bias.load(out);
-        y.store(token * n + out, fits ? value : std::numeric_limits<float>::quiet_NaN());
-    }
-};
+// A bitmap as fp32_kernel reads it: a quad has a row, each lane a byte of the mask at a time.
+template <class V>
+struct BitmapRows : Bitmap<V> {
+    class Reader {
+      public:
+        __device__ Reader(const BitmapRows& w, int64_t row)
+            : w_(w), row_mask_(w.mask + (row < w.rows ? row : 0) * w.row_bytes) {
+            int64_t bits = 0;
+            if (row < w.rows)
+                for (int64_t i = threadIdx.x % 4; i < w.row_bytes; i += 4) bits += __popc(row_mask_[i]);
+            bits = sum_of_quad(bits);
+            fits_ = row < w.rows && row_fits(w, row, bits);
+            position_ = fits_ ? w.row_offsets[row] : 0;
+        }
+        __device__ bool fits() const { return fits_; }
+        __device__ void next(int64_t k, float (&out)[8]) {
+            const uint32_t mask = fits_ && k < w_.columns ? row_mask_[k / 8] : 0;
+            const uint32_t through = sum_through_quad(__popc(mask));
+            const V* from = w_.values + position_ + (through - __popc(mask));
+#pragma unroll
+            for (int i = 0; i < 8; ++i) out[i] = mask >> i & 1 ? to_float(*from++) : 0.0f;
+            position_ += __shfl_sync(kAllLanes, through, threadIdx.x % kWarp | 3);
+        }
 
-constexpr int kThreads = 256, kN = 64, kDepth = 32;
-
-// kM rows of x, as fp32 [m, stride] with zeros up to a multiple of kDepth, by kN of w.
-template <int kM, class V>
-__global__ void __launch_bounds__(kThreads, 4) fp32_kernel(Bitmap<V> w, const float* x, int64_t m, int64_t stride,
-                                                           FloatOutput output, const float* poison, int64_t tiles_m) {
-    constexpr int kEach = kM / 4;  // of x, for a thread
-    struct alignas(16) Tiles {
-        float x[kDepth][kM], w[kN][kDepth + 1];
+      private:
+        const BitmapRows& w_;
+        const uint8_t* row_mask_;
+        int64_t position_;
+        bool fits_;
     };
-    ENGINE_SHARED(tiles, Tiles);
-    ENGINE_SHARED(fits, bool[kN]);
-    const int lane = threadIdx.x % kWarp, t = threadIdx.x % 4, tile_row = threadIdx.x / 4;
-    const int n = threadIdx.x % kN, m_first = threadIdx.x / kN * kEach;
-    const int64_t first_m = blockIdx.x % tiles_m * kM, first_n = blockIdx.x / tiles_m * kN, row = first_n + tile_row;
-    const uint8_t* row_mask = w.mask + (row < w.rows ? row : 0) * w.row_bytes;
-
-    int64_t bits = 0;
-    if (row < w.rows)
-        for (int64_t i = t; i < w.row_bytes; i += 4) bits += __popc(row_mask[i]);
-    const int64_t row_bits = sum_of_quad(bits);
-    const bool readable = row < w.rows && row_fits(w, row, row_bits);
-    if (t == 0) fits[tile_row] = readable;
-    int64_t position = readable ? w.row_offsets[row] : 0;
-    float total[kEach] = {};
-    for (int64_t k = 0; k < w.columns; k += kDepth) {
-        for (int i = threadIdx.x; i < kM * kDepth; i += kThreads) {
-            const int64_t token = first_m + i / kDepth;
-            tiles.x[i % kDepth][i / kDepth] = token < m ? x[token * stride + k + i % kDepth] : 0.0f;
-        }
-        const int64_t byte = k / 8 + t;
-        const uint32_t mask = readable && byte < w.row_bytes ? row_mask[byte] : 0;
-        const uint32_t through = sum_through_quad(__popc(mask));
-        const V* from = w.values + position + (through - __popc(mask));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) tiles.w[tile_row][t * 8 + i] = mask >> i & 1 ? to_float(*from++) : 0.0f;
-        position += __shfl_sync(kAllLanes, through, lane | 3);
-        __syncthreads();
-        float sum[kEach] = {};  // of this stretch alone, as errors grow with the length of a sum
-#pragma unroll 8
-        for (int i = 0; i < kDepth; ++i) {
-            const float weight = tiles.w[n][i];
-#pragma unroll
-            for (int j = 0; j < kEach; ++j) sum[j] = fmaf(tiles.x[i][m_first + j], weight, sum[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) total[j] += sum[j];
-        __syncthreads();
-    }
-    if (w.columns == 0) __syncthreads();  // `fits` is read by others
-    for (int j = 0; j < kEach; ++j) {
-        const int64_t token = first_m + m_first + j;
-        if (token < m && first_n + n < w.rows) output(token, first_n + n, total[j], fits[n], poison[token]);
-    }
-}
-
-// x as a kernel takes it: `To` rows with zeros up to a multiple of `multiple`, itself where it is so, and the poison.
-template <class To>
-struct PreparedRows {
-    std::optional<Tensor> memory, poison_memory;
-    const To* x;
-    float* poison = nullptr;
-    int64_t stride;
-
-    template <class T>
-    PreparedRows(const Tensor& from, T, Rows rows, int64_t multiple, bool wants_poison, const OnDeviceOf& device)
-        : x(static_cast<const To*>(from.const_data_ptr())), stride((rows.k + multiple - 1) / multiple * multiple) {
-        const bool as_is = std::is_same_v<T, To> && rows.k == stride && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-        if (as_is && !wants_poison) return;
-        To* padded = nullptr;
-        if (!as_is) {
-            memory = new_tensor(from, {rows.m, stride}, std::is_same_v<T, To> ? from.scalar_type() : ScalarType::Float);
-            x = padded = mutable_data<To>(*memory);
-        }
-        poison_memory = new_tensor(from, {rows.m}, ScalarType::Float);
-        poison = mutable_data<float>(*poison_memory);
-        launch(rows_kernel<T, To>, "bitmap_linear: rows_kernel", rows.m, kRowThreads, device, data<T>(from), padded,
-               poison, rows.k, stride);
-    }
 };
 
 // By tensor cores.
 template <class V>
 void multiply_16(const Tensor& x, const Bitmap<V>& w, Rows rows, const FloatOutput& output, const OnDeviceOf& device) {
-    const PreparedRows<V> in(x, V{}, rows, kSpan<V>, rows.m > kDecodeRows, device);
+    const PreparedRows<V> in(x, V{}, rows, kSpan<V>, rows.m > kDecodeRows, "bitmap_linear: rows_kernel", device);
     multiply_bitmap(w, Activations{reinterpret_cast<const uint8_t*>(in.x), rows.m, in.stride * 2}, output, in.poison,
                     "bitmap_linear: product", device);
-}
-
-// In fp32.
-template <class V>
-void multiply_32(const Tensor& x, const Bitmap<V>& w, Rows rows, const FloatOutput& output, const OnDeviceOf& device) {
-    if (rows.m == 0 || w.rows == 0) return;
-    dispatch_float(x.scalar_type(), "bitmap_linear: x", [&](auto zero) {
-        const PreparedRows<float> in(x, zero, rows, kDepth, true, device);
-        const int64_t tile_m = rows.m <= 8 ? 8 : 32, tiles_m = (rows.m + tile_m - 1) / tile_m;
-        launch(rows.m <= 8 ? fp32_kernel<8, V> : fp32_kernel<32, V>, "bitmap_linear: fp32_kernel",
-               tiles_m * ((w.rows + kN - 1) / kN), kThreads, device, w, in.x, rows.m, in.stride, output, in.poison,
-               tiles_m);
-    });
 }
 
 Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in,
@@ -150,7 +75,7 @@ Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tens
         const Bitmap<V> w = bitmap_of<V>(bitmask, row_offsets, values, rows.k);
         if constexpr (sizeof(V) == 2)
             if (x.scalar_type() == values.scalar_type()) return multiply_16(x, w, rows, output, device);
-        multiply_32(x, w, rows, output, device);
+        multiply_fp32(x, BitmapRows<V>{w}, rows, output, "bitmap_linear: fp32_kernel", device);
     });
     return y;
 }

@@ -20,24 +20,12 @@
 
 namespace engine {
 
-template <class V>
-using Accumulator = std::conditional_t<sizeof(V) == 1, int32_t, float>;
-template <class V>
-using Total = std::conditional_t<sizeof(V) == 1, int64_t, float>;
-
 constexpr int kDecodeRows = 16;                  // of x, at most
 constexpr int kDecodeWarps = 4, kGroupRows = 8;  // a warp has 8 rows of w
 constexpr int kStageSpans = 4;
 // A row's values in one stage, with up to 15 bytes before the first and what a lane reads ahead.
 constexpr int kStageBytes = kStageSpans * 128 + 32;
-// Sums are widened when they are of so many spans: of int8 2^15 products, which are far below 2^31.
-constexpr int64_t kExactSpans = 256, kExactStages = kExactSpans / kStageSpans;
-
-// x as bytes. Rows begin on 16 bytes and have zeros up to a whole span.
-struct Activations {
-    const uint8_t* data;  // [m, stride]
-    int64_t m, stride;
-};
+constexpr int64_t kExactStages = kExactSpans / kStageSpans;
 
 // Copies 16 bytes of values, of which only those inside [begin, end) are read.
 __device__ inline void copy_values(uint8_t* to, const uint8_t* from, const uint8_t* begin, const uint8_t* end) {
@@ -207,9 +195,6 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
 
 constexpr int kTileM = 128, kTileN = 64, kTileThreads = 256;
 constexpr int kWarpM = 32, kWarpN = 32, kWarpsN = kTileN / kWarpN;
-
-// Rows of 128 bytes in 8 chunks of 16, swapped so that 8 rows' same chunk lies in 8 different bank groups.
-ENGINE_INLINE int chunk_at(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) * 16); }
 
 __device__ inline void load_tile(uint8_t* tile,  // [kTileM, 128]
                                  const Activations& x, int64_t first, int64_t span) {

@@ -3,10 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
+#include <vector>
 
-#include "common/dtype.h"
 #include "common/quantize.h"
-#include "cuda/bitmap.cuh"
+#include "cuda/product.cuh"
 
 namespace engine {
 
@@ -104,5 +105,30 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const T* x,  // [m, k
         }
     }
 }
+
+// x as a kernel takes it: `To` rows with zeros up to a multiple of `multiple`, itself where it is so, and the poison.
+template <class To>
+struct PreparedRows {
+    std::optional<Tensor> memory, poison_memory;
+    const To* x;
+    float* poison = nullptr;
+    int64_t stride;
+
+    template <class T>
+    PreparedRows(const Tensor& from, T, Rows rows, int64_t multiple, bool wants_poison, const char* what,
+                 const OnDeviceOf& device)
+        : x(static_cast<const To*>(from.const_data_ptr())), stride((rows.k + multiple - 1) / multiple * multiple) {
+        const bool as_is = std::is_same_v<T, To> && rows.k == stride && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+        if (as_is && !wants_poison) return;
+        To* padded = nullptr;
+        if (!as_is) {
+            memory = new_tensor(from, {rows.m, stride}, std::is_same_v<T, To> ? from.scalar_type() : ScalarType::Float);
+            x = padded = mutable_data<To>(*memory);
+        }
+        poison_memory = new_tensor(from, {rows.m}, ScalarType::Float);
+        poison = mutable_data<float>(*poison_memory);
+        launch(rows_kernel<T, To>, what, rows.m, kRowThreads, device, data<T>(from), padded, poison, rows.k, stride);
+    }
+};
 
 }  // namespace engine
