@@ -108,16 +108,6 @@ struct QuantizedRows {
           stride(stride_for(k)) {}
 };
 
-// What one scale for all activations gives to a row: q = x · (1 / s). By a scale that is not positive, or that has no
-// finite reciprocal, nothing can be divided: NaN.
-ENGINE_INLINE RowScale static_scale(float s, uint32_t amax) {
-    const float inverse = 1.0f / s;
-    const bool usable =
-        s > 0.0f && s < std::numeric_limits<float>::infinity() && inverse < std::numeric_limits<float>::infinity();
-    if (amax >= 0x7f800000u || !usable) return {std::numeric_limits<float>::quiet_NaN(), 0.0f, false};
-    return {s, inverse, true};
-}
-
 // What kernels that shift their operands, or use Winograd's identity, have to take away (QuantizedRows::sum).
 template <class Q>
 ENGINE_INLINE int64_t row_sum(const Q* q,  // [stride]
