@@ -14,6 +14,7 @@ from engine.ops.magnitude_threshold import magnitude_threshold
 from engine.ops.prune_quantize_to_bitmap import prune_quantize_to_bitmap
 from engine.ops.prune_to_bitmap import prune_to_bitmap
 from engine.ops.prune_to_csr import prune_to_csr
+from engine.ops.ring_codec import ring_decode, ring_encode, ring_prune_encode
 from engine.ops.threshold_prune import threshold_prune
 
 __all__ = [
@@ -31,5 +32,8 @@ __all__ = [
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",
     "prune_to_csr",
+    "ring_decode",
+    "ring_encode",
+    "ring_prune_encode",
     "threshold_prune",
 ]
