@@ -1,5 +1,6 @@
 """Collectives among the processes that `torch.distributed` has started."""
 
 from engine.distributed._all_reduce import PeerError, all_reduce
+from engine.distributed._hook import HookState, ring_hook
 
-__all__ = ["PeerError", "all_reduce"]
+__all__ = ["HookState", "PeerError", "all_reduce", "ring_hook"]
