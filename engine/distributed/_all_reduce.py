@@ -11,7 +11,7 @@ from engine.distributed._network import Network
 from engine.distributed._shared_memory import DTYPES, OPS, Communicator, PeerError, connect
 from engine.ops.ring_codec import CODECS
 
-__all__ = ["PeerError", "all_reduce"]
+__all__ = ["PeerError", "all_reduce", "bytes_sent"]
 
 logger = logging.getLogger("engine.distributed")
 
@@ -86,6 +86,12 @@ def all_reduce(
         communicator.all_reduce(packed, op)
         if packed.data_ptr() != t.data_ptr():
             t.detach().copy_(packed)
+
+
+def bytes_sent(group: dist.ProcessGroup | None = None) -> int:
+    """How many bytes of tensors this rank has sent through the network for `group`; none while all is in one host."""
+    communicator = _communicators.get(dist.group.WORLD if group is None else group)
+    return communicator.bytes_sent if isinstance(communicator, Network) else 0
 
 
 def _check_arguments(

@@ -110,7 +110,9 @@ class Network:
     def _by_gloo(self, t: Tensor, op: str) -> None:
         """gloo's own ring: it uses all of the wire, and is quicker than ours for small tensors."""
         options = dist.AllreduceOptions()
-        options.reduceOp = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM)
+        options.reduceOp = dist.ReduceOp(
+            {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM)
+        )
         options.timeout = timedelta(seconds=self.timeout)
         self._waits_for = (self.rank + 1) % self.size
         self._gloo.allreduce([t], options).wait()
