@@ -30,6 +30,7 @@ CPU_OPS = [
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",
     "prune_to_csr",
+    "ring_codec",
     "threshold_prune",
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]

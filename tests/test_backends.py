@@ -30,6 +30,9 @@ OWNERS = {
         "prune_quantize_to_bitmap",
         "prune_to_bitmap",
         "prune_to_csr",
+        "ring_decode",
+        "ring_encode",
+        "ring_prune_encode",
         "threshold_prune",
     },
     "CUDA": {

@@ -19,6 +19,7 @@ from engine.ops.prune_to_bitmap import prune_to_bitmap
 from engine.ops.prune_to_block import prune_to_block
 from engine.ops.prune_to_csr import prune_to_csr
 from engine.ops.prune_to_semi_structured import prune_to_semi_structured
+from engine.ops.ring_codec import ring_decode, ring_encode, ring_prune_encode
 from engine.ops.semi_structured_int8_linear import semi_structured_int8_linear
 from engine.ops.semi_structured_linear import semi_structured_linear
 from engine.ops.semi_structured_to_dense import semi_structured_to_dense
@@ -44,6 +45,9 @@ __all__ = [
     "prune_to_block",
     "prune_to_csr",
     "prune_to_semi_structured",
+    "ring_decode",
+    "ring_encode",
+    "ring_prune_encode",
     "semi_structured_int8_linear",
     "semi_structured_linear",
     "semi_structured_to_dense",
