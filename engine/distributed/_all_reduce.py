@@ -90,7 +90,8 @@ def all_reduce(
 
 def bytes_sent(group: dist.ProcessGroup | None = None) -> int:
     """How many bytes of tensors this rank has sent through the network for `group`; none while all is in one host."""
-    communicator = _communicators.get(dist.group.WORLD if group is None else group)
+    group = dist.group.WORLD if group is None else group
+    communicator = _communicators.get(group) if group is not None else None
     return communicator.bytes_sent if isinstance(communicator, Network) else 0
 
 
