@@ -35,7 +35,7 @@ CPU_OPS = [
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
 MODULE_SOURCES = ["csrc/module/native.cpp", "csrc/module/limits.cpp", "csrc/module/ring.cpp", "csrc/cpu/isa.cpp"]
-MODULE_SOURCES += ["csrc/ring/reduce.cpp", "csrc/ring/shared_memory.cpp"]
+MODULE_SOURCES += [f"csrc/ring/{part}.cpp" for part in ("collectives", "reduce", "shared_memory", "wire")]
 CUDA_SOURCES = ["csrc/cuda/prune_to_bitmap.cu"]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
