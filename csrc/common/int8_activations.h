@@ -6,6 +6,7 @@
 #include <new>
 #include <optional>
 
+#include "common/dtype.h"
 #include "common/int8_activations_avx2.h"
 #include "common/isa.h"
 #include "common/quantize.h"

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/dtype.h"
+#include "common/half.h"
 
 namespace engine {
 

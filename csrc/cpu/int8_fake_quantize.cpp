@@ -1,6 +1,7 @@
 // int8_fake_quantize: each row rounded to int8 and back in one go. The second pass over a row finds it in cache, so
 // that memory sees one read of x and one write of y.
 
+#include "common/dtype.h"
 #include "common/isa.h"
 #include "common/quantize.h"
 #include "common/tensor.h"

@@ -1,6 +1,7 @@
 // int8_quantize: each row of x to int8 with a scale of its own. One pass for the maximum, one to round; a row is small
 // enough that the second finds it in cache, so that memory sees one read of x and one write of q.
 
+#include "common/dtype.h"
 #include "common/isa.h"
 #include "common/quantize.h"
 #include "common/tensor.h"

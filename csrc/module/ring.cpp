@@ -10,20 +10,30 @@ namespace py = pybind11;
 namespace engine {
 namespace {
 
+using ring::Call;
+using ring::Codec;
 using ring::Dtype;
+using ring::Kind;
 using ring::Op;
 using ring::SharedMemory;
 
-// `address`: numel elements of `dtype`, contiguous. `warn` is called with a text where a peer is slow.
-void all_reduce(SharedMemory& memory, uintptr_t address, size_t numel, Dtype dtype, Op op, double timeout,
-                const py::object& warn) {
+// Addresses of contiguous memory (0: none), as SharedMemory::run says. `warn` is called with a text where a peer is
+// slow.
+void run(SharedMemory& memory, uint64_t number, Kind kind, uintptr_t in, uintptr_t out, uintptr_t residual,
+         uint64_t numel, Dtype dtype, Op op, Codec codec, double density, bool compare, double timeout,
+         const py::object& warn) {
     const auto poll = [&](const std::string& text) {
         py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals()) throw py::error_already_set();  // Ctrl-C ends the wait
         if (!text.empty()) warn(text);
     };
+    const bool coded = codec != Codec::none;
+    if (coded && (kind != Kind::all_reduce || dtype != Dtype::float32 || op == Op::max || op == Op::min))
+        throw py::value_error("a codec needs the sum or average of float32 by all_reduce");
+    const Call call{number, kind, dtype, op, codec, numel, density, compare};
     py::gil_scoped_release nogil;
-    memory.all_reduce(reinterpret_cast<void*>(address), numel, dtype, op, timeout, poll);
+    memory.run(call, reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out),
+               reinterpret_cast<float*>(residual), timeout, poll);
 }
 
 }  // namespace
@@ -38,14 +48,27 @@ void bind_ring(py::module_& m) {
         .value("int32", Dtype::int32)
         .value("int64", Dtype::int64);
     py::enum_<Op>(m, "RingOp").value("sum", Op::sum).value("avg", Op::avg).value("max", Op::max).value("min", Op::min);
-    py::class_<SharedMemory>(m, "SharedMemory", "All-reduce among the ranks of one host through shared memory.")
+    py::enum_<Kind>(m, "RingKind")
+        .value("all_reduce", Kind::all_reduce)
+        .value("reduce_scatter", Kind::reduce_scatter)
+        .value("all_gather", Kind::all_gather);
+    py::enum_<Codec>(m, "RingCodec")
+        .value("none", Codec::none)
+        .value("bf16", Codec::bf16)
+        .value("int8", Codec::int8)
+        .value("bitmap", Codec::bitmap);
+    py::class_<SharedMemory>(m, "SharedMemory", "Collectives among the ranks of one host through shared memory.")
         .def(py::init<int, int, const std::string&>(), py::arg("rank"), py::arg("world_size"), py::arg("token"))
         .def_property_readonly("descriptor", &SharedMemory::descriptor)
         .def("close_descriptor", &SharedMemory::close_descriptor)
         .def("open_peer", &SharedMemory::open_peer, py::arg("rank"), py::arg("pid"), py::arg("descriptor"),
              py::arg("token"), py::arg("host"))
-        .def("all_reduce", &all_reduce, py::arg("address"), py::arg("numel"), py::arg("dtype"), py::arg("op"),
-             py::arg("timeout"), py::arg("warn"));
+        .def("run", &run, py::arg("number"), py::arg("kind"), py::arg("input"), py::arg("output"), py::arg("residual"),
+             py::arg("numel"), py::arg("dtype"), py::arg("op"), py::arg("codec"), py::arg("density"),
+             py::arg("compare"), py::arg("timeout"), py::arg("warn"))
+        .def("interrupt", &SharedMemory::interrupt, py::arg("text"))
+        .def("fail", &SharedMemory::fail, py::arg("text"))
+        .def("lost", &SharedMemory::lost);
 }
 
 }  // namespace engine

@@ -1,23 +1,16 @@
 """all_reduce: through shared memory where all ranks of a group are on one host, else between hosts through gloo."""
 
-import logging
-import threading
-import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from engine.distributed._network import Network
-from engine.distributed._shared_memory import DTYPES, OPS, Communicator, PeerError, connect
+from engine.distributed._member import Member, member_of, reduce_by_torch
+from engine.distributed._shared_memory import DTYPES, OPS, PeerError
+from engine.distributed._work import Work
 from engine.ops.ring_codec import CODECS
 
 __all__ = ["PeerError", "all_reduce", "bytes_sent"]
-
-logger = logging.getLogger("engine.distributed")
-
-# By group. A destroyed group takes its communicator with it.
-_communicators: "weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator | Network]" = weakref.WeakKeyDictionary()
-_connecting = threading.Lock()
 
 
 def all_reduce(
@@ -25,73 +18,182 @@ def all_reduce(
     op: str = "sum",
     group: dist.ProcessGroup | None = None,
     codec: str | None = None,
+    async_op: bool = False,
     *,
     residual: torch.Tensor | None = None,
     density: float = 0.01,
-) -> None:
+) -> Work | None:
     """Reduces `t` over all ranks of `group`, in place; afterwards every rank holds the same bits.
 
     Where all ranks are processes of one host, the elements go through shared memory and are reduced in rank order:
-    the result is the same from run to run too. float16 and bfloat16 are added up in float32 and rounded once. Between
-    hosts each rank adds up one part of the tensor in a fixed order and passes it on, through gloo connections; where
-    every host has as many ranks, more than one, they add up inside the host first. A tensor that is not on the CPU
-    goes through `torch.distributed.all_reduce`.
+    the result is the same from run to run too. float16 and bfloat16 are added up in float32 and rounded once. The first
+    call of a size class measures `torch.distributed.all_reduce` too, and goes that way where it is faster. Between
+    hosts, through gloo, each rank adds up one part of the tensor in a fixed order and passes it on; where every host
+    has as many ranks, more than one, they add up inside the host first (float16 and bfloat16 are rounded there too). A
+    line of the log (`engine.distributed`) says why ranks don't share memory.
 
-    A `codec` says what is sent between hosts in place of the elements; inside a host they are exact, and nothing is
-    encoded where there is no other. It rounds twice, what a rank sends and the sum, whatever the number of ranks:
+    A `codec` says what is sent in place of the elements. It rounds twice, what a rank sends and the sum, whatever the
+    number of ranks; what a rank adds to its own part is exact:
 
     - "bf16": 2 bytes an element.
     - "int8": blocks of 256 with a float32 scale, 1.016 bytes an element. A block that holds a NaN or an infinity
       becomes NaN on every rank.
     - "bitmap": only about a fraction `density` of the largest magnitudes, as a bitmask and bfloat16 values, 0.125 +
       2.5 * density bytes an element at most. Meant for gradients, with a `residual`. A NaN or an infinity makes NaN of
-      the up to 524,288 elements that are sent with it.
+      the elements that are sent with it, 64 Ki at most, between hosts 512 Ki.
 
     Every rank must call it in the same order with the same number of elements, dtype, op and codec; where they differ,
-    every rank raises. After an error the group refuses further calls with the first error's text.
+    every rank raises. After an error the group refuses further calls with the first error's text. Under `torch.compile`
+    it becomes the op `engine::all_reduce`.
 
     Args:
         t: any shape, contiguous or not; float32, float64, float16, bfloat16, int32 or int64; with a codec float32,
-            float16 or bfloat16, on the CPU.
+            float16 or bfloat16.
         op: "sum", "avg", "max" or "min", with a codec "sum" or "avg". The average of integers is rounded towards zero.
         group: the process group, the default one where it is None.
         codec: None, "bf16", "int8" or "bitmap".
+        async_op: returns at once; the operation runs in a thread of the group, in the order of the calls.
         residual: error feedback, float32 of as many elements as `t`, contiguous, zero at first and kept by the caller
             from call to call: what could not be sent is added to the next call's `t`. What the owner of a part loses
             when it encodes the sum stays in the owner's residual. Changed in place.
         density: for "bitmap", in (0, 1].
 
+    Returns:
+        None, or with `async_op` a :class:`Work`.
+
     Raises:
-        PeerError: another rank died, did not answer within the group's timeout, or called something else.
+        PeerError: another rank died, did not answer within the group's timeout, or called something else. With
+            `async_op` it is `Work.wait` that raises it.
         TypeError: another dtype, or a codec for what is not on the CPU.
         ValueError: another op, codec or density, a residual without a codec or of another size, or this process is not
             in `group`.
     """
     group = _check_arguments(t, op, group, codec, residual, density)
-    communicator = _communicator(group) if t.device.type == "cpu" else None
-    if communicator is None:
-        _by_torch(t, op, group)
-    elif group.size() == 1:
+    if torch.compiler.is_compiling():
+        if async_op or residual is not None:
+            raise ValueError("all_reduce: async_op and residual: expected none under torch.compile")
+        reduced = torch.ops.engine.all_reduce(t.detach(), op, group.group_name, codec, density)
+        t.detach().copy_(reduced)
+        return None
+    return begin(t, op, group, codec, async_op, residual, density)
+
+
+def begin(
+    t: torch.Tensor,
+    op: str,
+    group: dist.ProcessGroup,
+    codec: str | None = None,
+    async_op: bool = False,
+    residual: torch.Tensor | None = None,
+    density: float = 0.01,
+) -> Work | None:
+    """The same, of arguments that have been checked."""
+    if t.device.type != "cpu":
+        return _by_torch(t, op, group, async_op)
+    member = member_of(group)
+    if member.network is not None:
+        return _by_network(t, op, member, codec, async_op, residual, density)
+    if group.size() == 1 or member.communicator is None:
+        member.worker.drain()
         _take_residual(t, residual)
-    elif isinstance(communicator, Network):
-        narrow = codec is not None and t.dtype != torch.float32
-        flat = t.detach().float() if narrow else t.detach()
-        flat = flat.contiguous().view(-1)
-        communicator.all_reduce(flat, op, codec, None if residual is None else residual.view(-1), density)
-        if flat.data_ptr() != t.data_ptr():
-            t.detach().copy_(flat.view(t.shape))
+        return _by_torch(t, op, group, async_op)
+    how = (op, group, member, codec, residual, density)
+    if async_op and (codec is not None or member.knows(t.numel() * t.element_size())):
+        return member.worker.submit(lambda: _through_memory(t, *how))
+    # Asynchronous or not: torch.distributed may be called, and that in the caller's thread, in the order of its calls.
+    member.worker.drain()
+    if not async_op:
+        _through_memory(t, *how)
+        return None
+    try:
+        _through_memory(t, *how)
+    except PeerError as caught:
+        return member.worker.submit(_raise(caught))
+    return member.worker.submit(lambda: t)
+
+
+def _raise(error: Exception) -> Any:
+    def function() -> torch.Tensor:
+        raise error
+
+    return function
+
+
+def _through_memory(
+    t: torch.Tensor,
+    op: str,
+    group: dist.ProcessGroup,
+    member: Member,
+    codec: str | None,
+    residual: torch.Tensor | None,
+    density: float,
+) -> torch.Tensor:
+    communicator = member.communicator
+    assert communicator is not None
+    flat = t.detach().contiguous()  # the same memory where it is contiguous already
+    if codec is not None:
+        flat = flat.float()
+        communicator.all_reduce(flat, op, codec, residual, density)
+    elif member.knows(nbytes := flat.numel() * flat.element_size()):
+        communicator.all_reduce(flat, op)
     else:
-        _take_residual(t, residual)
-        packed = t.detach().contiguous()
-        communicator.all_reduce(packed, op)
-        if packed.data_ptr() != t.data_ptr():
-            t.detach().copy_(packed)
+        communicator.compare("all_reduce", flat, op)
+        if member.shared_memory_is_faster(communicator, group, nbytes):
+            communicator.all_reduce(flat, op, compared=True)
+        else:
+            reduce_by_torch(flat, op, group, communicator)
+    if flat.data_ptr() != t.data_ptr():
+        t.detach().copy_(flat)
+    return t
+
+
+def _by_network(
+    t: torch.Tensor,
+    op: str,
+    member: Member,
+    codec: str | None,
+    async_op: bool,
+    residual: torch.Tensor | None,
+    density: float,
+) -> Work | None:
+    network, left = member.network, None if residual is None else residual.view(-1)
+    assert network is not None
+
+    def reduce() -> torch.Tensor:
+        flat = t.detach().contiguous().view(-1)
+        wide = flat if codec is None else flat.float()
+        network.all_reduce(wide, op, codec, left, density)
+        if wide.data_ptr() != t.data_ptr():
+            t.detach().copy_(wide.view(t.shape))
+        return t
+
+    if async_op:
+        return member.worker.submit(reduce)
+    member.worker.drain()
+    reduce()
+    return None
 
 
 def bytes_sent(group: dist.ProcessGroup | None = None) -> int:
-    """How many bytes of tensors this rank has sent through the network for `group`; none while all is in one host."""
-    communicator = _communicators.get(dist.group.WORLD if group is None else group)
-    return communicator.bytes_sent if isinstance(communicator, Network) else 0
+    """How many bytes of tensors this rank has sent to other hosts for `group`; none while all ranks are on one."""
+    network = member_of(check_group("bytes_sent", group)).network
+    return 0 if network is None else network.bytes_sent
+
+
+def _by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup, async_op: bool) -> Work | None:
+    flat = t.detach().contiguous()
+    if group.size() > 1:
+        reduce_by_torch(flat, op, group, None)
+    if flat.data_ptr() != t.data_ptr():
+        t.detach().copy_(flat)
+    return member_of(group).worker.submit(lambda: t) if async_op else None
+
+
+def _take_residual(t: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """Where nothing is encoded, what was left over before is due at once."""
+    if residual is not None:
+        t.detach().add_(residual.view(t.shape).to(t.dtype))
+        residual.zero_()
 
 
 def _check_arguments(
@@ -102,11 +204,7 @@ def _check_arguments(
     residual: torch.Tensor | None,
     density: float,
 ) -> dist.ProcessGroup:
-    if op not in OPS:
-        raise ValueError(f"all_reduce: op: expected one of {', '.join(OPS)}, got {op!r}")
-    _check_dtype(t, DTYPES if codec is None else (torch.float32, torch.float16, torch.bfloat16))
-    if t.layout != torch.strided:
-        raise TypeError(f"all_reduce: t: expected a dense tensor, got {t.layout}")
+    check_tensor("all_reduce", t, op, DTYPES if codec is None else (torch.float32, torch.float16, torch.bfloat16))
     if codec is not None:
         if codec not in CODECS:
             raise ValueError(f"all_reduce: codec: expected None or one of {', '.join(CODECS)}, got {codec!r}")
@@ -122,47 +220,23 @@ def _check_arguments(
         fits = residual.dtype == torch.float32 and residual.numel() == t.numel() and residual.is_contiguous()
         if not fits or residual.device != t.device:
             raise ValueError(f"all_reduce: residual: expected {t.numel()} contiguous float32 elements on {t.device}")
-    group = dist.group.WORLD if group is None else group
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError("all_reduce: group: no process group, or this process is not in it")
-    return group
+    return check_group("all_reduce", group)
 
 
-def _check_dtype(t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensor(name: str, t: torch.Tensor, op: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """What every collective asks of its tensor and its op."""
+    if op not in OPS:
+        raise ValueError(f"{name}: op: expected one of {', '.join(OPS)}, got {op!r}")
     if t.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"all_reduce: t: expected one of {names}, got {str(t.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name}: t: expected one of {names}, got {str(t.dtype).removeprefix('torch.')}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: t: expected a dense tensor, got {t.layout}")
 
 
-def _take_residual(t: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """Where nothing is encoded, what was left over before is due at once."""
-    if residual is not None:
-        t.detach().add_(residual.view(t.shape).to(t.dtype))
-        residual.zero_()
-
-
-def _communicator(group: dist.ProcessGroup) -> Communicator | Network:
-    try:
-        return _communicators[group]
-    except KeyError:
-        pass
-    with _connecting:
-        if group not in _communicators:
-            shared, reason = connect(group)
-            if shared is not None:
-                _communicators[group] = shared
-            else:
-                network = _communicators[group] = Network(group)
-                level = logging.INFO if network.hosts > 1 else logging.WARNING
-                logger.log(level, "all_reduce goes through gloo: %s", reason)
-        return _communicators[group]
-
-
-def _by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> None:
-    reduce_op = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM)
-    packed = t.detach().contiguous()  # the same memory where it is contiguous already
-    dist.all_reduce(packed, reduce_op, group=group)
-    if op == "avg":  # gloo has no average of its own
-        packed.div_(group.size(), rounding_mode=None if t.is_floating_point() else "trunc")
-    if packed.data_ptr() != t.data_ptr():
-        t.detach().copy_(packed)
+def check_group(name: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group that is meant."""
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"{name}: group: no process group, or this process is not in it")
+    return group

@@ -9,12 +9,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_all_reduce import WORKER, pytestmark, run  # noqa: F401  (the mark holds here too)
+from test_all_reduce import pytestmark  # noqa: F401  (the mark holds here too)
 
 from engine.distributed import HookState
 from engine.distributed._exchange import BLOCK, Place, plan
 
+WORKER = Path(__file__).parent / "network_worker.py"
 NETBENCH = Path(__file__).parents[2] / "bench" / "netbench.py"
+
+
+def run(names, world_size, folder, lost=False):
+    """Runs functions of network_worker.py on so many ranks; the last ends by itself only where it isn't `lost`."""
+    arguments = [str(world_size), str(folder / "store")]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), names, str(rank), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process in ranks[: world_size - lost]:
+            text, _ = process.communicate(timeout=100)
+            assert process.returncode == 0 and "done" in text, text
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +140,7 @@ def test_two_ranks_on_each_of_two_hosts(tmp_path, monkeypatch):
         for first in (0, 2)
     ]
     try:
-        texts = [host.communicate(timeout=60)[0] for host in hosts]
+        texts = [host.communicate(timeout=100)[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()

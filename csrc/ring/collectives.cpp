@@ -1,0 +1,191 @@
+// The collectives, each cut into steps and stages; how ranks wait for one another stands in shared_memory.cpp.
+
+#include <algorithm>
+#include <cstring>
+
+#include "ring/segment.h"
+#include "ring/wire.h"
+
+namespace engine::ring {
+namespace {
+
+constexpr size_t kOneStageBytes = 16 << 10;  // up to here one exchange is faster than moving less
+constexpr size_t kLine = 64;                 // slices are whole cache lines, so that no two ranks write the same
+
+size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void SharedMemory::dispatch(const Call& call, const char* in, char* out, float* residual, Wait& wait) {
+    if (call.compare) return compare(wait);
+    switch (call.kind) {
+        case Kind::reduce_scatter:
+            return reduce_scatter(in, out, call, wait);
+        case Kind::all_gather:
+            return all_gather(in, out, call, wait);
+        case Kind::all_reduce:
+            if (call.codec != Codec::none) return all_reduce_coded(reinterpret_cast<float*>(out), residual, call, wait);
+            if (call.numel * element_size(call.dtype) <= kOneStageBytes) return one_stage(out, call, wait);
+            return all_reduce(out, call, wait);
+    }
+}
+
+// Runs the stages one step apart.
+void SharedMemory::pipeline(size_t steps, const Stages& stages, Wait& wait) {
+    const uint32_t first = step_;
+    step_ += static_cast<uint32_t>(steps);
+    const size_t reducing = stages.reduce ? 1 : 0, delay = reducing + (stages.collect ? 1 : 0);
+    for (size_t i = 0; i < steps + delay; ++i) {
+        if (i < steps) {
+            stages.publish(i, first + i);
+            advance(header(rank_).published, first + i + 1);
+            if (i == 0) compare_headers(wait);
+        }
+        if (reducing && i >= 1 && i - 1 < steps) {
+            for (int rank = 0; rank < world_size_; ++rank)
+                if (rank != rank_) await(rank, false, first + i, wait);
+            stages.reduce(i - 1, first + i - 1);
+            advance(header(rank_).reduced, first + i);
+        }
+        if (stages.collect && i >= delay) {
+            const size_t at = i - delay;
+            for (int turn = 1; turn < world_size_; ++turn) {
+                const int peer = (rank_ + turn) % world_size_;
+                await(peer, reducing, first + at + 1, wait);
+                stages.collect(at, first + at, peer);
+            }
+        }
+    }
+    if (!reducing) header(rank_).reduced.steps.store(step_);  // nobody waits for it
+}
+
+void SharedMemory::compare(Wait& wait) {
+    header(rank_).reduced.steps.store(++step_);  // nobody waits for it
+    advance(header(rank_).published, step_);
+    compare_headers(wait);
+}
+
+void SharedMemory::one_stage(char* data, const Call& call, Wait& wait) {
+    const size_t bytes = call.numel * element_size(call.dtype);
+    const uint32_t step = step_;
+    if (bytes) std::memcpy(input(rank_, step), data, bytes);
+    compare(wait);
+    for (int rank = 0; rank < world_size_; ++rank) sources_[rank] = input(rank, step);
+    reduce(sources_.data(), world_size_, call.numel, data, nullptr, call.dtype, call.op);
+}
+
+void SharedMemory::publish_slices(const char* in, const SliceOf& slice, size_t i, uint32_t step) {
+    for (int peer = 0; peer < world_size_; ++peer) {
+        const Slice part = slice(i, peer);
+        if (peer != rank_ && part.bytes) std::memcpy(input(rank_, step) + part.slot, in + part.offset, part.bytes);
+    }
+}
+
+// Into `result`, which may be this rank's own part of `in`, and into `copy` where it isn't null.
+void SharedMemory::reduce_slice(const char* in, const Slice& own, uint32_t step, char* result, char* copy,
+                                const Call& call) {
+    for (int rank = 0; rank < world_size_; ++rank)
+        sources_[rank] = rank == rank_ ? in + own.offset : input(rank, step) + own.slot;
+    reduce(sources_.data(), world_size_, own.bytes / element_size(call.dtype), result, copy, call.dtype, call.op);
+}
+
+void SharedMemory::all_reduce(char* data, const Call& call, Wait& wait) {
+    const size_t bytes = call.numel * element_size(call.dtype);
+    const SliceOf slice = [&](size_t i, int rank) {
+        const size_t all = std::min(kChunk, bytes - i * kChunk), each = divide_up(all, world_size_ * kLine) * kLine;
+        const size_t offset = std::min(all, rank * each);
+        return Slice{i * kChunk + offset, offset, std::min(each, all - offset)};
+    };
+    Stages stages;
+    stages.publish = [&](size_t i, uint32_t step) { publish_slices(data, slice, i, step); };
+    stages.reduce = [&](size_t i, uint32_t step) {
+        const Slice own = slice(i, rank_);
+        reduce_slice(data, own, step, data + own.offset, output(rank_, step), call);
+    };
+    stages.collect = [&](size_t i, uint32_t step, int peer) {
+        const Slice part = slice(i, peer);
+        if (part.bytes) std::memcpy(data + part.offset, output(peer, step), part.bytes);
+    };
+    pipeline(divide_up(bytes, kChunk), stages, wait);
+}
+
+void SharedMemory::reduce_scatter(const char* in, char* out, const Call& call, Wait& wait) {
+    const size_t bytes = call.numel * element_size(call.dtype), each = kChunk / world_size_ / kLine * kLine;
+    const SliceOf slice = [&](size_t i, int rank) {
+        return Slice{rank * bytes + i * each, rank * each, std::min(each, bytes - i * each)};
+    };
+    Stages stages;
+    stages.publish = [&](size_t i, uint32_t step) { publish_slices(in, slice, i, step); };
+    stages.reduce = [&](size_t i, uint32_t step) {
+        reduce_slice(in, slice(i, rank_), step, out + i * each, nullptr, call);
+    };
+    pipeline(std::max<size_t>(1, divide_up(bytes, each)), stages, wait);
+}
+
+void SharedMemory::all_gather(const char* in, char* out, const Call& call, Wait& wait) {
+    const size_t bytes = call.numel * element_size(call.dtype);
+    const auto part = [&](size_t i) { return std::min(kChunk, bytes - i * kChunk); };
+    Stages stages;
+    stages.publish = [&](size_t i, uint32_t step) {
+        if (part(i)) std::memcpy(input(rank_, step), in + i * kChunk, part(i));
+    };
+    stages.collect = [&](size_t i, uint32_t step, int peer) {
+        if (part(i)) std::memcpy(out + peer * bytes + i * kChunk, input(peer, step), part(i));
+    };
+    pipeline(std::max<size_t>(1, divide_up(bytes, kChunk)), stages, wait);
+    if (bytes && in != out + rank_ * bytes) std::memcpy(out + rank_ * bytes, in, bytes);
+}
+
+// Of a chunk every rank owns some whole blocks. It gets them encoded from its peers, adds them up to its own in rank
+// order, encodes the sum once, and decodes it as its peers will: all hold the same bits.
+void SharedMemory::all_reduce_coded(float* data, float* residual, const Call& call, Wait& wait) {
+    constexpr size_t kElements = kChunk / sizeof(float);
+    const Wire wire{call.codec, call.density};
+    const SliceOf slice = [&](size_t i, int rank) {  // in elements
+        const size_t all = std::min(kElements, call.numel - i * kElements);
+        const size_t each = divide_up(all, world_size_ * kCodecBlockElements) * kCodecBlockElements;
+        const size_t offset = std::min(all, rank * each);
+        return Slice{i * kElements + offset, offset * sizeof(float), std::min(each, all - offset)};
+    };
+    const auto encode = [&](float* x, const Slice& part, char* to) {
+        wire.encode(x, residual ? residual + part.offset : nullptr, part.bytes, to);
+    };
+    const auto add = [&](int peer, const char* from, size_t n, float factor, float* x) {
+        if (!wire.decode_add(from, n, factor, x))
+            throw PeerFailure("operation " + std::to_string(number_) + ": " + name(peer) +
+                              " published what no codec makes");
+    };
+    const float factor = call.op == Op::avg ? 1.0f / static_cast<float>(world_size_) : 1.0f;
+    std::vector<float> sum(std::min<size_t>(kElements, call.numel));
+    Stages stages;
+    stages.publish = [&](size_t i, uint32_t step) {
+        for (int peer = 0; peer < world_size_; ++peer) {
+            const Slice part = slice(i, peer);
+            if (peer != rank_ && part.bytes) encode(data + part.offset, part, input(rank_, step) + part.slot);
+        }
+    };
+    stages.reduce = [&](size_t i, uint32_t step) {
+        const Slice own = slice(i, rank_);
+        if (!own.bytes) return;
+        float* mine = data + own.offset;
+        std::fill_n(sum.begin(), own.bytes, 0.0f);
+        for (int rank = 0; rank < world_size_; ++rank) {
+            if (rank == rank_)
+                for (size_t j = 0; j < own.bytes; ++j) sum[j] += mine[j];
+            else
+                add(rank, input(rank, step) + own.slot, own.bytes, 1.0f, sum.data());
+        }
+        encode(sum.data(), own, output(rank_, step));
+        std::fill_n(mine, own.bytes, 0.0f);
+        add(rank_, output(rank_, step), own.bytes, factor, mine);
+    };
+    stages.collect = [&](size_t i, uint32_t step, int peer) {
+        const Slice part = slice(i, peer);
+        if (!part.bytes) return;
+        std::fill_n(data + part.offset, part.bytes, 0.0f);
+        add(peer, output(peer, step), part.bytes, factor, data + part.offset);
+    };
+    pipeline(std::max<size_t>(1, divide_up(call.numel, kElements)), stages, wait);
+}
+
+}  // namespace engine::ring

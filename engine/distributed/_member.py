@@ -1,0 +1,133 @@
+"""What this process keeps for each process group: its communicator, its worker, and which way is faster."""
+
+import atexit
+import logging
+import threading
+import time
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from engine.distributed._network import Network
+from engine.distributed._shared_memory import Communicator, PeerError, connect
+from engine.distributed._work import Worker
+
+logger = logging.getLogger("engine.distributed")
+
+# Classes of sizes for which the faster way is measured: up to so many bytes, by a tensor of so many.
+SIZE_CLASSES = ((16 << 10, 4 << 10), (256 << 10, 64 << 10), (4 << 20, 1 << 20), (None, 16 << 20))
+TRIALS = 3
+
+REDUCE_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.SUM,  # gloo has no average of its own
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+}
+
+
+class Member:
+    """This process in one group. A destroyed group takes it along."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.communicator, reason = connect(group)
+        if reason:
+            logger.warning("collectives go through torch.distributed: %s", reason)
+        apart = self.communicator is None and group.size() > 1 and dist.is_gloo_available()
+        self.network = Network(group) if apart else None
+        self.worker = Worker()
+        self._faster: dict[int, bool] = {}  # by size class: whether shared memory is
+        # It must not keep the member, and so neither `self`.
+        self._finalizer = weakref.finalize(self, _close, self._ways(), self.worker, "this rank left the group")
+        self._finalizer.atexit = False  # `_close_all` does that
+
+    def shared_memory_is_faster(self, communicator: Communicator, group: dist.ProcessGroup, nbytes: int) -> bool:
+        """Whether it beat `dist.all_reduce` at such sizes; measured once, and known to be so by all ranks alike.
+
+        The operation for which it is asked must have been compared among the ranks, and nothing be under way.
+        """
+        size_class = next(i for i, (most, _) in enumerate(SIZE_CLASSES) if most is None or nbytes <= most)
+        if size_class not in self._faster:
+            seconds = torch.tensor(_measure(communicator, group, SIZE_CLASSES[size_class][1]))
+            communicator.agree(seconds)  # the slowest rank's, for all
+            ours, theirs = seconds.tolist()
+            self._faster[size_class] = ours <= theirs
+            logger.info("%d bytes: shared memory %.6f s, torch.distributed %.6f s", nbytes, ours, theirs)
+        return self._faster[size_class]
+
+    def knows(self, nbytes: int) -> bool:
+        """Whether the faster way for such sizes is known to be shared memory."""
+        for i, (most, _) in enumerate(SIZE_CLASSES):
+            if most is None or nbytes <= most:
+                return self._faster.get(i, False)
+        return False
+
+    def close(self, reason: str) -> None:
+        """Ends what is under way with an error, and gives memory and thread back."""
+        self._finalizer.detach()
+        _close(self._ways(), self.worker, reason)
+
+    def _ways(self) -> list[Communicator | Network]:
+        return [way for way in (self.communicator, self.network) if way is not None]
+
+
+def _measure(communicator: Communicator, group: dist.ProcessGroup, nbytes: int) -> list[float]:
+    """Seconds of the quickest of some trials, through shared memory and through torch.distributed."""
+    t = torch.zeros(nbytes // 4)
+    best = [float("inf")] * 2
+    for trial in range(TRIALS + 1):
+        for way in range(2):
+            start = time.perf_counter()
+            if way == 0:
+                communicator.probe(t)
+            else:
+                reduce_by_torch(t, "sum", group, communicator)
+            if trial:  # the first finds buffers and connections cold
+                best[way] = min(best[way], time.perf_counter() - start)
+    return best
+
+
+def reduce_by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup, communicator: Communicator | None) -> None:
+    """`dist.all_reduce` of a contiguous tensor, in place, with the errors of this package."""
+    inner = getattr(group, "inner", None)  # of a group of the backend "engine", whose all_reduce would come here again
+    try:
+        if inner is not None and t.device.type == "cpu":
+            inner.allreduce([t], REDUCE_OPS[op]).wait()
+        else:
+            dist.all_reduce(t, REDUCE_OPS[op], group=group)
+    except RuntimeError as error:
+        if communicator is None:
+            raise
+        raise PeerError(f"all_reduce: {communicator.fail(str(error))}") from None
+    if op == "avg":
+        t.div_(group.size(), rounding_mode=None if t.is_floating_point() else "trunc")
+
+
+_members: "weakref.WeakKeyDictionary[dist.ProcessGroup, Member]" = weakref.WeakKeyDictionary()
+_connecting = threading.Lock()
+
+
+def member_of(group: dist.ProcessGroup) -> Member:
+    """This process's member of `group`, which every rank makes with its first call."""
+    try:
+        return _members[group]
+    except KeyError:
+        pass
+    with _connecting:
+        if group not in _members:
+            _members[group] = Member(group)
+        return _members[group]
+
+
+def _close(ways: list[Communicator | Network], worker: Worker, reason: str) -> None:
+    for way in ways:
+        way.close(reason)
+    worker.stop()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread in native code while the interpreter goes would abort the process, and a waiting one hold it up."""
+    for member in list(_members.values()):
+        member.close("this rank is exiting")
