@@ -14,10 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import engine
-from engine.distributed import all_reduce, tensor_parallel_
+from engine.distributed import FsdpReduceScatter, all_reduce, tensor_parallel_
 from engine.distributed._parallel_linear import bounds, gather
 from engine.formats import Bitmap, Csr, DenseInt8
 from engine.nn import CompressedLinear
@@ -243,6 +244,34 @@ def pipeline():
         schedule = ScheduleGPipe(PipelineStage(stages[rank], rank, 2, torch.device("cpu"), group=group), 3)
         got = schedule.step() if rank else schedule.step(x)
     assert rank == 0 or torch.equal(got, want)
+
+
+def fsdp():
+    """FSDP2's gradients are the averages over the ranks, through the engine's reduce-scatter."""
+    torch.manual_seed(3)
+    whole = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5))
+    mine = copy.deepcopy(whole)
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
+    calls = []
+
+    class Counted(FsdpReduceScatter):
+        def __call__(self, *arguments, **named):
+            calls.append(named["input_tensor"].numel())
+            return super().__call__(*arguments, **named)
+
+    for module in (mine[0], mine[2], mine):
+        fully_shard(module, mesh=mesh).set_custom_reduce_scatter(Counted())
+    x = torch.randn(world_size, 4, 12)
+    for i in range(2):
+        mine.zero_grad()
+        mine(x[rank] + i).square().mean().backward()
+        whole.zero_grad()
+        (whole(x + i).square().mean()).backward()
+        for parameter, want in zip(mine.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), want.grad, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 4, calls
+    t = torch.ones(4)
+    refused(ValueError, "expected SUM or AVG", FsdpReduceScatter(), t[:2], t, group, dist.ReduceOp.MAX)
 
 
 def copies():
