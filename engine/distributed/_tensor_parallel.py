@@ -43,8 +43,8 @@ def tensor_parallel_(
     same products in another order, and in float16 and bfloat16 each rank's sum is rounded before. With a `codec` all
     layers add up float parts as the codec transmits them, and each rank scales its activations by its own part.
 
-    Gradients go through all styles: that of a colwise layer's input is summed over the ranks. Weights' gradients are
-    this rank's part; the bias of a rowwise layer has the same gradient everywhere.
+    Gradients go through all styles, once: that of a colwise layer's input is summed over the ranks. Weights' gradients
+    are this rank's part; the bias of a rowwise layer has the same gradient everywhere. Make the optimizer afterwards.
 
     To load a checkpoint: `engine.load_` it into the whole model, then shard. Layers are replaced one by one and their
     whole weights freed, so that a rank needs the checkpoint's memory and a layer more. `engine.save` of the sharded
