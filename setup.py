@@ -30,16 +30,28 @@ CPU_OPS = [
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",
     "prune_to_csr",
+    "ring_codec",
     "threshold_prune",
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
 MODULE_SOURCES = ["csrc/module/native.cpp", "csrc/module/limits.cpp", "csrc/module/ring.cpp", "csrc/cpu/isa.cpp"]
 MODULE_SOURCES += ["csrc/ring/reduce.cpp", "csrc/ring/shared_memory.cpp"]
-CUDA_SOURCES = ["csrc/cuda/prune_to_bitmap.cu"]
+CUDA_OPS = [
+    "bitmap_int8_linear",
+    "bitmap_linear",
+    "bitmap_to_dense",
+    "magnitude_threshold",
+    "prune_quantize_to_bitmap",
+    "prune_to_bitmap",
+    "prune_to_csr",
+]
+CUDA_SOURCES = [f"csrc/cuda/{op}.cu" for op in CUDA_OPS]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
 CXX = [*COMMON, "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
-NVCC = [*COMMON, "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+# constexpr functions of the standard library (std::max, std::bit_cast) run on both sides.
+NVCC = [*COMMON, "-fmad=false", "--expt-relaxed-constexpr", "-gencode=arch=compute_80,code=sm_80"]
+NVCC += ["-gencode=arch=compute_90a,code=sm_90a"]
 NVCC += ["-gencode=arch=compute_90,code=compute_90"]
 
 

@@ -16,6 +16,15 @@ import torch
 
 CPU_VARIANTS = ("portable", "avx2", "avx512")  # in the order of csrc/common/isa.h
 TRITON_KERNELS: tuple[str, ...] = (
+    "block_int8_linear",
+    "block_linear",
+    "int8_dequantize",
+    "int8_embedding",
+    "int8_linear",
+    "int8_quantize",
+    "int8_weight_linear",
+    "prune_to_block",
+    "prune_to_semi_structured",
     "threshold_prune",
 )  # modules of engine.kernels, each owning the CUDA key of the op of its name
 

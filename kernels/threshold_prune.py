@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels._device import own_cuda
+
 BLOCK = 4096  # elements of a program: 8 warps move 16 a thread, two or four 16-byte words
 SMALLEST_BLOCK = 128
 
@@ -73,12 +75,6 @@ def threshold_prune(weight: Tensor, threshold: Tensor) -> Tensor:
     return pruned
 
 
-_registered: list[torch.library.Library] = []  # a registration lasts as long as its library object
-
-
 def register() -> None:
     """Makes this kernel the owner of `engine::threshold_prune` for CUDA."""
-    if not _registered:
-        library = torch.library.Library("engine", "IMPL")
-        library.impl("threshold_prune", threshold_prune, "CUDA")
-        _registered.append(library)
+    own_cuda("threshold_prune", threshold_prune)

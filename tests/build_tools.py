@@ -29,7 +29,9 @@ def run(command: list, **options) -> str:
 
 def headers_text(*folders: str) -> str:
     """The text of every header under `folders`, for :func:`cached`."""
-    found = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.h"))
+    found = sorted(
+        path for folder in folders for path in (ROOT / folder).rglob("*.[hc]*") if path.suffix in (".h", ".cuh")
+    )
     return "\0".join(path.read_text() for path in found)
 
 

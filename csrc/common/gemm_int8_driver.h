@@ -28,26 +28,34 @@ struct PanelPlan {
     int64_t blocks;      // tasks along the rows of a chunk
     int64_t groups;      // tasks along the outputs
     bool one_stretch;    // K fits one panel: sums need no memory but the tile's
+    bool rows_first;     // tasks go through the outputs block by block, so that a block's activations stay in L2
     bool wide;           // K is too long for int32 sums
 };
 
 template <class Kernel>
 PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
-    constexpr int64_t kChunkBytes = 4 << 20;
-    constexpr int64_t kBlockRows = 1024;  // sums of a task: up to 256 KB
+    constexpr int64_t kBlockRows = 1024;        // sums of a task: up to 256 KB
+    constexpr int64_t kBlockBytes = 400 << 10;  // of activations: most of an L2
     const int64_t row_bytes = QuantizedRows<typename Kernel::Q>::stride_for(k) * sizeof(typename Kernel::Q);
     const int64_t tile = Kernel::kRows;
     const auto whole_tiles = [tile](int64_t rows) { return (rows + tile - 1) / tile * tile; };
     PanelPlan plan;
-    plan.chunk_rows = std::min(m, whole_tiles(std::max<int64_t>(192, kChunkBytes / std::max<int64_t>(1, row_bytes))));
+    plan.chunk_rows =
+        std::min(m, whole_tiles(std::max<int64_t>(192, kActivationBytes / std::max<int64_t>(1, row_bytes))));
     plan.groups = (n + Kernel::kStrips * Kernel::kColumns - 1) / (Kernel::kStrips * Kernel::kColumns);
-    // Few groups are shared out unevenly: cut along the rows too, though each block packs the weights again.
-    const int64_t wanted = plan.groups % threads == 0 ? 1 : (4 * threads + plan.groups - 1) / plan.groups;
+    plan.one_stretch = k <= kPanelDepth;
+    plan.wide = k > kExactDepth;
+    // Each block packs the weights again, which is little where it serves many rows.
+    int64_t wanted = (plan.chunk_rows * row_bytes + kBlockBytes - 1) / kBlockBytes;
+    plan.rows_first = plan.one_stretch && wanted > 1;
+    if (plan.rows_first) {
+        wanted = (wanted + threads - 1) / threads * threads;
+    } else {  // few groups are shared out unevenly: cut along the rows too
+        wanted = plan.groups % threads == 0 ? 1 : (4 * threads + plan.groups - 1) / plan.groups;
+    }
     plan.block_rows = std::max(whole_tiles((plan.chunk_rows + wanted - 1) / wanted), whole_tiles(48));
     plan.block_rows = std::min({plan.block_rows, whole_tiles(kBlockRows), whole_tiles(plan.chunk_rows)});
     plan.blocks = (plan.chunk_rows + plan.block_rows - 1) / plan.block_rows;
-    plan.one_stretch = k <= kPanelDepth;
-    plan.wide = k > kExactDepth;
     return plan;
 }
 
@@ -122,7 +130,7 @@ void panel_linear(const LinearCall<T>& call, const Provider& weights) {
     const bool serial = call.m * call.n * call.k < kSerialWork;
     const PanelPlan plan = plan_panels<Kernel>(call.m, call.n, call.k,
                                                serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads()));
-    Scratch<ActivationScratch> scratch(Rows::scratch_bytes(plan.chunk_rows, call.k));
+    ActivationScratch scratch(Rows::scratch_bytes(plan.chunk_rows, call.k));
     const Rows memory_rows(scratch, plan.chunk_rows, call.k);
     for (int64_t chunk = 0; chunk < call.m; chunk += plan.chunk_rows) {
         Rows rows = memory_rows;
@@ -133,7 +141,9 @@ void panel_linear(const LinearCall<T>& call, const Provider& weights) {
             const PanelMemory<Kernel> memory(own, plan);
             Provider position = weights;
             for (int64_t task = first; task < last; ++task) {
-                const int64_t column = task / plan.blocks * kGroup, begin = task % plan.blocks * plan.block_rows;
+                const int64_t group = plan.rows_first ? task % plan.groups : task / plan.blocks;
+                const int64_t block = plan.rows_first ? task / plan.groups : task % plan.blocks;
+                const int64_t column = group * kGroup, begin = block * plan.block_rows;
                 const int64_t end = std::min(rows.rows, begin + plan.block_rows);
                 if (begin < end) {
                     panel_task<Kernel>(call, rows, plan, memory, position, chunk, begin, end, column,

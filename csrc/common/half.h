@@ -21,6 +21,11 @@ struct BFloat16 {
 ENGINE_INLINE float to_float(float x) { return x; }
 ENGINE_INLINE float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 ENGINE_INLINE float to_float(Half x) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+    return result;
+#else
     const uint32_t sign = (x.bits & 0x8000u) << 16;
     const uint32_t magnitude = x.bits & 0x7fffu;
     // Normal numbers, infinity and NaN: the exponent moved up by 224, then scaled back by 2^-112 (224 - 112 = 127 -
@@ -30,6 +35,7 @@ ENGINE_INLINE float to_float(Half x) {
     const float subnormal = std::bit_cast<float>(magnitude | (126u << 23)) - 0.5f;
     const float value = magnitude < 0x400u ? subnormal : normal;
     return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
+#endif
 }
 
 template <class T>

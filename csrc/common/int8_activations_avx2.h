@@ -86,6 +86,7 @@ ENGINE_AVX2 ENGINE_INLINE int64_t quantize_row_avx2(const T* x,  // [k]
         const int64_t end = std::min(whole, begin + kStretch);
         __m256i part = _mm256_setzero_si256();
         for (int64_t i = begin; i < end; i += 16) {
+            __builtin_prefetch(x + k + i);  // the next row, whose maximum is wanted first
             part = _mm256_add_epi32(part, store_16_avx2(q + i, quantize_16_avx2(x + i, by)));
         }
         sum += sum_lanes_avx2(part);

@@ -36,4 +36,8 @@ inline Isa isa() { return static_cast<Isa>(active_isa.load(std::memory_order_rel
 #else
 #define ENGINE_X86 0
 #endif
+#if defined(__CUDACC__)  // the arithmetic that CPU and GPU share
+#define ENGINE_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define ENGINE_INLINE inline __attribute__((always_inline))
+#endif

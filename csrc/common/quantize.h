@@ -39,6 +39,16 @@ ENGINE_INLINE RowScale row_scale(uint32_t bits) {
     return {amax / 127.0f, 127.0f / amax, true};
 }
 
+// What one scale for all activations gives to a row: q = x · (1 / s). By a scale that is not positive, or that has no
+// finite reciprocal, nothing can be divided: NaN.
+ENGINE_INLINE RowScale static_scale(float s, uint32_t amax) {
+    const float inverse = 1.0f / s;
+    const bool usable =
+        s > 0.0f && s < std::numeric_limits<float>::infinity() && inverse < std::numeric_limits<float>::infinity();
+    if (amax >= 0x7f800000u || !usable) return {std::numeric_limits<float>::quiet_NaN(), 0.0f, false};
+    return {s, inverse, true};
+}
+
 // x · inverse is at most 2^22 in magnitude once clamped, where adding and taking away 1.5 · 2^23 rounds half to even.
 ENGINE_INLINE int32_t quantize_to_int(float x, float inverse) {
     constexpr float kRound = 12582912.0f;

@@ -372,7 +372,7 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 template <class Kernel, class T>
 void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     using Rows = QuantizedRows<typename Kernel::Q>;
-    Scratch<ActivationScratch> scratch(Rows::scratch_bytes(call.m, call.k));
+    ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call.x, call.input_scale, rows);
     parallel_rows(call.n, call.k * (1 + call.m / 4),

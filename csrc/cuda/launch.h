@@ -5,10 +5,15 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <type_traits>
+
 #include "common/tensor.h"
 
 // Declared by shim.h only where torch itself was built with CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+// Shared memory of a block, of the type given last.
+#define ENGINE_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
 
 namespace engine {
 
@@ -19,16 +24,22 @@ inline void check_cuda(cudaError_t error, const char* what) {
 // Makes the tensor's device current while it lives, and gives torch's current stream on it.
 class OnDeviceOf {
   public:
-    explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
+    explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()), index_(t.get_device_index()) {
         void* stream = nullptr;
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS,
                         "engine: torch gives no CUDA stream");
         stream_ = static_cast<cudaStream_t>(stream);
     }
     cudaStream_t stream() const { return stream_; }
+    int processors() const {
+        int count = 0;
+        check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "engine: processors");
+        return count;
+    }
 
   private:
     torch::stable::accelerator::DeviceGuard guard_;
+    int32_t index_;
     cudaStream_t stream_;
 };
 
@@ -37,6 +48,7 @@ template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, const OnDeviceOf& device,
             Args... args) {
     if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= 0x7fffffff, what, ": more blocks than a launch can have");
     kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream()>>>(args...);
     check_cuda(cudaGetLastError(), what);
 }
@@ -48,6 +60,10 @@ T read_back(const T* on_device, const char* what, const OnDeviceOf& device) {
     check_cuda(cudaMemcpyAsync(&value, on_device, sizeof(T), cudaMemcpyDeviceToHost, device.stream()), what);
     check_cuda(cudaStreamSynchronize(device.stream()), what);
     return value;
+}
+
+inline void fill_zero(void* on_device, size_t bytes, const char* what, const OnDeviceOf& device) {
+    check_cuda(cudaMemsetAsync(on_device, 0, bytes, device.stream()), what);
 }
 
 }  // namespace engine

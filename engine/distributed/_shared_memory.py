@@ -46,11 +46,17 @@ def connect(group: dist.ProcessGroup) -> tuple[Communicator | None, str]:
     Each rank publishes where its segment is, opens every other's by `/proc/<pid>/fd/<fd>` and finds its random token
     in it, on a host with the same boot id: this proves that they share memory, whatever containers they are in.
     """
-    rank, size = dist.get_rank(group), group.size()
     store = dist.PrefixStore("engine.all_reduce", c10d._get_process_group_store(group))
+    return connect_ranks(store, dist.get_rank(group), group.size(), _timeout_seconds(group))
+
+
+def connect_ranks(store: dist.Store, rank: int, size: int, timeout: float) -> tuple[Communicator | None, str]:
+    """The same for ranks 0 to `size` that share a store."""
     native, memory, refusal = None, None, ""
     token = secrets.token_hex(16)
     try:
+        if os.environ.get("ENGINE_SHARED_MEMORY") == "0":
+            raise RuntimeError("switched off by ENGINE_SHARED_MEMORY=0")
         native = importlib.import_module("engine._native")
         memory = native.SharedMemory(rank, size, token)
     except (ImportError, RuntimeError) as error:
@@ -73,7 +79,7 @@ def connect(group: dist.ProcessGroup) -> tuple[Communicator | None, str]:
     refused = next((text for text in refusals if text != "none"), "")
     if refused:
         return None, refused
-    return Communicator(native, memory, _timeout_seconds(group)), ""
+    return Communicator(native, memory, timeout), ""
 
 
 def _open_peers(memory: Any, rank: int, places: list[dict[str, Any]]) -> str:

@@ -41,6 +41,16 @@ def define(
     return _without_autograd_overhead(getattr(torch.ops.engine, name).default)
 
 
+def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Callable:
+    """Defines an op that writes into its arguments and returns nothing; it knows no gradients (call it on data)."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    REFERENCES[name] = reference
+    torch.library.register_fake(f"engine::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.engine, name).default
+
+
 def _without_autograd_overhead(op: torch._ops.OpOverload) -> Callable:
     """Calls `op`, past its autograd kernel where no gradient can be wanted.
 

@@ -59,7 +59,8 @@ def int8_embedding(indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.
         `[..., dim]` of `dtype`, the leading dimensions being those of `indices`.
 
     Raises:
-        IndexError: an index is negative or not below the number of rows.
+        IndexError: an index is negative or not below the number of rows. Triton's kernel on a GPU doesn't wait to
+            learn that: it reads nothing there and gives a row of NaN.
         TypeError: an argument has another dtype.
         ValueError: `weight` is no matrix, or `scale` has not one value for each of its rows.
     """

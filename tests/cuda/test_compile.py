@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from build_tools import ROOT, STABLE_ABI, TORCH_INCLUDES, cached, headers_text, run
+from device import SOURCES
 
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a")
 VECTOR_LOADS = {"prune_to_bitmap": "LDG.E.128"}  # instructions that must be in the machine code
 
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def compiled(source: Path, architecture: str) -> tuple[str, Path]:
     """What ptxas says of each kernel, and the cubin."""
     target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
-    command = ["nvcc", "-O3", *STABLE_ABI, target, "-I", ROOT / "csrc", *TORCH_INCLUDES, "-Xptxas", "-v", "-cubin"]
+    command = ["nvcc", "-O3", "-fmad=false", "--expt-relaxed-constexpr", *STABLE_ABI, target, "-I", ROOT / "csrc"]
+    command += [*TORCH_INCLUDES, "-Xptxas", "-v", "-cubin"]
 
     def make(log):
         log.write_text(run([*command, source, "-o", cubin_of(log)]))

@@ -63,4 +63,4 @@ def test_a_lost_peer(how, numel, tmp_path):
 
 def test_falls_back_where_memory_is_refused(tmp_path):
     texts = run("refused_memory", 2, tmp_path)
-    assert all("goes through torch.distributed: rank 0" in text and "reserve" in text for text in texts), texts
+    assert all("goes through gloo: rank 0" in text and "reserve" in text for text in texts), texts

@@ -138,6 +138,11 @@ def test_threads_give_the_same_bits(variant, m):
     assert_same(y, reference(x, weight, scale))
 
 
+def test_activations_beyond_the_second_cache(variant):
+    x, (weight, scale) = activations(1450, 300), weights(70, 300)
+    assert_same(int8_linear(x, weight, scale), reference(x, weight, scale))
+
+
 def test_activations_beyond_one_chunk(variant):
     x, (weight, scale) = torch.randn(500, 11000), weights(9, 11000)
     assert_same(int8_linear(x, weight, scale), reference(x, weight, scale))

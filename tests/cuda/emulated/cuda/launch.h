@@ -1,10 +1,11 @@
 // Stands in for csrc/cuda/launch.h and the CUDA language, so that g++ compiles a .cu file and its kernels run on CPU
 // tensors: slowly, and with every barrier tested.
 //
-// Blocks run one after another. The threads of a block are fibers; between two barriers they run in an order that is
-// shuffled anew each time, and some warps wait while others go on, so that a missing barrier shows as a wrong result. A
-// barrier that not all its threads reach stops the program. What this cannot show: speed, memory coalescing, races
-// between blocks.
+// The threads of a block are fibers; between two barriers they run in an order that is shuffled anew each time, and
+// some warps wait while others go on, so that a missing barrier shows as a wrong result. A barrier that not all its
+// threads reach stops the program. A few blocks are resident at once and take turns; they start in their own order, in
+// reverse or shuffled, so that a block also finds the one before it unfinished, or not begun. A copy by cp.async is
+// made only when it is waited for. What this cannot show: speed, memory coalescing, weak memory order between blocks.
 #pragma once
 
 #include <setjmp.h>
@@ -12,183 +13,312 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <memory>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "common/tensor.h"
 
+#define __host__
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time
+#define __restrict__
+
+// Shared memory: each resident block has its own, by the place in the source that declares it.
+#define ENGINE_SHARED(name, ...) \
+    std::type_identity_t<__VA_ARGS__>& name = emulated::shared<std::type_identity_t<__VA_ARGS__>>([] {})
 
 struct Dim3 {
     unsigned x = 0;
 };
 inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
+struct uint2 {
+    unsigned x, y;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
 
 namespace emulated {
 
-constexpr unsigned kWarp = 32;
-constexpr size_t kStack = 64 << 10;
+constexpr unsigned kWarp = 32, kMostThreads = 1024, kResident = 3;
+constexpr size_t kStack = 64 << 10, kShown = 64;
+constexpr int64_t kMostYields = 10'000'000;  // without a block ending: then it never will
 
 enum class State { ready, at_warp_barrier, at_block_barrier, done };
+
+struct Copy {
+    void* to;
+    const void* from;
+};
 
 struct Fiber {
     ucontext_t start;
     jmp_buf here;  // where it goes on: jumps spare the system call of a context switch
     bool started = false;
-    std::vector<char> stack = std::vector<char>(kStack);
+    std::unique_ptr<char[]> stack{new char[kStack]};
     State state = State::done;
+    alignas(16) char shown[2][kShown];  // what the thread shows to its warp, this time and the next
+    unsigned turn = 0;
+    std::vector<std::vector<Copy>> copies;  // groups of cp.async; the last is open
 };
 
-inline std::vector<Fiber> fibers(1024);
+struct Block {
+    unsigned index = 0;
+    bool running = false;
+    uint32_t held = 0;  // warps that stay behind for a while, so that others run far ahead
+    std::vector<Fiber> fibers{kMostThreads};
+    std::map<const void*, std::unique_ptr<char[]>> shared;
+};
+
+inline std::vector<Block> resident(kResident);
+inline Block* block;  // that runs
 inline jmp_buf scheduler;
 inline std::function<void()> body;
-inline uint64_t exchange[1024];  // what a thread shows to its warp
 inline std::mt19937 random;
+inline int64_t yields;
 
 [[noreturn]] inline void stop(const char* why) {
     std::fprintf(stderr, "emulated CUDA: %s (block %u)\n", why, blockIdx.x);
     std::abort();
 }
 
+inline Fiber& fiber() { return block->fibers[threadIdx.x]; }
+
 inline void wait(State at) {
-    Fiber& fiber = fibers[threadIdx.x];
-    fiber.state = at;
-    if (!_setjmp(fiber.here)) _longjmp(scheduler, 1);
+    Fiber& self = fiber();
+    self.state = at;
+    if (!_setjmp(self.here)) _longjmp(scheduler, 1);
+}
+
+inline void yield() {
+    if (++yields > kMostYields) stop("a wait that never ends");
+    wait(State::ready);
+}
+
+template <class Tag>
+inline char place;
+
+template <class T, class Tag>
+T& shared(Tag) {
+    auto& memory = block->shared[&place<Tag>];
+    if (!memory) {
+        memory.reset(new char[sizeof(T) + 128]);
+        std::memset(memory.get(), 0xa5, sizeof(T) + 128);  // nothing may rest on what was there before
+    }
+    return *reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) / 128 * 128);
 }
 
 inline void enter() {
     body();
-    fibers[threadIdx.x].state = State::done;
+    fiber().state = State::done;
     _longjmp(scheduler, 1);
 }
 
-inline void resume(Fiber& fiber) {
+inline void resume(Fiber& next) {
     if (_setjmp(scheduler)) return;
-    if (fiber.started) _longjmp(fiber.here, 1);
-    fiber.started = true;
-    setcontext(&fiber.start);
+    if (next.started) _longjmp(next.here, 1);
+    next.started = true;
+    setcontext(&next.start);
+}
+
+inline void begin(Block& fresh, unsigned index) {
+    fresh.index = index;
+    fresh.running = true;
+    fresh.shared.clear();
+    for (unsigned i = 0; i < blockDim.x; ++i) {
+        Fiber& next = fresh.fibers[i];
+        getcontext(&next.start);
+        next.start.uc_stack.ss_sp = next.stack.get();
+        next.start.uc_stack.ss_size = kStack;
+        makecontext(&next.start, enter, 0);
+        next.started = false;
+        next.state = State::ready;
+        next.turn = 0;
+        next.copies.assign(1, {});
+    }
 }
 
 // Releases threads [begin, end) if all of them wait at this barrier; threads that have ended do not count.
 inline bool release(unsigned begin, unsigned end, State barrier) {
     bool any = false;
     for (unsigned i = begin; i < end; ++i) {
-        if (fibers[i].state != barrier && fibers[i].state != State::done) return false;
-        any |= fibers[i].state == barrier;
+        const State state = block->fibers[i].state;
+        if (state != barrier && state != State::done) return false;
+        any |= state == barrier;
     }
     for (unsigned i = begin; i < end; ++i)
-        if (fibers[i].state == barrier) fibers[i].state = State::ready;
+        if (block->fibers[i].state == barrier) block->fibers[i].state = State::ready;
     return any;
 }
 
-inline void run_block(unsigned threads) {
-    for (unsigned i = 0; i < threads; ++i) {
-        Fiber& fiber = fibers[i];
-        getcontext(&fiber.start);
-        fiber.start.uc_stack.ss_sp = fiber.stack.data();
-        fiber.start.uc_stack.ss_size = fiber.stack.size();
-        makecontext(&fiber.start, enter, 0);
-        fiber.started = false;
-        fiber.state = State::ready;
+// Every ready thread of `block` once. False when all of them have ended.
+inline bool step(const std::vector<unsigned>& order) {
+    const unsigned threads = blockDim.x;
+    if (random() % 16 == 0) block->held = random();
+    bool running = false;
+    for (const unsigned i : order) {
+        if (block->fibers[i].state != State::ready) continue;
+        running = true;
+        if (block->held >> (i / kWarp) & 1 && threads > kWarp) continue;
+        threadIdx.x = i;
+        resume(block->fibers[i]);
     }
-    std::vector<unsigned> order(threads);
-    std::iota(order.begin(), order.end(), 0u);
-    uint32_t held = random();
-    for (;;) {
+    bool released = release(0, threads, State::at_block_barrier);
+    for (unsigned warp = 0; warp < threads; warp += kWarp)
+        released |= release(warp, std::min(warp + kWarp, threads), State::at_warp_barrier);
+    if (released || running) return true;
+    for (unsigned i = 0; i < threads; ++i)
+        if (block->fibers[i].state != State::done) stop("a barrier that not all its threads reach");
+    return false;
+}
+
+inline void run_grid() {
+    std::vector<unsigned> blocks(gridDim.x);
+    std::iota(blocks.begin(), blocks.end(), 0u);
+    std::vector<std::vector<unsigned>> orders(64, std::vector<unsigned>(blockDim.x));
+    for (auto& order : orders) {
+        std::iota(order.begin(), order.end(), 0u);
         std::shuffle(order.begin(), order.end(), random);
-        if (random() % 16 == 0) held = random();  // warps that stay behind for a while, so that others run far ahead
-        bool running = false;
-        for (const unsigned i : order) {
-            if (fibers[i].state != State::ready) continue;
-            running = true;
-            if (held >> (i / kWarp) & 1 && threads > kWarp) continue;
-            threadIdx.x = i;
-            resume(fibers[i]);
+    }
+    const unsigned how = random() % 3;
+    if (how == 1) std::reverse(blocks.begin(), blocks.end());
+    if (how == 2) std::shuffle(blocks.begin(), blocks.end(), random);
+    size_t next = 0;
+    unsigned running = 0;
+    yields = 0;
+    for (Block& slot : resident) slot.running = false;
+    while (next < blocks.size() || running > 0) {
+        block = &resident[random() % kResident];
+        if (!block->running) {
+            if (next == blocks.size()) continue;
+            begin(*block, blocks[next++]);
+            ++running;
         }
-        bool released = release(0, threads, State::at_block_barrier);
-        for (unsigned warp = 0; warp < threads; warp += kWarp)
-            released |= release(warp, std::min(warp + kWarp, threads), State::at_warp_barrier);
-        if (released || running) continue;
-        for (unsigned i = 0; i < threads; ++i)
-            if (fibers[i].state != State::done) stop("a barrier that not all its threads reach");
-        return;
+        blockIdx.x = block->index;
+        for (unsigned turns = 1 + random() % 8; turns > 0 && block->running; --turns) {
+            if (step(orders[random() % orders.size()])) continue;
+            block->running = false;
+            --running;
+            yields = 0;
+        }
     }
 }
 
-// Every lane of the warp shows `mine` and gets what lane `from` shows; all 32 must take part.
+// Shows `mine` to the warp; all 32 lanes must take part. What each shows is then to be had from `shown_by`, until this
+// thread shows something again: the others may be one turn ahead, which is why there are two places, but no more.
+template <class T>
+void show(const T& mine) {
+    static_assert(sizeof(T) <= kShown);
+    std::memcpy(fiber().shown[++fiber().turn % 2], &mine, sizeof(T));
+    wait(State::at_warp_barrier);
+}
+template <class T>
+T shown_by(unsigned lane) {
+    const unsigned which = threadIdx.x / kWarp * kWarp + lane;
+    Fiber& other = block->fibers[which];
+    if (which >= blockDim.x || (other.turn != fiber().turn && other.turn != fiber().turn + 1))
+        stop("a warp operation that a thread has left");
+    T theirs;
+    std::memcpy(&theirs, other.shown[fiber().turn % 2], sizeof(T));
+    return theirs;
+}
+template <class T>
+void all_lanes(const T& mine, T (&theirs)[kWarp]) {
+    show(mine);
+    for (unsigned i = 0; i < kWarp; ++i) theirs[i] = shown_by<T>(i);
+}
 template <class T>
 T from_lane(unsigned mask, T mine, unsigned from) {
-    static_assert(sizeof(T) <= 8);
     if (mask != 0xffffffffu) stop("a warp operation of less than the warp");
-    const unsigned warp = threadIdx.x / kWarp * kWarp, self = threadIdx.x;
-    std::memcpy(&exchange[self], &mine, sizeof(T));
-    wait(State::at_warp_barrier);
-    for (unsigned i = warp; i < warp + kWarp; ++i)
-        if (fibers[i].state == State::done) stop("a warp operation that a thread has left");
-    T theirs;
-    std::memcpy(&theirs, &exchange[warp + from % kWarp], sizeof(T));
-    wait(State::at_warp_barrier);
-    return theirs;
+    show(mine);
+    return shown_by<T>(from % kWarp);
+}
+
+inline void copy_later(void* to, const void* from) { fiber().copies.back().push_back({to, from}); }
+inline void commit_copies() { fiber().copies.push_back({}); }
+// Makes all but the last `pending` committed groups of copies.
+inline void wait_for_copies(size_t pending) {
+    auto& groups = fiber().copies;
+    while (groups.size() > pending + 1) {
+        for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+        groups.erase(groups.begin());
+    }
 }
 
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::wait(emulated::State::at_block_barrier); }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulated::wait(emulated::State::at_warp_barrier); }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { emulated::yield(); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
     return emulated::from_lane(mask, value, static_cast<unsigned>(lane));
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by) {
+T __shfl_up_sync(unsigned mask, T value, unsigned by, unsigned width = emulated::kWarp) {
     const unsigned lane = threadIdx.x % emulated::kWarp;
-    return emulated::from_lane(mask, value, lane >= by ? lane - by : lane);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by) {
-    const unsigned lane = threadIdx.x % emulated::kWarp;
-    return emulated::from_lane(mask, value, lane + by < emulated::kWarp ? lane + by : lane);
+    return emulated::from_lane(mask, value, lane % width >= by ? lane - by : lane);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned by) {
     return emulated::from_lane(mask, value, threadIdx.x % emulated::kWarp ^ by);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-    unsigned bits = predicate ? 1u << threadIdx.x % emulated::kWarp : 0;
-    for (unsigned by = 1; by < emulated::kWarp; by *= 2) bits |= __shfl_xor_sync(mask, bits, by);
+inline unsigned __ballot_sync(unsigned, int predicate) {
+    int theirs[emulated::kWarp];
+    emulated::all_lanes(predicate, theirs);
+    unsigned bits = 0;
+    for (unsigned i = 0; i < emulated::kWarp; ++i) bits |= (theirs[i] != 0 ? 1u : 0u) << i;
     return bits;
 }
 inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
+inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+
+template <class T>
+T atomicAdd(T* at, T value) {
+    return std::exchange(*at, static_cast<T>(*at + value));
+}
+template <class T>
+T atomicMax(T* at, T value) {
+    return std::exchange(*at, std::max(*at, value));
+}
 
 namespace engine {
 
 struct OnDeviceOf {
     explicit OnDeviceOf(const Tensor&) {}
+    int processors() const { return 4; }
 };
 
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), const char*, int64_t blocks, int threads, const OnDeviceOf&, Args... args) {
-    if (threads < 1 || threads > 1024 || blocks > 0x7fffffff) emulated::stop("a launch that a GPU would refuse");
+    if (threads < 1 || threads > 1024 || blocks < 0 || blocks > 0x7fffffff)
+        emulated::stop("a launch that a GPU would refuse");
     gridDim.x = static_cast<unsigned>(blocks);
     blockDim.x = static_cast<unsigned>(threads);
     emulated::body = [&] { kernel(args...); };
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) emulated::run_block(blockDim.x);
+    emulated::run_grid();
 }
 
 template <class T>
 T read_back(const T* on_device, const char*, const OnDeviceOf&) {
     return *on_device;
+}
+
+inline void fill_zero(void* on_device, size_t bytes, const char*, const OnDeviceOf&) {
+    std::memset(on_device, 0, bytes);
 }
 
 }  // namespace engine

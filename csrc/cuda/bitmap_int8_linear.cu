@@ -1,0 +1,50 @@
+// bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_product.cuh multiplies what the bitmap
+// holds. Nothing waits for the GPU. A row of the bitmap that is inconsistent gives NaN (bitmap.cuh).
+
+#include "common/dtype.h"
+#include "cuda/bitmap_product.cuh"
+#include "cuda/quantize_rows.cuh"
+
+namespace engine {
+namespace {
+
+constexpr const char* kOp = "bitmap_int8_linear";
+
+void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
+           const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
+    STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected at least one dimension");
+    check_bitmap(kOp, bitmask, row_offsets, values, x.size(-1));
+    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, kOp, ": values: expected int8");
+    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == bitmask.size(0) && scale.scalar_type() == ScalarType::Float,
+                    kOp, ": scale: expected float32 [N]");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == bitmask.size(0)), kOp, ": bias: expected [N]");
+    STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float), kOp,
+                    ": input_scale: expected one float32");
+    STD_TORCH_CHECK(values.device() == x.device() && scale.device() == x.device() &&
+                        (!bias || bias->device() == x.device()) &&
+                        (!input_scale || input_scale->device() == x.device()),
+                    kOp, ": x: expected one device for all tensors");
+}
+
+Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale_in,
+                          std::optional<Tensor> bias_in, std::optional<Tensor> input_scale) {
+    check(x_in, bitmask_in, row_offsets_in, values_in, scale_in, bias_in, input_scale);
+    const Tensor x = as_contiguous(x_in), bitmask = as_contiguous(bitmask_in), scale = as_contiguous(scale_in);
+    const Tensor row_offsets = as_contiguous(row_offsets_in), values = as_contiguous(values_in);
+    const std::optional<Tensor> bias = contiguous_bias(bias_in, "bitmap_int8_linear: bias");
+    const int64_t n = bitmask.size(0);
+    const Rows rows = rows_of(x);
+    Tensor y = new_tensor(x, output_sizes(x, n), x.scalar_type());
+    const OnDeviceOf device(x);
+    const QuantizedRows q(x, rows, input_scale, 128, "bitmap_int8_linear: quantize_kernel", device);
+    const Int8Output output{{y.mutable_data_ptr(), x.scalar_type()}, q.scale, data<float>(scale), any_float(bias), n};
+    multiply_bitmap(bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k),
+                    Activations{reinterpret_cast<const uint8_t*>(q.q), rows.m, q.stride}, output, nullptr,
+                    "bitmap_int8_linear: product", device);
+    return y;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("bitmap_int8_linear", TORCH_BOX(&engine::bitmap_int8_linear)); }

@@ -1,0 +1,181 @@
+// Every instruction that C++ has no word for, each behind a name and beside its twin in plain C++, which says exactly
+// which lane holds what and runs where kernels are emulated on a CPU.
+//
+// In a matrix product of one warp, lane = 4 g + t. A fragment is described in bytes, as it is the same for int8 and for
+// 16-bit floats: a "row" has 32 bytes of the summed dimension, and lane (g, t) holds bytes [4t, 4t + 4) and [16 + 4t,
+// 16
+// + 4t + 4) of it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/half.h"
+#include "cuda/launch.h"
+
+namespace engine {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Fragments of D[16, 8] += A[16, 32 bytes] · B[8, 32 bytes]ᵀ.
+struct FragmentA {
+    uint32_t at[4];  // row g low bytes, row g + 8 low, row g high, row g + 8 high
+};
+struct FragmentB {
+    uint32_t at[2];  // row g low bytes, high
+};
+template <class Acc>
+struct FragmentD {
+    Acc at[4];  // D[g][2t], D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1]
+};
+
+#if defined(__CUDACC__)
+
+// Byte i of the result is byte `selector >> 4i & 7` of (b, a), a being bytes 0 to 3.
+__device__ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+// The low word of (high, low) >> shift % 32.
+__device__ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
+    return __funnelshift_r(low, high, shift);
+}
+
+__device__ inline uint32_t shared_address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Copies 16 bytes into shared memory, both sides aligned, past the registers and L1; there after copy_wait and, for
+// other threads, a barrier.
+__device__ inline void copy_16_async(void* to_shared, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all but the last kPending groups that this thread has committed.
+template <int kPending>
+__device__ inline void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16 bits. Lane l gives the address of row l % 8 (16 bytes) of matrix l / 8; at[i] of lane (g, t)
+// is bytes [4t, 4t + 4) of row g of matrix i.
+__device__ inline void load_matrices(uint32_t (&at)[4], const void* shared_row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(at[0]), "=r"(at[1]), "=r"(at[2]), "=r"(at[3])
+                 : "r"(shared_address(shared_row))
+                 : "memory");
+}
+
+__device__ inline void multiply_add(FragmentD<int32_t>& d, const FragmentA& a, const FragmentB& b, int8_t) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+r"(d.at[0]), "+r"(d.at[1]), "+r"(d.at[2]), "+r"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
+}
+__device__ inline void multiply_add(FragmentD<float>& d, const FragmentA& a, const FragmentB& b, Half) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
+}
+__device__ inline void multiply_add(FragmentD<float>& d, const FragmentA& a, const FragmentB& b, BFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
+}
+
+// Loads and stores that order what one block writes before what another reads.
+__device__ inline uint64_t load_acquire(const uint64_t* at) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+    return value;
+}
+__device__ inline void store_release(uint64_t* at, uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+#else
+
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t which = selector >> (4 * i) & 15;
+        if (which & 8) emulated::stop("prmt: replicating a sign is not meant anywhere");
+        result |= static_cast<uint32_t>(both >> (8 * which) & 0xff) << (8 * i);
+    }
+    return result;
+}
+inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
+    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift % 32));
+}
+
+inline void copy_16_async(void* to_shared, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+        emulated::stop("cp.async: not aligned to 16 bytes");
+    emulated::copy_later(to_shared, from);
+}
+inline void copy_commit() { emulated::commit_copies(); }
+template <int kPending>
+void copy_wait() {
+    emulated::wait_for_copies(kPending);
+}
+
+inline void load_matrices(uint32_t (&at)[4], const void* shared_row) {
+    if (reinterpret_cast<uintptr_t>(shared_row) % 16) emulated::stop("ldmatrix: not aligned to 16 bytes");
+    const void* rows[kWarp];
+    emulated::all_lanes(shared_row, rows);
+    const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < 4; ++i) std::memcpy(&at[i], static_cast<const char*>(rows[8 * i + g]) + 4 * t, 4);
+    __syncwarp();
+}
+
+// A row's 32 bytes as elements: of the four lanes that hold it, the low 4 bytes of each, then the high 4 bytes.
+template <class T>
+struct FragmentRow {
+    T at[32 / sizeof(T)];
+    void set(unsigned t, uint32_t low, uint32_t high) {
+        std::memcpy(at + 4 * t / sizeof(T), &low, 4);
+        std::memcpy(at + (16 + 4 * t) / sizeof(T), &high, 4);
+    }
+};
+inline int32_t fragment_product(const FragmentRow<int8_t>& a, const FragmentRow<int8_t>& b) {
+    int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += a.at[i] * b.at[i];
+    return sum;
+}
+template <class T>
+double fragment_product(const FragmentRow<T>& a, const FragmentRow<T>& b) {
+    double sum = 0;
+    for (int i = 0; i < 16; ++i) sum += static_cast<double>(to_float(a.at[i])) * to_float(b.at[i]);
+    return sum;
+}
+
+template <class Acc, class T>
+void multiply_add(FragmentD<Acc>& d, const FragmentA& a, const FragmentB& b, T) {
+    struct Operands {
+        FragmentA a;
+        FragmentB b;
+    };
+    emulated::show(Operands{a, b});
+    const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    FragmentRow<T> rows[2], columns[2];
+    for (unsigned i = 0; i < 4; ++i) {
+        const auto row = emulated::shown_by<Operands>(4 * g + i).a;
+        rows[0].set(i, row.at[0], row.at[2]);
+        rows[1].set(i, row.at[1], row.at[3]);
+        for (unsigned j = 0; j < 2; ++j) {
+            const auto column = emulated::shown_by<Operands>(4 * (2 * t + j) + i).b;
+            columns[j].set(i, column.at[0], column.at[1]);
+        }
+    }
+    for (unsigned i = 0; i < 4; ++i)
+        d.at[i] = static_cast<Acc>(d.at[i] + fragment_product(rows[i / 2], columns[i % 2]));
+}
+
+inline uint64_t load_acquire(const uint64_t* at) { return *at; }
+inline void store_release(uint64_t* at, uint64_t value) { *at = value; }
+
+#endif
+
+}  // namespace engine

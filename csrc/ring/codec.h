@@ -1,0 +1,410 @@
+// What the ring sends instead of fp32: three codecs, each one pass that reads and writes its data once.
+//
+//   bf16     n values of 2 bytes, rounded half to even.
+//   int8     blocks of 256: ceil(n/256) fp32 scales, then n int8, each block by the arithmetic of quantize.h. A block
+//            that holds a NaN or an infinity is NaN as a whole when decoded.
+//   bitmap   the largest values alone. uint32 count, uint32 flags, then a bitmask of ceil(n/64) words (bit i % 64 of
+//            word i / 64, least significant first), then room for `capacity` bfloat16 values in order, `count` of them
+//            used. Flag 1: a value was no number, and all n are NaN when decoded.
+//
+// A residual (error feedback) holds what was not sent: it is added to the values before they are encoded, and takes up
+// the difference to what the receiver will decode. Where that is not a finite number it doesn't go into the residual.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "common/half.h"
+#include "common/isa.h"
+#include "common/quantize.h"
+#if ENGINE_X86
+#include <immintrin.h>
+#endif
+
+namespace engine::ring {
+
+constexpr int64_t kCodecBlock = 256;
+
+inline int64_t bf16_bytes(int64_t n) { return 2 * n; }
+inline int64_t int8_bytes(int64_t n) { return 4 * ((n + kCodecBlock - 1) / kCodecBlock) + n; }
+
+struct BitmapHeader {
+    uint32_t count, flags;
+};
+constexpr uint32_t kNotFinite = 1;
+// Bytes before the values.
+inline int64_t bitmap_bytes(int64_t n) { return static_cast<int64_t>(sizeof(BitmapHeader)) + 8 * ((n + 63) / 64); }
+
+ENGINE_INLINE bool is_finite(float v) { return (std::bit_cast<uint32_t>(v) & 0x7f800000u) != 0x7f800000u; }
+
+// ---------------------------------------------------------------------------------------------------------------- bf16
+
+template <bool kResidual>
+ENGINE_INLINE void bf16_encode_body(const float* x,   // [n]
+                                    float* residual,  // [n], or null without kResidual
+                                    int64_t n,
+                                    uint16_t* wire) {  // [n]
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = kResidual ? x[i] + residual[i] : x[i];
+        const BFloat16 sent = from_float<BFloat16>(v);
+        wire[i] = sent.bits;
+        if constexpr (kResidual) {
+            const float received = to_float(sent);
+            residual[i] = is_finite(received) ? v - received : residual[i];
+        }
+    }
+}
+
+// x = value * factor, or with kAdd x += value * factor.
+template <bool kAdd>
+ENGINE_INLINE void bf16_decode_body(const uint16_t* wire,  // [n]
+                                    int64_t n, float factor,
+                                    float* x) {  // [n]
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = to_float(BFloat16{wire[i]}) * factor;
+        x[i] = kAdd ? x[i] + v : v;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- int8
+
+// Blocks [begin, end).
+template <bool kResidual>
+ENGINE_INLINE void int8_encode_body(const float* x,   // [n]
+                                    float* residual,  // [n], or null without kResidual
+                                    int64_t n,
+                                    char* scales,  // 4 bytes a block, at any address
+                                    int8_t* q,     // [n]
+                                    int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kCodecBlock, k = std::min(kCodecBlock, n - first);
+        alignas(64) float sum[kCodecBlock];
+        const float* v = x + first;
+        if constexpr (kResidual) {
+            for (int64_t i = 0; i < k; ++i) sum[i] = v[i] + residual[first + i];
+            v = sum;
+        }
+        const RowScale s = row_scale(amax_bits(v, k));
+        quantize_row(v, k, s, q + first);
+        std::memcpy(scales + 4 * block, &s.scale, 4);
+        if constexpr (kResidual) {
+            if (!s.finite) continue;
+            for (int64_t i = 0; i < k; ++i) residual[first + i] = v[i] - static_cast<float>(q[first + i]) * s.scale;
+        }
+    }
+}
+
+// Blocks [begin, end). The scale is multiplied by the factor first.
+template <bool kAdd>
+ENGINE_INLINE void int8_decode_body(const char* scales,  // 4 bytes a block, at any address
+                                    const int8_t* q,     // [n]
+                                    int64_t n, float factor,
+                                    float* x,  // [n]
+                                    int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kCodecBlock, k = std::min(kCodecBlock, n - first);
+        float scale;
+        std::memcpy(&scale, scales + 4 * block, 4);
+        scale *= factor;
+        for (int64_t i = first; i < first + k; ++i) {
+            const float v = static_cast<float>(q[i]) * scale;
+            x[i] = kAdd ? x[i] + v : v;
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------------- bitmap
+
+// How many elements are looked at to find the threshold: so many that about 40 of them will be kept.
+inline int64_t bitmap_samples(int64_t n, double density) {
+    return std::min(n, std::max<int64_t>(1024, static_cast<int64_t>(std::ceil(40.0 / density))));
+}
+
+// The magnitude above which about `density` of x + residual lies, from elements evenly spread; the same from run to
+// run. An element is kept where NOT |v| <= threshold. Zeros are never kept, and what is no number always.
+inline float bitmap_threshold(const float* x,         // [n]
+                              const float* residual,  // [n], or null
+                              int64_t n, double density) {
+    const int64_t samples = bitmap_samples(n, density);
+    if (samples == 0) return 0.0f;
+    thread_local std::vector<uint32_t> keys;
+    keys.resize(samples);
+    for (int64_t j = 0; j < samples; ++j) {
+        const int64_t i = j * n / samples;
+        keys[j] = std::bit_cast<uint32_t>(residual ? x[i] + residual[i] : x[i]) & 0x7fffffffu;
+    }
+    const auto kept = std::max<int64_t>(1, std::llrint(density * static_cast<double>(samples)));
+    std::nth_element(keys.begin(), keys.begin() + (samples - kept), keys.end());
+    // One less in the last place than the smallest sample that is kept: where many are equal, none would be kept else.
+    const uint32_t key = std::min(keys[samples - kept], 0x7f800000u);
+    return std::bit_cast<float>(key ? key - 1 : 0u);
+}
+
+// 64 values v = x + residual, which go to `v` and into the residual; x becomes 0. Returns which of them are kept.
+template <bool kResidual>
+ENGINE_INLINE uint64_t bitmap_take_portable(float* x,         // [count]
+                                            float* residual,  // [count]
+                                            int64_t count, float threshold,
+                                            float* v) {  // [64]
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        v[i] = kResidual ? x[i] + residual[i] : x[i];
+        if constexpr (kResidual) residual[i] = v[i];
+        x[i] = 0.0f;
+        bits |= static_cast<uint64_t>(!(std::fabs(v[i]) <= threshold)) << i;
+    }
+    return bits;
+}
+
+#if ENGINE_X86
+template <bool kResidual>
+ENGINE_AVX2 ENGINE_INLINE uint64_t bitmap_take_avx2(float* x, float* residual, float threshold, float* v) {
+    const __m256 limit = _mm256_set1_ps(threshold), magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    uint64_t bits = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < 64; i += 8) {
+        __m256 value = _mm256_loadu_ps(x + i);
+        if constexpr (kResidual) {
+            value = _mm256_add_ps(value, _mm256_loadu_ps(residual + i));
+            _mm256_storeu_ps(residual + i, value);
+        }
+        _mm256_store_ps(v + i, value);
+        _mm256_storeu_ps(x + i, _mm256_setzero_ps());
+        const __m256 kept = _mm256_cmp_ps(_mm256_and_ps(value, magnitude), limit, _CMP_NLE_UQ);
+        bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(kept))) << i;
+    }
+    return bits;
+}
+template <bool kResidual>
+ENGINE_AVX512 ENGINE_INLINE uint64_t bitmap_take_avx512(float* x, float* residual, float threshold, float* v) {
+    const __m512 limit = _mm512_set1_ps(threshold);
+    uint64_t bits = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < 64; i += 16) {
+        __m512 value = _mm512_loadu_ps(x + i);
+        if constexpr (kResidual) {
+            value = _mm512_add_ps(value, _mm512_loadu_ps(residual + i));
+            _mm512_storeu_ps(residual + i, value);
+        }
+        _mm512_storeu_ps(v + i, value);
+        _mm512_storeu_ps(x + i, _mm512_setzero_ps());
+        const __mmask16 kept = _mm512_cmp_ps_mask(_mm512_abs_ps(value), limit, _CMP_NLE_UQ);
+        bits |= static_cast<uint64_t>(kept) << i;
+    }
+    return bits;
+}
+#endif
+
+// Where the values go, and how far they have come.
+struct BitmapWriter {
+    uint16_t* values;  // [capacity]
+    int64_t capacity, count;
+    bool finite;
+};
+
+// Sends the kept of 64 values; returns the bits of those for which there was room.
+template <bool kResidual>
+ENGINE_INLINE uint64_t bitmap_send(uint64_t bits,    // which are kept
+                                   const float* v,   // [64]
+                                   float* residual,  // [64], holding v, or null without kResidual
+                                   BitmapWriter& to) {
+    uint64_t sent = bits;
+    for (; bits; bits &= bits - 1) {
+        const int i = __builtin_ctzll(bits);
+        to.finite &= is_finite(v[i]);
+        if (to.count == to.capacity) {  // the residual keeps it, and an element without one is lost
+            sent &= ~(bits & -bits);
+            if (kResidual && !is_finite(v[i])) residual[i] = 0.0f;
+            continue;
+        }
+        const BFloat16 value = from_float<BFloat16>(v[i]);
+        to.values[to.count++] = value.bits;
+        if constexpr (kResidual) residual[i] = is_finite(to_float(value)) ? v[i] - to_float(value) : 0.0f;
+    }
+    return sent;
+}
+
+// What is begun before the loop over 64 elements, and ended after it.
+inline BitmapWriter bitmap_begin(char* wire, int64_t n, int64_t capacity) {
+    return {reinterpret_cast<uint16_t*>(wire + bitmap_bytes(n)), capacity, 0, true};
+}
+template <bool kResidual>
+inline void bitmap_end(float* x, float* residual, int64_t n, float threshold, char* wire, BitmapWriter& to) {
+    const int64_t i = n / 64 * 64;
+    if (i < n) {
+        alignas(64) float v[64];
+        float* left = kResidual ? residual + i : nullptr;
+        const uint64_t bits = bitmap_take_portable<kResidual>(x + i, left, n - i, threshold, v);
+        reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader))[i / 64] = bitmap_send<kResidual>(bits, v, left, to);
+    }
+    // What is left of the room is sent too: nothing of this process's memory may be in it.
+    std::fill(to.values + to.count, to.values + to.capacity, uint16_t{0});
+    const BitmapHeader header{static_cast<uint32_t>(to.count), to.finite ? 0 : kNotFinite};
+    std::memcpy(wire, &header, sizeof(header));
+}
+
+template <bool kResidual>
+void bitmap_encode_portable(float* x, float* residual, int64_t n, float threshold, char* wire, int64_t capacity) {
+    BitmapWriter to = bitmap_begin(wire, n, capacity);
+    auto* mask = reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader));
+    alignas(64) float v[64];
+    for (int64_t i = 0; i + 64 <= n; i += 64) {
+        float* left = kResidual ? residual + i : nullptr;
+        const uint64_t bits = bitmap_take_portable<kResidual>(x + i, left, 64, threshold, v);
+        mask[i / 64] = bitmap_send<kResidual>(bits, v, left, to);
+    }
+    bitmap_end<kResidual>(x, residual, n, threshold, wire, to);
+}
+#if ENGINE_X86
+template <bool kResidual>
+ENGINE_AVX2 void bitmap_encode_avx2(float* x, float* residual, int64_t n, float threshold, char* wire,
+                                    int64_t capacity) {
+    BitmapWriter to = bitmap_begin(wire, n, capacity);
+    auto* mask = reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader));
+    alignas(64) float v[64];
+    for (int64_t i = 0; i + 64 <= n; i += 64) {
+        float* left = kResidual ? residual + i : nullptr;
+        const uint64_t bits = bitmap_take_avx2<kResidual>(x + i, left, threshold, v);
+        mask[i / 64] = bits ? bitmap_send<kResidual>(bits, v, left, to) : 0;
+    }
+    bitmap_end<kResidual>(x, residual, n, threshold, wire, to);
+}
+template <bool kResidual>
+ENGINE_AVX512 void bitmap_encode_avx512(float* x, float* residual, int64_t n, float threshold, char* wire,
+                                        int64_t capacity) {
+    BitmapWriter to = bitmap_begin(wire, n, capacity);
+    auto* mask = reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader));
+    alignas(64) float v[64];
+    for (int64_t i = 0; i + 64 <= n; i += 64) {
+        float* left = kResidual ? residual + i : nullptr;
+        const uint64_t bits = bitmap_take_avx512<kResidual>(x + i, left, threshold, v);
+        mask[i / 64] = bits ? bitmap_send<kResidual>(bits, v, left, to) : 0;
+    }
+    bitmap_end<kResidual>(x, residual, n, threshold, wire, to);
+}
+#endif
+
+// x += value * factor at the places of the mask. False where the wire contradicts itself; then x means nothing, but
+// nothing was read or written out of bounds.
+inline bool bitmap_decode_add(const char* wire,  // bitmap_bytes(n) + 2 * capacity, aligned to 8
+                              int64_t capacity, int64_t n, float factor,
+                              float* x) {  // [n]
+    BitmapHeader header;
+    std::memcpy(&header, wire, sizeof(header));
+    if (header.count > capacity || header.flags > kNotFinite) return false;
+    if (header.flags == kNotFinite) {
+        std::fill(x, x + n, std::numeric_limits<float>::quiet_NaN());
+        return true;
+    }
+    const auto* mask = reinterpret_cast<const uint64_t*>(wire + sizeof(BitmapHeader));
+    const auto* values = reinterpret_cast<const uint16_t*>(wire + bitmap_bytes(n));
+    int64_t taken = 0;
+    constexpr int64_t kAhead = 16;  // words of the mask whose elements are on their way from memory
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t far = i / 64 + kAhead;
+        if (far < n / 64)
+            for (uint64_t bits = mask[far]; bits; bits &= bits - 1)
+                __builtin_prefetch(x + far * 64 + __builtin_ctzll(bits), 1);
+        uint64_t bits = mask[i / 64];
+        if (n - i < 64 && bits >> (n - i)) return false;
+        if (taken + __builtin_popcountll(bits) > header.count) return false;
+        for (; bits; bits &= bits - 1) x[i + __builtin_ctzll(bits)] += to_float(BFloat16{values[taken++]}) * factor;
+    }
+    return taken == header.count;
+}
+
+// ------------------------------------------------------------------------------------------------ what callers call
+//
+// Each of the bodies above as a value that a function of any instruction set can inline.
+
+struct Bf16Encode {
+    const float* x;
+    float* residual;
+    int64_t n;
+    uint16_t* wire;
+    ENGINE_INLINE void operator()() const {
+        residual ? bf16_encode_body<true>(x, residual, n, wire) : bf16_encode_body<false>(x, residual, n, wire);
+    }
+};
+struct Bf16Decode {
+    const uint16_t* wire;
+    int64_t n;
+    float factor;
+    bool add;
+    float* x;
+    ENGINE_INLINE void operator()() const {
+        add ? bf16_decode_body<true>(wire, n, factor, x) : bf16_decode_body<false>(wire, n, factor, x);
+    }
+};
+struct Int8Encode {
+    const float* x;
+    float* residual;
+    int64_t n;
+    char* wire;
+    int64_t begin, end;  // blocks
+    ENGINE_INLINE void operator()() const {
+        auto* q = reinterpret_cast<int8_t*>(wire + int8_bytes(n) - n);
+        residual ? int8_encode_body<true>(x, residual, n, wire, q, begin, end)
+                 : int8_encode_body<false>(x, residual, n, wire, q, begin, end);
+    }
+};
+struct Int8Decode {
+    const char* wire;
+    int64_t n;
+    float factor;
+    bool add;
+    float* x;
+    int64_t begin, end;  // blocks
+    ENGINE_INLINE void operator()() const {
+        const auto* q = reinterpret_cast<const int8_t*>(wire + int8_bytes(n) - n);
+        add ? int8_decode_body<true>(wire, q, n, factor, x, begin, end)
+            : int8_decode_body<false>(wire, q, n, factor, x, begin, end);
+    }
+};
+
+template <class F>
+void run_portable(const F& f) {
+    f();
+}
+#if ENGINE_X86
+template <class F>
+ENGINE_AVX2 void run_avx2(const F& f) {
+    f();
+}
+template <class F>
+ENGINE_AVX512 void run_avx512(const F& f) {
+    f();
+}
+#endif
+
+// Runs one of the four on this thread.
+template <class F>
+void run(const F& f) {
+#if ENGINE_X86
+    if (isa() == Isa::avx2) return run_avx2(f);
+    if (isa() == Isa::avx512) return run_avx512(f);
+#endif
+    run_portable(f);
+}
+
+// Moves the kept of x + residual into the wire and the rest into the residual, if there is one: x becomes 0.
+inline void bitmap_encode(float* x,         // [n]
+                          float* residual,  // [n], or null
+                          int64_t n, float threshold,
+                          char* wire,  // bitmap_bytes(n) + 2 * capacity, aligned to 8
+                          int64_t capacity) {
+    threshold = std::min(threshold, std::numeric_limits<float>::max());  // what is infinite is kept; NaN keeps all
+    auto kernel = residual ? bitmap_encode_portable<true> : bitmap_encode_portable<false>;
+#if ENGINE_X86
+    if (isa() == Isa::avx2) kernel = residual ? bitmap_encode_avx2<true> : bitmap_encode_avx2<false>;
+    if (isa() == Isa::avx512) kernel = residual ? bitmap_encode_avx512<true> : bitmap_encode_avx512<false>;
+#endif
+    kernel(x, residual, n, threshold, wire, capacity);
+}
+
+}  // namespace engine::ring

@@ -1,0 +1,115 @@
+"""The block form of a sparse matrix [N, K], as every block op takes it, and the checks between it and a kernel.
+
+The matrix is cut into blocks of R rows and C columns, those at its end perhaps padded with zeros; a block is kept as a
+whole or not at all. R and C are multiples of 16, at most 256, and are read from the shape of `values`.
+
+`crow_indices`, int32 `[ceil(N / R) + 1]`: where each row of blocks begins. `col_indices`, int32 `[B]`: which column of
+blocks each kept one stands in, ascending within a row of blocks. `values`, `[B, R, C]`. So
+`torch.sparse_bsr_tensor` has them too.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from engine.ops import _check
+
+# 32 outputs are what the AVX2 kernels multiply by one stretch of activations, and two vectors of AVX-512's; 32 columns
+# are eight of VNNI's fours and a half cache line of int8. Larger blocks are a little faster and cost more accuracy.
+BLOCK_SHAPE = (32, 32)
+STEP, MOST = 16, 256
+
+
+def check_block_shape(op: str, block_rows: int, block_columns: int) -> None:
+    """Raises ValueError unless both are multiples of 16 from 16 to 256."""
+    fits = all(STEP <= size <= MOST and size % STEP == 0 for size in (block_rows, block_columns))
+    expected = f"multiples of {STEP} from {STEP} to {MOST}"
+    _check.expect(fits, op, "block_shape", expected, f"{block_rows}x{block_columns}")
+
+
+def check_block_metadata(
+    op: str, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, columns: int
+) -> None:
+    """Raises TypeError or ValueError unless dtypes and shapes fit together. Reads no data: fine on fake tensors.
+
+    The dtype of `values` is left to the op.
+    """
+    _check.is_dtype(op, "crow_indices", crow_indices, torch.int32)
+    _check.is_dtype(op, "col_indices", col_indices, torch.int32)
+    _check.has_shape(op, "values", values, ("B", "R", "C"))
+    check_block_shape(op, values.shape[1], values.shape[2])
+    _check.expect(rows >= 0 and columns >= 0, op, "rows and columns", "at least 0", f"{rows} and {columns}")
+    _check.has_shape(op, "crow_indices", crow_indices, (-(-rows // values.shape[1]) + 1,))
+    _check.has_shape(op, "col_indices", col_indices, (values.shape[0],))
+
+
+def check_block(op: str, crow_indices: Tensor, col_indices: Tensor, block_columns: int, columns: int) -> None:
+    """Raises ValueError unless the indices, whose metadata was checked before, are consistent.
+
+    Offsets run from 0 to B without a step back; columns of blocks lie in the matrix and ascend within a row.
+    """
+    count = col_indices.shape[0]
+    first, last = int(crow_indices[0]), int(crow_indices[-1])
+    _check.expect(first == 0, op, "crow_indices", "to begin with 0", first)
+    back = crow_indices[1:] < crow_indices[:-1]
+    if bool(back.any()):
+        row = int(back.nonzero()[0])
+        got = f"{int(crow_indices[row])} then {int(crow_indices[row + 1])} at row {row}"
+        _check.expect(False, op, "crow_indices", "never to decrease", got)
+    _check.expect(last == count, op, "crow_indices", f"to end with the number of blocks, {count}", last)
+    if count == 0:
+        return
+    least, most = (int(bound) for bound in col_indices.aminmax())
+    wide = -(-columns // block_columns)
+    inside = least >= 0 and most < wide
+    _check.expect(inside, op, "col_indices", f"columns of blocks in [0, {wide})", least if least < 0 else most)
+    rows = block_rows_of(crow_indices, count)
+    wrong = (rows[1:] == rows[:-1]) & (col_indices[1:] <= col_indices[:-1])
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        got = f"{int(col_indices[at])} then {int(col_indices[at + 1])} in row of blocks {int(rows[at])}"
+        _check.expect(False, op, "col_indices", "to ascend within a row of blocks", got)
+
+
+def block_rows_of(crow_indices: Tensor, count: int) -> Tensor:
+    """The row of blocks in which each of the `count` kept ones stands: int64 `[B]`."""
+    rows = torch.arange(crow_indices.shape[0] - 1, device=crow_indices.device)
+    return rows.repeat_interleave(crow_indices.diff().long(), output_size=count)
+
+
+def as_blocks(dense: Tensor, block_rows: int, block_columns: int) -> Tensor:
+    """`[N, K]` cut into blocks, padded with zeros: `[ceil(N / R), ceil(K / C), R, C]`."""
+    rows, columns = dense.shape
+    high, wide = -(-rows // block_rows), -(-columns // block_columns)
+    padded = pad(dense, (0, wide * block_columns - columns, 0, high * block_rows - rows))
+    return padded.reshape(high, block_rows, wide, block_columns).transpose(1, 2)
+
+
+def from_blocks(crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix with zeros where pruned: `[rows, columns]`."""
+    count, block_rows, block_columns = values.shape
+    high, wide = crow_indices.shape[0] - 1, -(-columns // block_columns)
+    blocks = values.new_zeros(high, wide, block_rows, block_columns)
+    blocks = blocks.index_put((block_rows_of(crow_indices, count), col_indices.long()), values)
+    return blocks.transpose(1, 2).reshape(high * block_rows, wide * block_columns)[:rows, :columns]
+
+
+def collect_blocks(dense: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> Tensor:
+    """What `dense` holds where blocks are kept, of the shape of `values`. The transpose of `from_blocks`."""
+    count, block_rows, block_columns = values.shape
+    rows = block_rows_of(crow_indices, count)
+    return as_blocks(dense, block_rows, block_columns)[rows, col_indices.long()]
+
+
+def block_norms(weight: Tensor, block_shape: tuple[int, int] = BLOCK_SHAPE) -> Tensor:
+    """The root mean square of each block's weights: float32 `[ceil(N / R), ceil(K / C)]`.
+
+    Blocks at the end are not diluted by what they are padded with.
+    """
+    rows, columns = weight.shape
+    block_rows, block_columns = block_shape
+    norms = torch.linalg.vector_norm(as_blocks(weight, *block_shape), dim=(2, 3), dtype=torch.float32)
+    high, wide = norms.shape
+    tall = (rows - block_rows * torch.arange(high, device=weight.device)).clamp(max=block_rows)
+    broad = (columns - block_columns * torch.arange(wide, device=weight.device)).clamp(max=block_columns)
+    return norms / (tall.unsqueeze(1) * broad).float().sqrt()

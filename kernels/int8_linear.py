@@ -1,0 +1,244 @@
+"""int8_linear on NVIDIA GPUs: rows are quantised by one kernel, multiplied on the tensor cores by a second.
+
+The second is persistent. Its operands are both K-major, as they lie in memory: the tensor cores take int8 no other way.
+Below 128 tokens the operands are swapped, so that the outputs fill the 64 rows that a tensor core instruction has at
+least and the tokens its columns, of which 16 are enough; and K is split, so that every multiprocessor reads weights.
+The parts of one tile are added by whichever program finishes last: integers, so that the order does not matter.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels import _device
+from engine.kernels._device import FLOAT_DTYPES, Device, expect, own_cuda, same_device
+from engine.kernels._tiles import is_aligned, load_tile, operand, tile_of
+from engine.kernels.int8_quantize import quantize_rows
+
+LONGEST_SUM = 131072  # |products| are at most 128 · 127, so that int32 holds the sum of so many
+SMALLEST_UNSWAPPED = 128  # tokens
+
+# What the choice of a configuration rests on. Only their ratios matter, and they decide speed, never results.
+OPERATIONS_PER_NS = {True: 11000, False: 4000}  # of one multiprocessor, with and without warpgroup instructions
+BYTES_PER_NS = 55  # of one multiprocessor, from the L2 cache
+START_NS = 1500  # of one tile: filling the pipeline and writing the result
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """How y = x @ weight.T is cut: A holds the tile's rows, B its columns."""
+
+    swapped: bool  # A is the weight and B the activations; otherwise the other way round
+    block_a: int
+    block_b: int
+    block_k: int
+    splits: int  # of K
+    warps: int
+    stages: int
+    blocks_per_multiprocessor: int
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of the result."""
+        a, b = (n, m) if self.swapped else (m, n)
+        return triton.cdiv(a, self.block_a) * triton.cdiv(b, self.block_b)
+
+    def k_per_split(self, k: int) -> int:
+        """How much of K one part sums: whole blocks."""
+        return triton.cdiv(triton.cdiv(k, self.block_k), self.splits) * self.block_k
+
+    def estimate_ns(self, m: int, n: int, k: int, device: Device) -> float:
+        """A rough time, by which configurations are compared."""
+        area = self.block_a * self.block_b
+        operations = 2 * area * self.block_k / OPERATIONS_PER_NS[device.capability == 90]
+        block = max(operations, (self.block_a + self.block_b) * self.block_k / BYTES_PER_NS)
+        block *= self.blocks_per_multiprocessor
+        adding = (self.splits + 1) * area * 4 / BYTES_PER_NS if self.splits > 1 else 0.0
+        waves = triton.cdiv(self.tiles(m, n) * self.splits, device.multiprocessors * self.blocks_per_multiprocessor)
+        return waves * (self.k_per_split(k) // self.block_k * block + START_NS + adding)
+
+
+def _stages(block_a: int, block_b: int, block_k: int, blocks: int, device: Device) -> int:
+    """As many as fit beside the multiprocessor's other blocks; barriers and the system take a kilobyte or two."""
+    room = device.shared_memory // blocks - 2048
+    return max(2, min(6, room // ((block_a + block_b) * block_k)))
+
+
+def gemm_config(m: int, n: int, k: int, aligned: bool, device: Device) -> GemmConfig:
+    """The configuration that the estimate prefers for M, N, K and the card.
+
+    With descriptors 256 of K at once are worth their shared memory: tensor cores and program wait once a block.
+    Rows that are not `aligned` to 16 bytes are loaded byte by byte, and few at once, as each byte needs an address.
+    """
+    swapped, by_descriptor = m < SMALLEST_UNSWAPPED, aligned and device.has_tensor_maps
+    long = 256 if by_descriptor else 128
+    tokens = max(16, triton.next_power_of_2(m))
+    if not aligned:
+        shapes = [(128, min(tokens, 64), 32, 8, 1)]
+    elif swapped and tokens <= 64:
+        shapes = [(128, tokens, 128, 4, 2)]
+    else:
+        shapes = [(128, 128, long, 8, 1)]
+    if not swapped and by_descriptor and k <= LONGEST_SUM:
+        shapes.append((128, 256, 256, 8, 1))  # whose accumulators leave no registers for adding parts
+    candidates = []
+    for block_a, block_b, block_k, warps, blocks in shapes:
+        at_least = 1 if k <= LONGEST_SUM else triton.cdiv(k, LONGEST_SUM - block_k)
+        at_most = max(at_least, min(32, triton.cdiv(k, 4 * block_k))) if block_b <= 128 else 1
+        stages = _stages(block_a, block_b, block_k, blocks, device)
+        for splits in range(at_least, at_most + 1):
+            candidates.append(GemmConfig(swapped, block_a, block_b, block_k, splits, warps, stages, blocks))
+    return min(candidates, key=lambda config: (config.estimate_ns(m, n, k, device), config.splits))
+
+
+@triton.jit
+def write_out(
+    acc,  # int32 or int64 [A, B], exact
+    row_a,  # the tile's first row
+    row_b,  # the tile's first column
+    token_scale,  # float32 [m]
+    scale,  # float32 [n]
+    bias,  # [n], a float dtype, or None
+    y,  # [m, n], a float dtype
+    m,
+    n,
+    SWAPPED: tl.constexpr,
+):
+    """y = float(acc) * (s_x * s_w) + bias in float32, in that order, then cast."""
+    a = row_a + tl.arange(0, acc.shape[0])[:, None]
+    b = row_b + tl.arange(0, acc.shape[1])[None, :]
+    if SWAPPED:
+        token, output = b, a
+    else:
+        token, output = a, b
+    factor = tl.load(token_scale + token, mask=token < m) * tl.load(scale + output, mask=output < n)
+    result = acc.to(tl.float32) * factor
+    if bias is not None:
+        result += tl.load(bias + output, mask=output < n).to(tl.float32)
+    at = y + token.to(tl.int64) * n + output
+    tl.store(at, result.to(y.dtype.element_ty), mask=(token < m) & (output < n))
+
+
+@triton.jit(do_not_specialize=["m"])
+def int8_gemm_kernel(
+    a,  # int8 [n, k] where SWAPPED, otherwise [m, k]: a descriptor or a pointer
+    b,  # the other one
+    token_scale,  # float32 [m]
+    scale,  # float32 [n]
+    bias,  # [n], a float dtype, or None
+    y,  # [m, n], a float dtype
+    parts,  # int32 [tiles, SPLITS, BLOCK_A, BLOCK_B]: the parts of each tile's sum; None: K is not split
+    counters,  # int32 [tiles], 0: how many parts are there; None: K is not split
+    m,
+    n,
+    k,
+    a_stride,
+    b_stride,
+    k_per_split,
+    SWAPPED: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDE: tl.constexpr,  # the sum over all of K may need int64
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Every program goes through tiles, and parts of tiles, in steps of the number of programs."""
+    if SWAPPED:
+        rows_a, rows_b = n, m
+    else:
+        rows_a, rows_b = m, n
+    tiles_a, tiles_b = tl.cdiv(rows_a, BLOCK_A), tl.cdiv(rows_b, BLOCK_B)
+    items = tiles_a * tiles_b * SPLITS
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
+        tile, split = item // SPLITS, item % SPLITS
+        tile_a, tile_b = tile_of(tile, tiles_a, tiles_b, GROUP)
+        row_a, row_b = tile_a * BLOCK_A, tile_b * BLOCK_B
+        acc = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
+        for at in tl.range(split * k_per_split, min(k, (split + 1) * k_per_split), BLOCK_K):
+            rows = load_tile(a, row_a, at, rows_a, k, a_stride, BLOCK_A, BLOCK_K, BY_DESCRIPTOR)
+            columns = load_tile(b, row_b, at, rows_b, k, b_stride, BLOCK_B, BLOCK_K, BY_DESCRIPTOR)
+            acc = tl.dot(rows, columns.T, acc, out_dtype=tl.int32)
+        if SPLITS == 1:
+            write_out(acc, row_a, row_b, token_scale, scale, bias, y, m, n, SWAPPED)
+        else:
+            within = tl.arange(0, BLOCK_A)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+            part = parts + tile * tl.full([], SPLITS * BLOCK_A * BLOCK_B, tl.int64) + within
+            tl.store(part + split * (BLOCK_A * BLOCK_B), acc)
+            tl.debug_barrier()  # the whole block has written before one thread says so
+            if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
+                total = tl.zeros([BLOCK_A, BLOCK_B], tl.int64 if WIDE else tl.int32)
+                for i in range(SPLITS):
+                    total += tl.load(part + i * (BLOCK_A * BLOCK_B), cache_modifier=".cg")
+                write_out(total, row_a, row_b, token_scale, scale, bias, y, m, n, SWAPPED)
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
+) -> Tensor:
+    """`engine::int8_linear` for CUDA: `x` [..., k], `weight` int8 [n, k], `scale` float32 [n]."""
+    op = "int8_linear"
+    expect(weight.dtype == torch.int8 and weight.dim() == 2, op, "expected an int8 matrix")
+    n, k = weight.shape
+    expect(x.dtype in FLOAT_DTYPES and x.dim() >= 1 and x.shape[-1] == k, op, "expected a float x of shape [..., k]")
+    expect(scale.dtype == torch.float32 and scale.shape == (n,), op, "expected a float32 scale of shape [n]")
+    if bias is not None:
+        expect(bias.dtype in FLOAT_DTYPES and bias.shape == (n,), op, "expected a float bias of shape [n]")
+        bias = bias.contiguous()
+    if input_scale is not None:
+        fits = input_scale.dtype == torch.float32 and input_scale.numel() == 1
+        expect(fits, op, "expected a float32 input_scale of one element")
+    same_device(op, x, weight, scale, bias, input_scale)
+
+    flat, weight = x.reshape(x.shape[:-1].numel(), k).contiguous(), weight.contiguous()
+    m, y = flat.shape[0], x.new_empty((*x.shape[:-1], n))
+    if y.numel() == 0:
+        return y
+    device = _device.describe(x.device)
+    aligned = is_aligned(weight)
+    config = gemm_config(m, n, k, aligned, device)
+    by_descriptor = aligned and device.has_tensor_maps
+    tiles, parts, counters = config.tiles(m, n), None, None
+    if config.splits > 1:
+        parts = x.new_empty(tiles * config.splits * config.block_a * config.block_b, dtype=torch.int32)
+        counters = x.new_empty(tiles, dtype=torch.int32)  # which quantize_rows sets to 0
+    q, token_scale = quantize_rows(flat, device.multiprocessors, input_scale, align=16, counters=counters)
+    a, b = (weight, q) if config.swapped else (q, weight)
+    programs = min(tiles * config.splits, device.multiprocessors * config.blocks_per_multiprocessor)
+    with torch.cuda.device_of(x):
+        int8_gemm_kernel[(programs,)](
+            operand(a, config.block_a, config.block_k, by_descriptor),
+            operand(b, config.block_b, config.block_k, by_descriptor),
+            token_scale,
+            scale.contiguous(),
+            bias,
+            y,
+            parts,
+            counters,
+            m,
+            n,
+            k,
+            a.stride(0),
+            b.stride(0),
+            config.k_per_split(k),
+            SWAPPED=config.swapped,
+            BY_DESCRIPTOR=by_descriptor,
+            SPLITS=config.splits,
+            WIDE=k > LONGEST_SUM,
+            BLOCK_A=config.block_a,
+            BLOCK_B=config.block_b,
+            BLOCK_K=config.block_k,
+            GROUP=8,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def register() -> None:
+    """Makes these kernels the owner of `engine::int8_linear` for CUDA."""
+    own_cuda("int8_linear", int8_linear)

@@ -1,0 +1,236 @@
+"""int8_weight_linear on NVIDIA GPUs: the weight is read as int8 and turned to floats in registers, never in memory.
+
+One token is a sum of products, row by row of the weight. More go through the tensor cores, for which int8 is exact in
+float16 and bfloat16; the outputs always fill their rows, since that operand may come from registers. float32 goes
+through ordinary arithmetic, as the tensor cores would round it.
+
+A row of x that is not finite makes each of its sums infinite or NaN. So only where a sum is, x is looked at again.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels import _device
+from engine.kernels._device import FLOAT_DTYPES, Device, expect, own_cuda, same_device
+from engine.kernels._tiles import is_aligned, load_tile, operand, tile_of
+from engine.kernels.int8_quantize import INFINITY_BITS, amax_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightConfig:
+    """How y = x @ weight.T is cut: [outputs, tokens] of y a program, block_k of K at a time, K in `splits` parts."""
+
+    outputs: int
+    tokens: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of the result."""
+        return triton.cdiv(n, self.outputs) * triton.cdiv(m, self.tokens)
+
+    def k_per_split(self, k: int) -> int:
+        """How much of K one part sums: whole blocks."""
+        return triton.cdiv(triton.cdiv(k, self.block_k), self.splits) * self.block_k
+
+
+def weight_config(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, device: Device) -> WeightConfig:
+    """Small tiles of many K where the weight's bytes are what takes the time, large ones where the arithmetic is."""
+    tokens = max(16, triton.next_power_of_2(m))
+    if m == 1:
+        block_k = min(1024, max(32, triton.next_power_of_2(k)))
+        outputs = 8 if n >= 4 * 8 * device.multiprocessors else 4
+        return WeightConfig(outputs, 1, block_k, 1, 4, 3)
+    if dtype == torch.float32:
+        config = WeightConfig(64, 16, 32, 1, 4, 2) if tokens == 16 else WeightConfig(64, min(tokens, 64), 16, 1, 8, 3)
+    elif not aligned:
+        config = WeightConfig(64, min(tokens, 64), 32, 1, 4, 3)
+    elif tokens <= 64:
+        room = device.shared_memory // 2 - 2048  # two programs a multiprocessor
+        config = WeightConfig(64, tokens, 128, 1, 4, min(8, room // (128 * (64 + tokens * dtype.itemsize))))
+    else:
+        config = WeightConfig(128, 128, 64, 1, 8, 4)
+    # More parts only where multiprocessors would stay idle, and each part long enough to be worth adding.
+    splits = min(2 * device.multiprocessors // config.tiles(m, n), k // (8 * config.block_k))
+    return dataclasses.replace(config, splits=max(1, min(16, splits)))
+
+
+@triton.jit
+def token_kernel(
+    x,  # [k], float32, float16 or bfloat16
+    weight,  # int8 [n, k]
+    scale,  # float32 [n]
+    bias,  # [n], a float dtype, or None
+    y,  # [n], of the dtype of x
+    n,
+    k,
+    OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """OUTPUTS rows of the weight times the one token."""
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    column = tl.arange(0, BLOCK_K)
+    row = weight + output.to(tl.int64)[:, None] * k
+    acc = tl.zeros([OUTPUTS, BLOCK_K], tl.float32)
+    bits = tl.zeros([1], tl.int32)
+    for at in tl.range(0, k, BLOCK_K, num_stages=3):
+        inside = at + column < k
+        w = tl.load(row + (at + column)[None, :], mask=(output < n)[:, None] & inside[None, :], other=0)
+        values = tl.load(x + (at + column)[None, :], mask=inside[None, :], other=0.0)
+        bits = tl.maximum(bits, amax_bits(values))
+        acc += w.to(tl.float32) * values.to(tl.float32)
+    result = tl.sum(acc, axis=1) * tl.load(scale + output, mask=output < n)
+    if bias is not None:
+        result += tl.load(bias + output, mask=output < n).to(tl.float32)
+    result = tl.where(bits < INFINITY_BITS, result, float("nan"))
+    tl.store(y + output, result.to(y.dtype.element_ty), mask=output < n)
+
+
+@triton.jit
+def write_out(
+    acc,  # float32 [OUTPUTS, TOKENS]: weight @ x.T
+    x,  # [m, k]: a descriptor or a pointer
+    scale,  # float32 [n]
+    bias,  # [n], a float dtype, or None
+    y,  # [m, n]
+    row,  # the tile's first output
+    first,  # the tile's first token
+    m,
+    n,
+    k,
+    OUTPUTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+):
+    """y = acc * scale + bias in float32, then cast; NaN for tokens that are not finite."""
+    output = row + tl.arange(0, OUTPUTS)[:, None]
+    token = first + tl.arange(0, TOKENS)[None, :]
+    unusual = (acc.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= INFINITY_BITS
+    if tl.max(tl.max(unusual.to(tl.int32), axis=1), axis=0) != 0:
+        bits = tl.zeros([TOKENS], tl.int32)
+        for at in range(0, k, BLOCK_K):
+            values = load_tile(x, first, at, m, k, k, TOKENS, BLOCK_K, BY_DESCRIPTOR)
+            bits = tl.maximum(bits, amax_bits(values))
+        acc = tl.where(bits[None, :] < INFINITY_BITS, acc, float("nan"))
+    result = acc * tl.load(scale + output, mask=output < n)
+    if bias is not None:
+        result += tl.load(bias + output, mask=output < n).to(tl.float32)
+    at = y + token.to(tl.int64) * n + output
+    tl.store(at, result.to(y.dtype.element_ty), mask=(token < m) & (output < n))
+
+
+@triton.jit(do_not_specialize=["m"])
+def int8_weight_kernel(
+    weight,  # int8 [n, k]: a descriptor or a pointer
+    x,  # [m, k], float32, float16 or bfloat16: a descriptor or a pointer
+    scale,  # float32 [n]
+    bias,  # [n], a float dtype, or None
+    y,  # [m, n], of the dtype of x
+    parts,  # float32 [tiles, SPLITS, OUTPUTS, TOKENS]: the parts of each tile's sum; None: K is not split
+    counters,  # int32 [tiles], 0: how many parts are there; None: K is not split
+    m,
+    n,
+    k,
+    k_per_split,
+    BY_DESCRIPTOR: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One part of one tile. The parts are added in their order, by whichever program finishes last."""
+    item = tl.program_id(0)
+    tile, split = item // SPLITS, item % SPLITS
+    tile_n, tile_m = tile_of(tile, tl.cdiv(n, OUTPUTS), tl.cdiv(m, TOKENS), 8)
+    row, first = tile_n * OUTPUTS, tile_m * TOKENS
+    acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+    for at in tl.range(split * k_per_split, min(k, (split + 1) * k_per_split), BLOCK_K):
+        w = load_tile(weight, row, at, n, k, k, OUTPUTS, BLOCK_K, BY_DESCRIPTOR)
+        values = load_tile(x, first, at, m, k, k, TOKENS, BLOCK_K, BY_DESCRIPTOR)
+        acc = tl.dot(w.to(values.dtype), values.T, acc, input_precision="ieee")
+    if SPLITS == 1:
+        write_out(acc, x, scale, bias, y, row, first, m, n, k, OUTPUTS, TOKENS, BLOCK_K, BY_DESCRIPTOR)
+    else:
+        within = tl.arange(0, OUTPUTS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        part = parts + tile * tl.full([], SPLITS * OUTPUTS * TOKENS, tl.int64) + within
+        tl.store(part + split * (OUTPUTS * TOKENS), acc)
+        tl.debug_barrier()  # the whole block has written before one thread says so
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+            for i in range(SPLITS):
+                total += tl.load(part + i * (OUTPUTS * TOKENS), cache_modifier=".cg")
+            write_out(total, x, scale, bias, y, row, first, m, n, k, OUTPUTS, TOKENS, BLOCK_K, BY_DESCRIPTOR)
+
+
+def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`engine::int8_weight_linear` for CUDA: `x` [..., k], `weight` int8 [n, k], `scale` float32 [n]."""
+    op = "int8_weight_linear"
+    expect(weight.dtype == torch.int8 and weight.dim() == 2, op, "expected an int8 matrix")
+    n, k = weight.shape
+    expect(x.dtype in FLOAT_DTYPES and x.dim() >= 1 and x.shape[-1] == k, op, "expected a float x of shape [..., k]")
+    expect(scale.dtype == torch.float32 and scale.shape == (n,), op, "expected a float32 scale of shape [n]")
+    if bias is not None:
+        expect(bias.dtype in FLOAT_DTYPES and bias.shape == (n,), op, "expected a float bias of shape [n]")
+        bias = bias.contiguous()
+    same_device(op, x, weight, scale, bias)
+
+    flat, weight, scale = x.reshape(x.shape[:-1].numel(), k).contiguous(), weight.contiguous(), scale.contiguous()
+    m, y = flat.shape[0], x.new_empty((*x.shape[:-1], n))
+    if y.numel() == 0:
+        return y
+    device, aligned = _device.describe(x.device), is_aligned(flat, weight)
+    config = weight_config(m, n, k, x.dtype, aligned, device)
+    if m == 1:
+        with torch.cuda.device_of(x):
+            token_kernel[(triton.cdiv(n, config.outputs),)](
+                flat,
+                weight,
+                scale,
+                bias,
+                y,
+                n,
+                k,
+                OUTPUTS=config.outputs,
+                BLOCK_K=config.block_k,
+                num_warps=config.warps,
+            )
+        return y
+    tiles, parts, counters = config.tiles(m, n), None, None
+    if config.splits > 1:
+        parts = x.new_empty(tiles * config.splits * config.outputs * config.tokens, dtype=torch.float32)
+        counters = x.new_zeros(tiles, dtype=torch.int32)
+    by_descriptor = aligned and device.has_tensor_maps
+    with torch.cuda.device_of(x):
+        int8_weight_kernel[(tiles * config.splits,)](
+            operand(weight, config.outputs, config.block_k, by_descriptor),
+            operand(flat, config.tokens, config.block_k, by_descriptor),
+            scale,
+            bias,
+            y,
+            parts,
+            counters,
+            m,
+            n,
+            k,
+            config.k_per_split(k),
+            BY_DESCRIPTOR=by_descriptor,
+            SPLITS=config.splits,
+            OUTPUTS=config.outputs,
+            TOKENS=config.tokens,
+            BLOCK_K=config.block_k,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return y
+
+
+def register() -> None:
+    """Makes these kernels the owner of `engine::int8_weight_linear` for CUDA."""
+    own_cuda("int8_weight_linear", int8_weight_linear)

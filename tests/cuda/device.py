@@ -1,0 +1,43 @@
+"""Where the CUDA kernels run in a test: on a GPU where there is one, and everywhere on CPU tensors by emulation."""
+
+import os
+
+import pytest
+import torch
+from build_tools import CXX, LINK, ROOT, cached, headers_text, run
+
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+EMULATED = "ENGINE_EMULATED_CUDA" in os.environ
+DEVICE = "cpu" if EMULATED else "cuda"
+on_device = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not EMULATED and not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def emulated_library():
+    """Every .cu compiled by g++, as one file; tests/cuda/emulated/cuda/launch.h says what that shows and what not."""
+    command = [*CXX, "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared"]
+    command += ["-I", ROOT / "tests/cuda/emulated", "-I", ROOT / "csrc"]
+    together = "".join(f'#include "{source}"\n' for source in SOURCES)
+    depends_on = [*command, *(source.read_text() for source in SOURCES), headers_text("csrc", "tests/cuda")]
+
+    def make(path):
+        unity = path.with_suffix(".cpp")
+        unity.write_text(together)
+        run([*command, unity, ROOT / "csrc/cpu/isa.cpp", "-o", path, *LINK])
+        unity.unlink()
+
+    return cached("emulated_cuda.so", depends_on, make)
+
+
+def on(*tensors):
+    """The tensors on the device under test."""
+    return [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in tensors]
+
+
+def assert_same(got, want):
+    """Equal to the bit, dtype and shape included; NaN equals NaN."""
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype and g.shape == w.shape
+        torch.testing.assert_close(g.cpu(), w, rtol=0, atol=0, equal_nan=True)

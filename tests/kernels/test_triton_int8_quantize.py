@@ -1,0 +1,88 @@
+"""The Triton kernel of int8_quantize: interpreted, compiled for GPUs that are not there, and run where one is."""
+
+import pytest
+import torch
+from shapes import MATRICES
+from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, same_bits
+
+pytest.importorskip("triton")
+from engine.kernels import int8_quantize as module
+from engine.ops._check import FLOAT_DTYPES
+from engine.ops._library import REFERENCES
+from engine.ops.int8_linear import _quantize_by
+
+reference = REFERENCES["int8_quantize"]
+WIDE = (3, module.WIDEST_BLOCK + 33)  # does not fit a block's registers
+
+
+def special(dtype):
+    """Rows that are zero, tiny, not finite, or end halfway between two integers."""
+    x = torch.randn(9, 70).to(dtype)
+    x[0], x[1, 5], x[2, 69], x[3] = 0, torch.nan, -torch.inf, 2.0**-101 if dtype != torch.float16 else 0
+    x[4, 0], x[4, 1:] = 127, torch.arange(69) - 34.5
+    x[5] = -0.0
+    x[6] = torch.finfo(dtype).max
+    return x
+
+
+def check(x, run):
+    for got, want in zip(run(x), reference(x), strict=True):
+        same_bits(got.cpu(), want)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_interpreted_is_reference_to_the_bit(dtype):
+    for shape in (*MATRICES, WIDE):
+        check(torch.randn(shape).to(dtype), module.int8_quantize)
+    check(special(dtype), module.int8_quantize)
+    check(torch.randn(3, 4, 10).to(dtype).transpose(0, 2), module.int8_quantize)
+    check(torch.randn(5).to(dtype), module.int8_quantize)
+
+
+@interpreted
+def test_a_given_scale_and_aligned_rows():
+    for shape in ((5, 31), WIDE):
+        x = torch.randn(shape)
+        x[1, 3], x[2, 30] = torch.inf, torch.nan
+        for s in (0.01, 0.0, -1.0, torch.nan, torch.inf, 1e-39, 3e38):
+            counters = torch.full((1500,), 7, dtype=torch.int32)
+            q, scale = module.quantize_rows(x, 3, torch.tensor([s]), align=16, counters=counters)
+            want, want_scale = _quantize_by(x, torch.tensor([s]))
+            same_bits(q, want.to(torch.int8))
+            same_bits(scale, want_scale)
+            assert q.stride(0) % 16 == 0 and not counters.any()
+
+
+@interpreted
+def test_refuses():
+    with pytest.raises(RuntimeError, match="expected floats"):
+        module.int8_quantize(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="expected floats"):
+        module.int8_quantize(torch.tensor(1.0))
+
+
+@compiled
+def test_config():
+    assert module.quantize_config(8192, 8192, 132) == module.QuantizeConfig(rows=1, block=8192, warps=16)
+    assert module.quantize_config(8192, 384, 132) == module.QuantizeConfig(rows=8, block=512, warps=8)
+    assert module.quantize_config(1, 384, 132) == module.QuantizeConfig(rows=1, block=512, warps=1)
+    assert module.quantize_config(9, 10**6, 132) == module.QuantizeConfig(rows=1, block=module.WIDEST_BLOCK, warps=16)
+    assert module.quantize_config(0, 0, 132) == module.QuantizeConfig(rows=1, block=32, warps=1)
+
+
+@compiled
+@each_card
+def test_compiles_to_vectors_without_spills(card):
+    for dtype, shape in ((torch.bfloat16, (8192, 8192)), (torch.float32, (64, 11008)), (torch.bfloat16, (8, 40000))):
+        (binary,) = compile_launches(card, module.int8_quantize, meta(shape, dtype))
+        assert binary.count("LDG.E.128") and binary.count("STG.E.128"), (dtype, shape)
+        assert "div.rn.f32" in binary.ptx and "div.full" not in binary.ptx and "fma.rn.f32" not in binary.ptx
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_on_a_gpu_is_reference_to_the_bit(dtype):
+    for shape in (*MATRICES, WIDE):
+        check(torch.randn(shape).to(dtype), lambda x: module.int8_quantize(x.cuda()))
+    check(special(dtype), lambda x: module.int8_quantize(x.cuda()))

@@ -1,0 +1,204 @@
+"""ring_encode, ring_prune_encode, ring_decode: reference against float64, native against reference, edges, errors."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import engine
+from engine.ops import ring_decode, ring_encode, ring_prune_encode
+from engine.ops._library import REFERENCES
+from engine.ops.ring_codec import wire_bytes
+
+SIZES = {
+    0: "nothing",
+    1: "one",
+    63: "below a mask word",
+    64: "one",
+    257: "over a block",
+    5000: "odd",
+    300000: "threads",
+}
+CODECS = ("bf16", "int8", "bitmap")
+DENSITY = 0.05
+
+
+def assert_same(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def encode(x, residual, codec, how=engine.ops, density=DENSITY):
+    """Returns wire, x and residual after it; `how` is engine.ops or REFERENCES' functions."""
+    x, residual = x.clone(), None if residual is None else residual.clone()
+    wire = torch.full((wire_bytes(codec, x.numel(), density),), 0xCC, dtype=torch.uint8)
+    native = how is engine.ops
+    if codec == "bitmap":
+        (ring_prune_encode if native else REFERENCES["ring_prune_encode"])(x, residual, density, wire)
+    else:
+        (ring_encode if native else REFERENCES["ring_encode"])(x, residual, codec, wire)
+    return wire, x, residual
+
+
+def decode(wire, codec, n, **how):
+    x = torch.full((n,), torch.nan)
+    ring_decode(wire, codec, x, **how)
+    return x
+
+
+def check_all(x, residual, codec):
+    for left in (None, residual):
+        got, want = encode(x, left, codec), encode(x, left, codec, REFERENCES)
+        for g, w in zip(got, want, strict=True):
+            if g is not None:
+                assert_same(g, w)
+        for factor, add in ((1.0, False), (1 / 3, True)):
+            to = [x.clone(), x.clone()]
+            ring_decode(got[0], codec, to[0], factor, add)
+            REFERENCES["ring_decode"](got[0], codec, factor, add, to[1])
+            assert_same(*to)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("n", SIZES)
+def test_native_is_reference_to_the_bit(variant, n, codec):
+    check_all(torch.randn(n), 0.3 * torch.randn(n), codec)
+
+
+@given(st.lists(st.floats(width=32), max_size=300), st.sampled_from(CODECS), st.sampled_from([1, 7]))
+def test_any_values(values, codec, repeat):
+    x = torch.tensor(values, dtype=torch.float32).repeat(repeat)
+    for name in engine.backends.cpu_variants():
+        with engine.backends.force_cpu_variant(name):
+            check_all(x, torch.zeros_like(x).uniform_(-1, 1), codec)
+
+
+def test_errors_of_the_codecs(variant):
+    x = torch.randn(10000, dtype=torch.float64)
+    for codec, most in (("bf16", 0.002), ("int8", 0.01)):
+        seen = decode(encode(x.float(), None, codec)[0], codec, 10000).double()
+        assert (seen - x).norm() / x.norm() < most
+    seen = decode(encode(x.float(), None, "bitmap")[0], "bitmap", 10000).double()
+    kept = seen != 0
+    assert 0.8 * DENSITY < kept.double().mean() < 1.25 * DENSITY + 0.005
+    assert x[kept].abs().min() >= x[~kept].abs().max()
+    assert ((seen - x)[kept].abs() <= x[kept].abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_nothing_is_lost_with_a_residual(variant, codec):
+    x, residual = torch.randn(3000), torch.randn(3000) / 10
+    wire, left, after = encode(x, residual, codec)
+    seen = decode(wire, codec, 3000)
+    assert_same(after, (x + residual) - seen)
+    assert_same(left, torch.zeros(3000) if codec == "bitmap" else x)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_stays_one_and_poisons_no_residual(variant, codec, bad):
+    x, residual = torch.randn(1000), torch.ones(1000)
+    x[300], x[999] = bad, bad
+    wire, _, after = encode(x, residual, codec)
+    seen = decode(wire, codec, 1000)
+    assert after.isfinite().all()
+    whole = {"bf16": [(300, 301), (999, 1000)], "int8": [(256, 512), (768, 1000)], "bitmap": [(0, 1000)]}[codec]
+    expected = torch.zeros(1000, dtype=torch.bool)
+    for begin, end in whole:
+        expected[begin:end] = True
+    assert torch.equal(~seen.isfinite(), expected)
+    assert codec == "bf16" or seen[expected].isnan().all()
+
+
+def test_a_flood_of_what_is_no_number(variant):
+    """More than there is room for."""
+    wire, _, after = encode(torch.full((1000,), torch.inf), torch.ones(1000), "bitmap")
+    assert decode(wire, "bitmap", 1000).isnan().all() and after.eq(0).all()
+
+
+def test_equal_values_are_sent_in_turns(variant):
+    """None is above the threshold alone: as many as there is room for go, and the residual sees to the others."""
+    x, residual, total = torch.ones(1000), torch.zeros(1000), torch.zeros(1000)
+    for _ in range(40):
+        wire, _, residual = encode(x, residual, "bitmap")
+        total += decode(wire, "bitmap", 1000)
+    assert total.gt(0).all()
+    assert_same(total + residual, torch.full((1000,), 40.0))
+    wire, _, _ = encode(torch.zeros(1000), None, "bitmap")
+    assert decode(wire, "bitmap", 1000).eq(0).all()
+
+
+def test_rounding_up_to_infinity_does_not_poison_a_residual(variant):
+    for codec in ("bf16", "bitmap"):
+        assert encode(torch.full((8,), 3.4e38), torch.zeros(8), codec)[2].isfinite().all()
+
+
+def test_threads_give_the_same_bits():
+    x = torch.randn(400000)
+    for codec in CODECS:
+        wires = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            wires.append(encode(x, torch.ones(400000), codec))
+        torch.set_num_threads(2)
+        for a, b in zip(*wires, strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("damage", ["count", "bit", "flags", "beyond"])
+def test_a_bitmap_that_contradicts_itself_is_an_error(variant, damage):
+    wire, _, _ = encode(torch.randn(100), None, "bitmap")
+    if damage == "count":
+        wire[0] += 1
+    if damage == "bit":
+        wire[8] ^= 1
+    if damage == "flags":
+        wire[4] = 2
+    if damage == "beyond":  # element 101 in place of another one
+        first = int(wire[8:20].nonzero()[0])
+        wire[8 + first] &= wire[8 + first] - 1
+        wire[8 + 12] |= 1 << 5
+    with pytest.raises(RuntimeError, match="contradict"):
+        decode(wire, "bitmap", 100)
+    with pytest.raises(RuntimeError, match="agree"):
+        REFERENCES["ring_decode"](wire, "bitmap", 1.0, False, torch.zeros(100))
+
+
+def test_opcheck():
+    ops, x, residual = torch.ops.engine, torch.randn(300), torch.randn(300)
+    for codec in ("bf16", "int8"):
+        wire = torch.zeros(wire_bytes(codec, 300), dtype=torch.uint8)
+        torch.library.opcheck(ops.ring_encode.default, (x, residual, codec, wire))
+        torch.library.opcheck(ops.ring_encode.default, (x, None, codec, wire))
+        torch.library.opcheck(ops.ring_decode.default, (wire, codec, 0.5, True, x))
+    wire = torch.zeros(wire_bytes("bitmap", 300, 0.1), dtype=torch.uint8)
+    torch.library.opcheck(ops.ring_prune_encode.default, (x, residual, 0.1, wire))
+
+
+def test_compiles():
+    def through(x, wire):
+        ring_encode(x, None, "int8", wire)
+        ring_decode(wire, "int8", x)
+        return x
+
+    x = torch.randn(300)
+    want = decode(encode(x, None, "int8")[0], "int8", 300)
+    wire = torch.zeros(wire_bytes("int8", 300), dtype=torch.uint8)
+    assert_same(torch.compile(through, fullgraph=True, backend="aot_eager")(x, wire), want)
+
+
+def test_errors():
+    x, wire = torch.randn(300), torch.zeros(308, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"ring_encode: x: expected a float32 tensor, got torch.float64"):
+        ring_encode(x.double(), None, "int8", wire)
+    with pytest.raises(ValueError, match=r"ring_encode: codec: expected one of bf16, int8, got 'int4'"):
+        ring_encode(x, None, "int4", wire)
+    with pytest.raises(ValueError, match=r"ring_encode: wire: expected 600 bytes, got 308"):
+        ring_encode(x, None, "bf16", wire)
+    with pytest.raises(ValueError, match=r"ring_encode: residual: expected shape \[300\], got \[299\]"):
+        ring_encode(x, x[:299], "int8", wire)
+    with pytest.raises(ValueError, match=r"ring_prune_encode: density: expected a number in \(0, 1\]"):
+        ring_prune_encode(x, None, 0.0, wire)
+    with pytest.raises(ValueError, match=r"ring_decode: x: expected a contiguous tensor"):
+        ring_decode(wire, "int8", torch.randn(600)[::2])
+    with pytest.raises(ValueError, match=r"ring_codec: codec: expected one of bf16, int8, bitmap, got 'zip'"):
+        wire_bytes("zip", 3)
