@@ -42,7 +42,6 @@ class FsdpReduceScatter:
         """
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise ValueError(f"FsdpReduceScatter: op: expected SUM or AVG, got {op}")
-        how = {} if self.codec is None else {"codec": self.codec}
-        all_reduce(input_tensor, "sum" if op == dist.ReduceOp.SUM else "avg", group, **how)
+        all_reduce(input_tensor, "sum" if op == dist.ReduceOp.SUM else "avg", group, self.codec)
         begin = dist.get_rank(group) * output_tensor.numel()
         output_tensor.copy_(input_tensor.view(-1)[begin : begin + output_tensor.numel()].view_as(output_tensor))

@@ -69,8 +69,7 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Group, codec: str | None) -> Tensor:
-        how = {} if codec is None else {"codec": codec}
-        all_reduce(y, "sum", group, **how)
+        all_reduce(y, "sum", group, codec)
         ctx.mark_dirty(y)
         return y
 
