@@ -11,9 +11,9 @@ measured size, and the sizes between, which the fit has not seen, say how far th
 
 import argparse
 import dataclasses
-import importlib
-import importlib.util
+import functools
 import json
+import logging
 import math
 import os
 import statistics
@@ -157,18 +157,22 @@ def split(points: Iterable[Point]) -> tuple[list[Point], list[Point]]:
 
 
 def measure(world_size: int) -> list[Point]:
-    """Points of this machine, from processes of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--rank-of", str(world_size), folder]
-        ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world_size)]
-        try:
-            codes = [process.wait(timeout=120) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        if any(codes):
-            raise RuntimeError(f"cost_model: the ranks ended with {codes}")
-        return load(Path(folder) / "points.json")
+    """Points of this machine, from processes of it: first as ranks of one host, then each as a host of its own."""
+    points: list[Point] = []
+    for shared in "10":
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--rank-of", str(world_size), folder]
+            environment = {**os.environ, "ENGINE_SHARED_MEMORY": shared}
+            ranks = [subprocess.Popen([*command, "--rank", str(i)], env=environment) for i in range(world_size)]
+            try:
+                codes = [process.wait(timeout=120) for process in ranks]
+            finally:
+                for process in ranks:
+                    process.kill()
+            if any(codes):
+                raise RuntimeError(f"cost_model: the ranks ended with {codes}")
+            points += load(Path(folder) / "points.json")
+    return points
 
 
 def measure_rank(rank: int, world_size: int, folder: Path) -> None:
@@ -176,13 +180,13 @@ def measure_rank(rank: int, world_size: int, folder: Path) -> None:
     from engine.distributed import all_reduce
 
     torch.set_num_threads(1)
+    logging.getLogger("engine.distributed").setLevel(logging.ERROR)  # that shared memory is off is what is asked for
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
-    ways: dict[tuple[str, str | None], Callable] = {("memory", None): all_reduce, ("gloo", None): dist.all_reduce}
-    if importlib.util.find_spec("engine.distributed._network"):  # as between hosts, though it is one
-        network = importlib.import_module("engine.distributed._network").Network(dist.group.WORLD)
-        for codec in WIRE_RATIO:
-            ways["engine", codec] = lambda t, codec=codec: network.all_reduce(t, "sum", codec)
+    if os.environ["ENGINE_SHARED_MEMORY"] == "1":
+        ways: dict[tuple[str, str | None], Callable] = {("memory", None): all_reduce, ("gloo", None): dist.all_reduce}
+    else:
+        ways = {("engine", codec): functools.partial(all_reduce, codec=codec) for codec in WIRE_RATIO}
     points = []
     for size in SIZES:
         t = torch.empty(size // 4)

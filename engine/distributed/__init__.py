@@ -2,6 +2,7 @@
 
 from engine.distributed import _backend, functional
 from engine.distributed._all_reduce import PeerError, all_reduce, bytes_sent
+from engine.distributed._fsdp import FsdpReduceScatter
 from engine.distributed._hook import HookState, ring_hook
 from engine.distributed._parallel_linear import ColumnParallelLinear, RowParallelLinear
 from engine.distributed._scatter_gather import all_gather, reduce_scatter
@@ -10,6 +11,7 @@ from engine.distributed._work import Work
 
 __all__ = [
     "ColumnParallelLinear",
+    "FsdpReduceScatter",
     "HookState",
     "PeerError",
     "RowParallelLinear",

@@ -43,8 +43,8 @@ def tensor_parallel_(
     same products in another order, and in float16 and bfloat16 each rank's sum is rounded before. With a `codec` all
     layers add up float parts as the codec transmits them, and each rank scales its activations by its own part.
 
-    Gradients go through all styles: that of a colwise layer's input is summed over the ranks. Weights' gradients are
-    this rank's part; the bias of a rowwise layer has the same gradient everywhere.
+    Gradients go through all styles, once: that of a colwise layer's input is summed over the ranks. Weights' gradients
+    are this rank's part; the bias of a rowwise layer has the same gradient everywhere. Make the optimizer afterwards.
 
     To load a checkpoint: `engine.load_` it into the whole model, then shard. Layers are replaced one by one and their
     whole weights freed, so that a rank needs the checkpoint's memory and a layer more. `engine.save` of the sharded
@@ -74,7 +74,7 @@ def tensor_parallel_(
         problem = str(error)
     _agree(found, codec, problem, group)
     if codec is not None:  # an unknown one is refused here, on every rank alike
-        all_reduce(torch.zeros(1, device=next(model.parameters()).device), "sum", group, codec=codec)  # type: ignore
+        all_reduce(torch.zeros(1, device=next(model.parameters()).device), "sum", group, codec)
     switches = [switch for target in found for name in target.names for switch in switches_of_fused_paths(model, name)]
     while found:  # not a for loop: it would keep every whole weight alive to the end
         _replace(model, found.pop(0), group, codec)

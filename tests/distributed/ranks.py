@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 
-def run(script: str, names: str, world_size: int, folder: Path, seconds: float = 100) -> list[str]:
+def run(script: str, names: str, world_size: int, folder: Path, seconds: float = 240) -> list[str]:
     """`python SCRIPT NAMES RANK WORLD_SIZE FOLDER` for every rank; the outputs. Each must print "done" and end well."""
     command = [sys.executable, str(Path(__file__).parent / script), names]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -1,4 +1,4 @@
-"""tensor_parallel_ and pipelines among real processes: bits, values, gradients against one piece; what is refused."""
+"""tensor_parallel_, pipelines and FSDP2 among real processes: bits, values, gradients; what is refused."""
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +14,7 @@ pytestmark = [
 
 EVERYTHING = (
     "3:integer_layers,large_sums,float_layers,gradients,models,copies,codec,frees_layer_by_layer,refusals;"
-    "2:models,files,codec,pipeline;"
+    "2:models,files,codec,pipeline,fsdp;"
     "1:models,files"
 )
 
