@@ -23,8 +23,10 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="Triton is in interpreter mode
 
 
 if importlib.util.find_spec("triton") is not None:
-    from engine.kernels._device import A100, H200
+    from engine.kernels._device import A100, H200, Device
 
+    # What configurations must fit: also cards with little shared memory, of one generation and the next but one.
+    ALL_CARDS = (A100, H200, Device(128, 99 << 10, 89), Device(170, 99 << 10, 120))
     each_card = pytest.mark.parametrize("card", [A100, H200], ids=["sm_80", "sm_90"])
 
 

@@ -5,11 +5,21 @@ import itertools
 import pytest
 import torch
 from shapes import LINEARS
-from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, quick_first, same_bits
+from triton_tools import (
+    ALL_CARDS,
+    compile_launches,
+    compiled,
+    each_card,
+    interpreted,
+    meta,
+    needs_gpu,
+    quick_first,
+    same_bits,
+)
 
 pytest.importorskip("triton")
 from engine.kernels import int8_linear as module
-from engine.kernels._device import A100, H200
+from engine.kernels._device import H200
 from engine.ops._check import FLOAT_DTYPES
 from engine.ops._library import REFERENCES
 
@@ -113,7 +123,7 @@ def test_config():
     assert (decode.swapped, decode.block_b) == (True, 16)
     assert decode.tiles(1, 8192) * decode.splits >= 1.5 * H200.multiprocessors
     assert module.gemm_config(1, 8192, 8192, True, H200) == decode, "a pure function"
-    for device, m, n, k in itertools.product((A100, H200), (1, 16, 127, 128, 5000), (1, 33, 8192), (0, 1, 16, 1024)):
+    for device, m, n, k in itertools.product(ALL_CARDS, (1, 16, 127, 128, 5000), (1, 33, 8192), (0, 1, 16, 1024)):
         for longer in (k, k + 131072, k + 10**6):
             for aligned in {longer > 0 and longer % 16 == 0, False}:
                 config = module.gemm_config(m, n, longer, aligned, device)
@@ -133,6 +143,9 @@ def test_compiles_to_tensor_core_instructions_without_spills(card, shape):
     _, gemm = compile_launches(card, module.int8_linear, x, weight, meta((n,)), meta((n,), torch.bfloat16))
     assert gemm.count("IGMMA" if card == H200 else "IMMA")
     assert gemm.count("FFMA") == 0  # y is rounded after each operation
+    if m == 1:  # parts: written, seen by the whole block, then counted for the whole card
+        before, atomic, _ = gemm.ptx.partition("atom.global.gpu.acq_rel")
+        assert atomic and "bar.sync" in before[before.rindex("st.global") :]
     if k % 16 == 0:
         assert gemm.count("UTMALDG" if card == H200 else "LDGSTS.E.BYPASS.128")
         assert gemm.count("STG.E.128")
