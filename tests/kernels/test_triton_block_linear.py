@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 from tolerance import assert_as_good_as_torch
-from triton_tools import ALL_CARDS, compile_launches, compiled, each_card, interpreted, meta, needs_gpu, same_bits
+from triton_tools import (
+    ALL_CARDS,
+    compile_launches,
+    compiled,
+    hopper_first,
+    interpreted,
+    meta,
+    needs_gpu,
+    same_bits,
+)
 
 pytest.importorskip("triton")
 from engine.kernels import _block
@@ -165,7 +174,7 @@ def compile_for(card, m, n, k, shape, dtype):
 
 
 @compiled
-@each_card
+@hopper_first
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 def test_compiles_to_tensor_core_instructions_without_spills(card, dtype):
     binary = compile_for(card, 8192, 8192, 8192, (128, 128), dtype)
@@ -177,7 +186,7 @@ def test_compiles_to_tensor_core_instructions_without_spills(card, dtype):
 
 
 @compiled
-@each_card
+@hopper_first
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int8, *FLOAT_DTYPES])
 @pytest.mark.parametrize("shape", [(32, 32), (48, 16), (256, 256)], ids=str)

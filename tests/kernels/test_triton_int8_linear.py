@@ -33,9 +33,10 @@ MORE = {
 GEMMS = [  # M, N, K: one for each kind of configuration
     (8192, 8192, 8192),
     (1, 8192, 8192),
-    (128, 5120, 13824),
-    (100, 1000, 140001),
-    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((64, 5120, 13824), (100, 4096, 200000), (999, 9, 7))),
+    *(
+        pytest.param(shape, marks=pytest.mark.slow)
+        for shape in ((64, 5120, 13824), (128, 5120, 13824), (100, 4096, 200000), (999, 9, 7), (100, 1000, 140001))
+    ),
 ]
 
 
@@ -59,8 +60,8 @@ def test_interpreted_is_reference_to_the_bit(shape):
 
 @interpreted
 def test_every_dtype():
-    for dtype, bias, s in itertools.product(FLOAT_DTYPES, (None, *FLOAT_DTYPES), (None, torch.tensor([[0.01]]))):
-        check(arguments(3, 7, 48, dtype, bias, s))
+    for i, (dtype, bias) in enumerate(itertools.product(FLOAT_DTYPES, (None, *FLOAT_DTYPES))):
+        check(arguments(3, 7, 48, dtype, bias, torch.tensor([[0.01]]) if i % 2 else None))
 
 
 @interpreted
@@ -77,7 +78,7 @@ def test_rows_that_are_not_numbers_do_not_leak():
 @interpreted
 def test_the_sum_is_exact_beyond_int32(monkeypatch):
     assert module.gemm_config(1, 2, 140_000, True, H200).splits > 1
-    few_blocks = module.GemmConfig(True, 16, 16, 16384, splits=2, warps=4, stages=2, blocks_per_multiprocessor=1)
+    few_blocks = module.GemmConfig(True, 2, 1, 16384, splits=2, warps=4, stages=2, blocks_per_multiprocessor=1)
     monkeypatch.setattr(module, "gemm_config", lambda *_: few_blocks)
     for k in (140_000, 140_001):
         x, weight = torch.ones(1, k), torch.full((2, k), -128, dtype=torch.int8)

@@ -47,8 +47,8 @@ def test_interpreted_is_as_good_as_torch(shape):
 
 @interpreted
 def test_every_dtype():
-    for m, dtype, bias in itertools.product((1, 3), FLOAT_DTYPES, (None, *FLOAT_DTYPES)):
-        check(arguments(m, 7, 48, dtype, bias))
+    for i, (dtype, bias) in enumerate(itertools.product(FLOAT_DTYPES, (None, *FLOAT_DTYPES))):
+        check(arguments(1 + 2 * (i % 2), 7, 48, dtype, bias))
 
 
 @interpreted
@@ -109,7 +109,7 @@ def test_config():
 
 @compiled
 @each_card
-@pytest.mark.parametrize("m", [1, 8, pytest.param(64, marks=pytest.mark.slow), 4096])
+@pytest.mark.parametrize("m", [1, 8, *(pytest.param(m, marks=pytest.mark.slow) for m in (64, 4096))])
 def test_compiles_to_tensor_core_instructions_without_spills(card, m):
     x, weight, n = meta((m, 8192), torch.bfloat16), meta((8192, 8192), torch.int8), meta((8192,))
     (binary,) = compile_launches(card, module.int8_weight_linear, x, weight, n, n)
