@@ -69,11 +69,11 @@ def _stages(block_a: int, block_b: int, block_k: int, blocks: int, device: Devic
 def gemm_config(m: int, n: int, k: int, aligned: bool, device: Device) -> GemmConfig:
     """The configuration that the estimate prefers for M, N, K and the card.
 
-    With descriptors 256 of K at once are worth their shared memory: tensor cores and program wait once a block.
+    On Hopper 256 of K at once are worth their shared memory: the program waits for the tensor cores once a block.
     Rows that are not `aligned` to 16 bytes are loaded byte by byte, and few at once, as each byte needs an address.
     """
-    swapped, by_descriptor = m < SMALLEST_UNSWAPPED, aligned and device.has_tensor_maps
-    long = 256 if by_descriptor else 128
+    swapped, hopper = m < SMALLEST_UNSWAPPED, aligned and device.capability == 90
+    long = 256 if hopper else 128
     tokens = max(16, triton.next_power_of_2(m))
     if not aligned:
         shapes = [(128, min(tokens, 64), 32, 8, 1)]
@@ -81,7 +81,7 @@ def gemm_config(m: int, n: int, k: int, aligned: bool, device: Device) -> GemmCo
         shapes = [(128, tokens, 128, 4, 2)]
     else:
         shapes = [(128, 128, long, 8, 1)]
-    if not swapped and by_descriptor and k <= LONGEST_SUM:
+    if not swapped and hopper and k <= LONGEST_SUM:
         shapes.append((128, 256, 256, 8, 1))  # whose accumulators leave no registers for adding parts
     candidates = []
     for block_a, block_b, block_k, warps, blocks in shapes:

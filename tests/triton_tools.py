@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -23,9 +23,15 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="Triton is in interpreter mode
 
 
 if importlib.util.find_spec("triton") is not None:
-    from engine.kernels._device import A100, H200
+    from engine.kernels._device import A100, H200, Device
 
+    # What configurations must fit: also cards with little shared memory, of one generation and the next but one.
+    ALL_CARDS = (A100, H200, Device(128, 99 << 10, 89), Device(170, 99 << 10, 120))
     each_card = pytest.mark.parametrize("card", [A100, H200], ids=["sm_80", "sm_90"])
+    # Compiling takes seconds: for most kernels the older card is left to the slow tests.
+    hopper_first = pytest.mark.parametrize(
+        "card", [pytest.param(A100, marks=pytest.mark.slow, id="sm_80"), pytest.param(H200, id="sm_90")]
+    )
 
 
 def meta(shape: tuple, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -37,6 +43,11 @@ def needs_gpu(test):
     """Marks a test that runs a kernel on a GPU."""
     test = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs an NVIDIA GPU")(test)
     return pytest.mark.gpu(test)
+
+
+def slow_but(quick: object, values: Sequence) -> list:
+    """Parameters, all but one of them marked slow."""
+    return [value if value == quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def quick_first(linears: list) -> list:

@@ -5,11 +5,20 @@ import itertools
 import pytest
 import torch
 from tolerance import assert_as_good_as_torch
-from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, same_bits
+from triton_tools import (
+    ALL_CARDS,
+    compile_launches,
+    compiled,
+    hopper_first,
+    interpreted,
+    meta,
+    needs_gpu,
+    same_bits,
+)
 
 pytest.importorskip("triton")
 from engine.kernels import _block
-from engine.kernels._device import A100, H200
+from engine.kernels._device import H200
 from engine.kernels.block_int8_linear import block_int8_linear
 from engine.kernels.block_linear import block_linear
 from engine.ops._block import from_blocks
@@ -148,7 +157,7 @@ def test_config():
     assert _block.block_config(1, 8192, 32, 32, torch.bfloat16, H200).swapped
     sizes = range(16, 257, 16)
     dtypes = (torch.int8, torch.bfloat16, torch.float32)
-    for m, rows, columns, dtype, card in itertools.product((1, 33, 5000), sizes, sizes, dtypes, (A100, H200)):
+    for m, rows, columns, dtype, card in itertools.product((1, 33, 5000), sizes, sizes, dtypes, ALL_CARDS):
         config = _block.block_config(m, 10**6, rows, columns, dtype, card)
         assert columns % config.block_k == 0 or (dtype == torch.int8 and config.block_k == 32)
         assert config.stages * (config.tokens + config.rows) * config.block_k * dtype.itemsize <= card.shared_memory
@@ -165,7 +174,7 @@ def compile_for(card, m, n, k, shape, dtype):
 
 
 @compiled
-@each_card
+@hopper_first
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 def test_compiles_to_tensor_core_instructions_without_spills(card, dtype):
     binary = compile_for(card, 8192, 8192, 8192, (128, 128), dtype)
@@ -177,7 +186,7 @@ def test_compiles_to_tensor_core_instructions_without_spills(card, dtype):
 
 
 @compiled
-@each_card
+@hopper_first
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int8, *FLOAT_DTYPES])
 @pytest.mark.parametrize("shape", [(32, 32), (48, 16), (256, 256)], ids=str)

@@ -5,11 +5,21 @@ import itertools
 import pytest
 import torch
 from shapes import LINEARS
-from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, quick_first, same_bits
+from triton_tools import (
+    ALL_CARDS,
+    compile_launches,
+    compiled,
+    each_card,
+    interpreted,
+    meta,
+    needs_gpu,
+    quick_first,
+    same_bits,
+)
 
 pytest.importorskip("triton")
 from engine.kernels import int8_linear as module
-from engine.kernels._device import A100, H200
+from engine.kernels._device import H200
 from engine.ops._check import FLOAT_DTYPES
 from engine.ops._library import REFERENCES
 
@@ -23,9 +33,10 @@ MORE = {
 GEMMS = [  # M, N, K: one for each kind of configuration
     (8192, 8192, 8192),
     (1, 8192, 8192),
-    (128, 5120, 13824),
-    (100, 1000, 140001),
-    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((64, 5120, 13824), (100, 4096, 200000), (999, 9, 7))),
+    *(
+        pytest.param(shape, marks=pytest.mark.slow)
+        for shape in ((64, 5120, 13824), (128, 5120, 13824), (100, 4096, 200000), (999, 9, 7), (100, 1000, 140001))
+    ),
 ]
 
 
@@ -49,8 +60,8 @@ def test_interpreted_is_reference_to_the_bit(shape):
 
 @interpreted
 def test_every_dtype():
-    for dtype, bias, s in itertools.product(FLOAT_DTYPES, (None, *FLOAT_DTYPES), (None, torch.tensor([[0.01]]))):
-        check(arguments(3, 7, 48, dtype, bias, s))
+    for i, (dtype, bias) in enumerate(itertools.product(FLOAT_DTYPES, (None, *FLOAT_DTYPES))):
+        check(arguments(3, 7, 48, dtype, bias, torch.tensor([[0.01]]) if i % 2 else None))
 
 
 @interpreted
@@ -67,7 +78,7 @@ def test_rows_that_are_not_numbers_do_not_leak():
 @interpreted
 def test_the_sum_is_exact_beyond_int32(monkeypatch):
     assert module.gemm_config(1, 2, 140_000, True, H200).splits > 1
-    few_blocks = module.GemmConfig(True, 16, 16, 16384, splits=2, warps=4, stages=2, blocks_per_multiprocessor=1)
+    few_blocks = module.GemmConfig(True, 2, 1, 16384, splits=2, warps=4, stages=2, blocks_per_multiprocessor=1)
     monkeypatch.setattr(module, "gemm_config", lambda *_: few_blocks)
     for k in (140_000, 140_001):
         x, weight = torch.ones(1, k), torch.full((2, k), -128, dtype=torch.int8)
@@ -113,7 +124,7 @@ def test_config():
     assert (decode.swapped, decode.block_b) == (True, 16)
     assert decode.tiles(1, 8192) * decode.splits >= 1.5 * H200.multiprocessors
     assert module.gemm_config(1, 8192, 8192, True, H200) == decode, "a pure function"
-    for device, m, n, k in itertools.product((A100, H200), (1, 16, 127, 128, 5000), (1, 33, 8192), (0, 1, 16, 1024)):
+    for device, m, n, k in itertools.product(ALL_CARDS, (1, 16, 127, 128, 5000), (1, 33, 8192), (0, 1, 16, 1024)):
         for longer in (k, k + 131072, k + 10**6):
             for aligned in {longer > 0 and longer % 16 == 0, False}:
                 config = module.gemm_config(m, n, longer, aligned, device)
@@ -133,6 +144,9 @@ def test_compiles_to_tensor_core_instructions_without_spills(card, shape):
     _, gemm = compile_launches(card, module.int8_linear, x, weight, meta((n,)), meta((n,), torch.bfloat16))
     assert gemm.count("IGMMA" if card == H200 else "IMMA")
     assert gemm.count("FFMA") == 0  # y is rounded after each operation
+    if m == 1:  # parts: written, seen by the whole block, then counted for the whole card
+        before, atomic, _ = gemm.ptx.partition("atom.global.gpu.acq_rel")
+        assert atomic and "bar.sync" in before[before.rindex("st.global") :]
     if k % 16 == 0:
         assert gemm.count("UTMALDG" if card == H200 else "LDGSTS.E.BYPASS.128")
         assert gemm.count("STG.E.128")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from shapes import LINEARS
 from tolerance import assert_as_good_as_torch
-from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, quick_first
+from triton_tools import ALL_CARDS, compile_launches, compiled, each_card, interpreted, meta, needs_gpu, quick_first
 
 pytest.importorskip("triton")
 from engine.kernels import int8_weight_linear as module
-from engine.kernels._device import A100, H200
+from engine.kernels._device import H200
 from engine.ops._check import FLOAT_DTYPES
 
 MORE = {
@@ -47,8 +47,8 @@ def test_interpreted_is_as_good_as_torch(shape):
 
 @interpreted
 def test_every_dtype():
-    for m, dtype, bias in itertools.product((1, 3), FLOAT_DTYPES, (None, *FLOAT_DTYPES)):
-        check(arguments(m, 7, 48, dtype, bias))
+    for i, (dtype, bias) in enumerate(itertools.product(FLOAT_DTYPES, (None, *FLOAT_DTYPES))):
+        check(arguments(1 + 2 * (i % 2), 7, 48, dtype, bias))
 
 
 @interpreted
@@ -97,7 +97,7 @@ def test_config():
     assert (decode.outputs, decode.tokens) == (64, 16)
     assert decode.tiles(8, 8192) * decode.splits >= 1.5 * H200.multiprocessors
     assert module.weight_config(1, 8192, 8192, torch.bfloat16, True, H200).tokens == 1
-    shapes = itertools.product((A100, H200), FLOAT_DTYPES, (1, 16, 127, 5000), (1, 8192), (0, 1, 1024, 10**6))
+    shapes = itertools.product(ALL_CARDS, FLOAT_DTYPES, (1, 16, 127, 5000), (1, 8192), (0, 1, 1024, 10**6))
     for device, dtype, m, n, k in shapes:
         for aligned in (k > 1, False):
             config = module.weight_config(m, n, k, dtype, aligned, device)
@@ -109,7 +109,7 @@ def test_config():
 
 @compiled
 @each_card
-@pytest.mark.parametrize("m", [1, 8, pytest.param(64, marks=pytest.mark.slow), 4096])
+@pytest.mark.parametrize("m", [1, 8, *(pytest.param(m, marks=pytest.mark.slow) for m in (64, 4096))])
 def test_compiles_to_tensor_core_instructions_without_spills(card, m):
     x, weight, n = meta((m, 8192), torch.bfloat16), meta((8192, 8192), torch.int8), meta((8192,))
     (binary,) = compile_launches(card, module.int8_weight_linear, x, weight, n, n)

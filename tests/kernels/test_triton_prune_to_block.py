@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_tools import compiled, each_card, interpreted, needs_gpu, same_bits, written_down
+from triton_tools import compiled, hopper_first, interpreted, needs_gpu, same_bits, slow_but, written_down
 
 pytest.importorskip("triton")
 from engine.kernels import prune_to_block as module
@@ -53,8 +53,8 @@ def test_refuses():
 
 
 @compiled
-@each_card
-@pytest.mark.parametrize("shape", [(32, 32), (128, 128)], ids=str)
+@hopper_first
+@pytest.mark.parametrize("shape", slow_but((32, 32), [(32, 32), (128, 128)]), ids=str)
 def test_compiles_to_vectors_without_spills(card, shape):
     with written_down(card) as launches:
         keep = torch.ones(256 // shape[0], 256 // shape[1], dtype=torch.bool)

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from shapes import MATRICES
-from triton_tools import compile_launches, compiled, each_card, interpreted, meta, needs_gpu, same_bits
+from triton_tools import compile_launches, compiled, hopper_first, interpreted, meta, needs_gpu, same_bits, slow_but
 
 pytest.importorskip("triton")
 from engine.kernels import threshold_prune as module
@@ -29,7 +29,7 @@ def truth(weight, threshold):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interpreted_is_truth_to_the_bit(dtype):
     for i, shape in enumerate(MATRICES):
-        for make in list(THRESHOLDS.values())[i % 2 :: 2]:  # every other one: the interpreter is slow
+        for make in list(THRESHOLDS.values())[i % 3 :: 3]:  # some of them: the interpreter is slow
             weight, threshold = torch.randn(shape).to(dtype), make(*shape)
             same_bits(module.threshold_prune(weight, threshold), truth(weight, threshold))
 
@@ -74,9 +74,9 @@ def test_refuses():
 
 
 @compiled
-@each_card
+@hopper_first
 @pytest.mark.parametrize("by_row", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but(torch.bfloat16, DTYPES))
 def test_compiles_to_vectors_without_spills(card, by_row, dtype):
     threshold = meta((64, 1)) if by_row else meta((64, 8192))
     (binary,) = compile_launches(card, module.threshold_prune, meta((64, 8192), dtype), threshold)

@@ -1,0 +1,461 @@
+"""What `make bench-gpu` checks and times: for each op with a kernel for CUDA, inputs with their truth, and peers."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import ops
+from engine.bench.common import rotated
+from engine.ops._bitmap import pack_mask
+from engine.ops._block import from_blocks
+from engine.ops._library import REFERENCES
+from engine.ops._semi_structured import spread
+
+BEYOND = 192 << 20  # bytes that rotated buffers take together: an H200's L2 cache has 50 MiB
+LARGE = 8192
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Functions = dict[str, Callable[[int], object]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape of one op.
+
+    Attributes:
+        words: the shape in words.
+        functions: by name; our own is the first. Each takes the number of its call, to pick a rotated buffer.
+        moved: bytes that have to be read and written.
+        operations: multiplications and additions.
+        arithmetic: whose rate bounds those, "int8" or "bf16".
+        goals: how many times as fast as which peer it should be.
+        capture: whether it goes into a CUDA graph; an op that waits to know its result's size can't.
+    """
+
+    words: str
+    functions: Functions
+    moved: int
+    operations: int = 0
+    arithmetic: str = "int8"
+    goals: dict[str, float] = dataclasses.field(default_factory=dict)
+    capture: bool = True
+
+
+# ---- what the weights look like ---------------------------------------------------------------------------------
+
+
+def bitmap(
+    n: int, k: int, sparsity: float, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random bitmap: bitmask, row_offsets, values."""
+    mask = torch.rand(n, k, device=device) >= sparsity
+    row_offsets = F.pad(mask.sum(1).cumsum(0), (1, 0))
+    return pack_mask(mask), row_offsets, _values((int(row_offsets[-1]),), dtype, device)
+
+
+def _values(shape: tuple, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def _bitmap_dense(bitmask: Tensor, row_offsets: Tensor, values: Tensor, k: int) -> Tensor:
+    return REFERENCES["bitmap_to_dense"](bitmask, row_offsets, values, k)
+
+
+def _blocks(n: int, k: int, size: int, sparsity: float, dtype: torch.dtype, device: torch.device) -> tuple:
+    keep = torch.rand(-(-n // size), -(-k // size), device=device) >= sparsity
+    return REFERENCES["prune_to_block"](_values((n, k), dtype, device), keep, size, size)
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------
+
+
+def check(op: str, device: torch.device) -> int:
+    """Compares the op on `device` with its reference on small and odd inputs; returns how many there were.
+
+    Integers, and what is only moved or rounded once, must be equal to the bit. A float product's error against float64
+    is at most twice PyTorch's own plus 2 units in the last place.
+
+    Raises:
+        AssertionError: a result is another one.
+        LookupError: there is nothing to check this op with.
+    """
+    count = 0
+    for args, dense in _checks(op):
+        moved = [_moved(a, device) for a in args]
+        got = getattr(torch.ops.engine, op)(*moved)
+        where = f"{op} of {[list(a.shape) if isinstance(a, Tensor) else a for a in args if a is not None]}"
+        if dense is None:
+            want = REFERENCES[op](*args)
+            pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+            for have, expected in pairs:
+                same = torch.equal(_bits(have.cpu()), _bits(expected))
+                assert same, f"{where} is not equal to its reference to the bit"
+        else:
+            _check_product(where, got.cpu(), args[0], dense, args[-1])
+        count += 1
+    return count
+
+
+def _moved(argument: object, device: torch.device) -> object:
+    if isinstance(argument, list):
+        return [_moved(a, device) for a in argument]
+    return argument.to(device) if isinstance(argument, Tensor) else argument
+
+
+def _bits(t: Tensor) -> Tensor:
+    if not t.dtype.is_floating_point:
+        return t
+    t = torch.where(t.isnan(), torch.nan, t)  # a NaN equals any other
+    return t.contiguous().view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+
+
+def _check_product(where: str, got: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None) -> None:
+    truth = x.double() @ dense.double().t() + (0 if bias is None else bias.double())
+    own = F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    truth = torch.where(x.isfinite().all(-1, keepdim=True), truth, torch.nan)
+    assert torch.equal(got.isnan(), truth.isnan()), f"{where} has NaN in other places than it should"
+    number = ~truth.isnan()
+    if number.any():
+        ulp = torch.finfo(x.dtype).eps * float(truth[number].abs().max())
+        allowed = 2 * float((own.double() - truth)[number].abs().max()) + 2 * ulp
+        error = float((got.double() - truth)[number].abs().max())
+        assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+SHAPES = [(1, 33, 384), (5, 19, 65), (16, 96, 512), (70, 50, 300), (200, 160, 256)]  # M, N, K
+
+
+def _checks(op: str) -> Iterator[tuple[tuple, Tensor | None]]:
+    """Arguments of the op, on the CPU, and for float products the dense weight."""
+    if op not in CHECKS:
+        raise LookupError(f"nothing to check {op} with: add it to bench/gpu_cases.py")
+    for (m, n, k), dtype in itertools.product(SHAPES, FLOATS):
+        x = torch.randn(m, k).to(dtype)
+        if m == 5:
+            x[2, 3] = torch.nan
+        yield from CHECKS[op](x, n)
+
+
+def _int8_linear_checks(x: Tensor, n: int) -> Iterator:
+    weight, scale, bias = _values((n, x.shape[1]), torch.int8), torch.rand(n), torch.randn(n).bfloat16()
+    yield (x, weight, scale, bias, None), None
+    yield (x, weight, scale, None, torch.tensor(0.02)), None
+
+
+def _int8_weight_checks(x: Tensor, n: int) -> Iterator:
+    weight, scale, bias = _values((n, x.shape[1]), torch.int8), torch.rand(n) / 100, torch.randn(n)
+    yield (x, weight, scale, bias), weight.double() * scale.double().unsqueeze(1)
+
+
+def _bitmap_linear_checks(x: Tensor, n: int) -> Iterator:
+    for sparsity in (0.0, 0.5, 1.0):
+        kept = bitmap(n, x.shape[1], sparsity, x.dtype)
+        yield (x, *kept, torch.randn(n)), _bitmap_dense(*kept, x.shape[1])
+
+
+def _bitmap_int8_checks(x: Tensor, n: int) -> Iterator:
+    for sparsity in (0.0, 0.5, 1.0):
+        yield (x, *bitmap(n, x.shape[1], sparsity, torch.int8), torch.rand(n), torch.randn(n)), None
+
+
+def _block_checks(x: Tensor, n: int) -> Iterator:
+    for size in (16, 32, 128):
+        kept = _blocks(n, x.shape[1], size, 0.5, x.dtype, x.device)
+        yield (x, *kept, n, torch.randn(n)), from_blocks(*kept, n, x.shape[1])
+
+
+def _block_int8_checks(x: Tensor, n: int) -> Iterator:
+    for size in (16, 32, 128):
+        yield (x, *_blocks(n, x.shape[1], size, 0.5, torch.int8, x.device), torch.rand(n), None, None), None
+
+
+def _semi_structured_checks(x: Tensor, n: int) -> Iterator:
+    values, metadata = REFERENCES["prune_to_semi_structured"](torch.randn(n, x.shape[1]).to(x.dtype))
+    yield (x, values, metadata, torch.randn(n)), spread(values, metadata)[:, : x.shape[1]]
+
+
+def _semi_structured_int8_checks(x: Tensor, n: int) -> Iterator:
+    values, metadata = REFERENCES["prune_to_semi_structured"](_values((n, x.shape[1]), torch.int8).float())
+    yield (x, values.to(torch.int8), metadata, torch.rand(n), torch.randn(n), None), None
+
+
+def _to_dense_checks(x: Tensor, n: int) -> Iterator:
+    for dtype in (x.dtype, torch.int8):
+        yield (*bitmap(*x.shape, 0.5, dtype), x.shape[1]), None
+
+
+def _gather_checks(x: Tensor, n: int) -> Iterator:
+    bitmask, row_offsets, values = bitmap(*x.shape, 0.5, x.dtype)
+    yield (x, bitmask, row_offsets, values.shape[0]), None
+
+
+def _thresholds(x: Tensor, n: int) -> Iterator:
+    for threshold in (torch.tensor(0.7), torch.rand(x.shape[0], 1), torch.rand(x.shape)):
+        yield (x, threshold), None
+
+
+CHECKS: dict[str, Callable[[Tensor, int], Iterator]] = {
+    "bitmap_gather": _gather_checks,
+    "bitmap_int8_linear": _bitmap_int8_checks,
+    "bitmap_linear": _bitmap_linear_checks,
+    "bitmap_to_dense": _to_dense_checks,
+    "block_int8_linear": _block_int8_checks,
+    "block_linear": _block_checks,
+    "int8_dequantize": lambda x, n: (((*REFERENCES["int8_quantize"](x), d), None) for d in FLOATS),
+    "int8_embedding": lambda x, n: (
+        ((torch.randint(0, len(x), (n,)), _values(x.shape, torch.int8), torch.rand(len(x)), d), None) for d in FLOATS
+    ),
+    "int8_linear": _int8_linear_checks,
+    "int8_quantize": lambda x, n: [((x,), None)],
+    "int8_weight_linear": _int8_weight_checks,
+    "magnitude_threshold": lambda x, n: (((x.nan_to_num(), s, w), None) for s in (0.3, 0.9) for w in ("tensor", "row")),
+    "magnitude_threshold_of_list": lambda x, n: [(([x.nan_to_num(), torch.randn(n, 3)], 0.5), None)],
+    "prune_quantize_to_bitmap": _thresholds,
+    "prune_to_bitmap": _thresholds,
+    "prune_to_block": lambda x, n: [((x, torch.rand(-(-x.shape[0] // 16), -(-x.shape[1] // 32)) < 0.5, 16, 32), None)],
+    "prune_to_csr": _thresholds,
+    "prune_to_semi_structured": lambda x, n: [((x,), None)],
+    "semi_structured_int8_linear": _semi_structured_int8_checks,
+    "semi_structured_linear": _semi_structured_checks,
+    "threshold_prune": _thresholds,
+}
+
+
+# ---- cases ------------------------------------------------------------------------------------------------------
+
+
+def cases(op: str, device: torch.device, small: bool = False) -> Iterator[Case]:
+    """The shapes at which the op is timed; `small` ones to try the code out. None for ops that only gradients need."""
+    return CASES[op](op, device, 256 if small else LARGE) if op in CASES else iter(())
+
+
+def _turn(items: list) -> Callable[[int], Tensor]:
+    return lambda i: items[i % len(items)]
+
+
+def _weights(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Tensor]:
+    return _turn(rotated(lambda: _values((n, k), dtype, device), n * k * dtype.itemsize, BEYOND))
+
+
+def _packing(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    """Ops that read a bf16 weight once."""
+    w, half = _weights(n, n, torch.bfloat16, device), 0.6745  # the median of |w|
+    threshold, read, kept = torch.tensor(half, device=device), 2 * n * n, n * n // 2
+    peers: Functions = {"clone": lambda i: w(i).clone()}
+    dense_csr = "where + to_sparse_csr"
+    own: Callable[[int], object] = lambda i: getattr(torch.ops.engine, op)(w(i), threshold)  # noqa: E731
+    goals, written, capture = {"clone": 1 / 1.5}, 0, False
+    if op == "prune_to_bitmap":
+        goals, written = {"clone": 1 / 0.95, dense_csr: 20.0}, n * n // 8 + 2 * kept
+    elif op == "prune_to_csr":
+        written = 6 * kept
+    elif op == "prune_quantize_to_bitmap":
+        goals, written = {}, n * n // 8 + kept
+    elif op == "threshold_prune":
+        goals, written, capture = {}, 2 * n * n, True
+        peers["where"] = lambda i: torch.where(w(i).abs() > half, w(i), 0)
+    elif op == "magnitude_threshold":
+        goals, capture = {}, True
+        own = lambda i: torch.ops.engine.magnitude_threshold(w(i), 0.5, "tensor")  # noqa: E731
+        peers["kthvalue"] = lambda i: w(i).abs().flatten().kthvalue(kept)
+    elif op == "prune_to_semi_structured":
+        goals, written, capture = {}, n * n + n * n // 8, True
+        own = lambda i: ops.prune_to_semi_structured(w(i))  # noqa: E731
+        peers["torch 2:4, its pattern given"] = lambda i: torch.sparse.to_sparse_semi_structured(w(i))
+    elif op == "prune_to_block":
+        keep = torch.rand(n // 128, n // 128, device=device) < 0.5
+        goals, written = {}, n * n
+        own = lambda i: torch.ops.engine.prune_to_block(w(i), keep, 128, 128)  # noqa: E731
+    if op in ("prune_to_bitmap", "prune_to_csr"):
+        peers[dense_csr] = lambda i: torch.where(w(i).abs() > half, w(i), 0).to_sparse_csr()
+    yield Case(f"bf16 {n}²", {op: own, **peers}, read + written, goals=goals, capture=capture)
+
+
+def _rows(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    """int8_quantize, int8_dequantize, int8_embedding, bitmap_to_dense."""
+    x = _weights(n, n, torch.bfloat16, device)
+    peers: Functions = {"clone": lambda i: x(i).clone()}
+    if op == "int8_quantize":
+        yield Case(f"bf16 {n}²", {op: lambda i: ops.int8_quantize(x(i)), **peers}, 3 * n * n, goals={"clone": 1 / 0.85})
+    elif op == "int8_dequantize":
+        q, scale = _weights(n, n, torch.int8, device), torch.rand(n, device=device)
+        own = lambda i: ops.int8_dequantize(q(i), scale, torch.bfloat16)  # noqa: E731
+        yield Case(f"to bf16, {n}²", {op: own, **peers}, 3 * n * n)
+    elif op == "bitmap_to_dense":
+        kept = bitmap(n, n, 0.5, torch.bfloat16, device)
+        own = lambda i: ops.bitmap_to_dense(*kept, n)  # noqa: E731
+        yield Case(f"bf16 {n}², 50 % pruned", {op: own, **peers}, 2 * n * n + n * n + n * n // 8)
+    else:
+        rows, dim, count = 4 * n, n // 2, n
+        table, half = _values((rows, dim), torch.int8, device), torch.randn(rows, dim, device=device).bfloat16()
+        scale, indices = torch.rand(rows, device=device), torch.randint(0, rows, (8, count), device=device)
+        functions: Functions = {
+            op: lambda i: ops.int8_embedding(indices[i % 8], table, scale, torch.bfloat16),
+            "F.embedding bf16": lambda i: F.embedding(indices[i % 8], half),
+        }
+        yield Case(f"{count} of {rows} rows of {dim}", functions, 3 * count * dim)
+
+
+def _bf16(m: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Functions]:
+    """Activations, and cuBLAS's product with a dense bf16 weight."""
+    x, weight = torch.randn(m, k, device=device).bfloat16(), _weights(n, k, torch.bfloat16, device)
+    return x, {"cuBLAS bf16": lambda i: F.linear(x, weight(i))}
+
+
+def _int8_peers(x: Tensor, weight: Callable[[int], Tensor], scale: Tensor) -> Functions:
+    """The integer and 8-bit float products of PyTorch, quantisation of the rows included as in our own."""
+    found: Functions = {}
+
+    def int_mm(i: int) -> Tensor:
+        q, s = ops.int8_quantize(x)
+        return (torch._int_mm(q, weight(i).t()).float() * (s.unsqueeze(1) * scale)).to(x.dtype)
+
+    def scaled_mm(i: int) -> Tensor:
+        amax = x.abs().amax(1, keepdim=True).float()
+        q = (x * (448 / amax)).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(q, eights(i).t(), amax / 448, scale.unsqueeze(0), out_dtype=torch.bfloat16)
+
+    if x.device.type == "cuda":
+        n, k = weight(0).shape
+        make = lambda: torch.randn(n, k, device=x.device).to(torch.float8_e4m3fn)  # noqa: E731
+        eights = _turn(rotated(make, n * k, BEYOND))
+        found["FP8 _scaled_mm"] = scaled_mm
+    found["_int_mm + scale"] = int_mm
+    return found
+
+
+def _int8_linear(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    shapes = [(n, n, n), (1, n, n), (16, n, n)]
+    if n == LARGE:
+        shapes += [(m, 5120, 13824) for m in (64, 128, 256)] + [(4096, 4096, 4096)]
+    for m, outputs, k in shapes:
+        x, peers = _bf16(m, outputs, k, device)
+        weight, scale = _weights(outputs, k, torch.int8, device), torch.rand(outputs, device=device)
+        own = lambda i, x=x, w=weight, s=scale: ops.int8_linear(x, w(i), s)  # noqa: E731
+        goals = {"cuBLAS bf16": 1.6, "_int_mm + scale": 1.1, "FP8 _scaled_mm": 0.95} if m == LARGE else {}
+        if 64 <= m <= 256:
+            goals = {"cuBLAS bf16": 1.5, "_int_mm + scale": 1.8}
+        functions = {op: own, **peers, **_int8_peers(x, weight, scale)}
+        moved = outputs * k + 2 * m * (k + outputs)
+        yield Case(f"M {m}, N {outputs}, K {k}", functions, moved, 2 * m * outputs * k, goals=goals)
+
+
+def _int8_weight_linear(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    for m in (1, 2, 4, 8, 16, 512):
+        x, peers = _bf16(m, n, n, device)
+        weight, scale = _weights(n, n, torch.int8, device), torch.rand(n, device=device)
+        own = lambda i, x=x, w=weight, s=scale: ops.int8_weight_linear(x, w(i), s)  # noqa: E731
+        functions = {op: own, **peers, **_torchao(n, device, x), **_bitsandbytes(n, device, x)}
+        goals = {"cuBLAS bf16": 1.85} if m <= 16 else {}
+        yield Case(f"M {m}, {n}²", functions, n * n + 4 * m * n, 2 * m * n * n, "bf16", goals)
+
+
+def _torchao(n: int, device: torch.device, x: Tensor) -> Functions:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        return {}
+    linear = torch.nn.Sequential(torch.nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16))
+    quantize_(linear, Int8WeightOnlyConfig())
+    return {"torchao int8 weight": lambda i: linear(x)}
+
+
+def _bitsandbytes(n: int, device: torch.device, x: Tensor) -> Functions:
+    try:
+        import bitsandbytes
+    except ImportError:
+        return {}
+    linear = bitsandbytes.nn.Linear8bitLt(n, n, bias=False, has_fp16_weights=False).to(device)
+    half = x.half()
+    return {"bitsandbytes": lambda i: linear(half)}
+
+
+def _bitmap_linear(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    dtype = torch.int8 if op == "bitmap_int8_linear" else torch.bfloat16
+    goals = {0.5: 1.5, 0.7: 2.2, 0.8: 2.8} if dtype != torch.int8 else {0.5: 2.5, 0.8: 4.0}
+    scale = (torch.rand(n, device=device),) if dtype == torch.int8 else ()
+    for sparsity in (0.5, 0.7, 0.8):
+        kept = bitmap(n, n, sparsity, dtype, device)
+        size = sum(t.numel() * t.itemsize for t in kept)
+        maps = _turn(rotated(lambda kept=kept: [t.clone() for t in kept], size, BEYOND))
+        for m in (1, 4, 16, 1024):
+            x, peers = _bf16(m, n, n, device)
+            own = lambda i, x=x, maps=maps: getattr(ops, op)(x, *maps(i), *scale)  # noqa: E731
+            if sparsity == 0.8 and m == 16:
+                bits, offsets, values = kept
+                csr = ops.bitmap_to_dense(bits, offsets, values.to(torch.float32), n).to_sparse_csr()
+                peers["CSR matmul fp32"] = lambda i, csr=csr, x=x: csr @ x.t().float()
+            goal = {"cuBLAS bf16": goals[sparsity]} if m <= 16 and sparsity in goals else {}
+            if m == 1024:
+                goal = {"cuBLAS bf16": 0.9}
+            arithmetic = "int8" if dtype == torch.int8 else "bf16"
+            words = f"M {m}, {n}², {sparsity:.0%} pruned"
+            yield Case(words, {op: own, **peers}, size + 4 * m * n, 2 * m * n * n, arithmetic, goal)
+
+
+def _block_linear(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    dtype = torch.int8 if op == "block_int8_linear" else torch.bfloat16
+    scale, weight = torch.rand(n, device=device), _weights(n, n, dtype, device)
+    size = 128 if n % 128 == 0 else 32
+    for sparsity, m in itertools.product((0.5, 0.75), (n, 16)):
+        x, peers = _bf16(m, n, n, device)
+        kept = _blocks(n, n, size, sparsity, dtype, device)
+        share = kept[2].numel() / (n * n)
+        if dtype == torch.int8:
+            own = lambda i, x=x, kept=kept: ops.block_int8_linear(x, *kept, scale)  # noqa: E731
+            peers["own int8_linear"] = lambda i, x=x: ops.int8_linear(x, weight(i), scale)
+        else:
+            own = lambda i, x=x, kept=kept: ops.block_linear(x, *kept, n)  # noqa: E731
+        goals = {"own int8_linear": 0.85 / (1 - sparsity)} if m == n else {}
+        moved, operations = int(share * n * n * dtype.itemsize) + 4 * m * n, int(share * 2 * m * n * n)
+        words = f"M {m}, {n}², {sparsity:.0%} of {size}×{size} pruned"
+        yield Case(words, {op: own, **peers}, moved, operations, "int8" if dtype == torch.int8 else "bf16", goals)
+
+
+def _semi_structured(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    int8 = op == "semi_structured_int8_linear"
+    for k in sorted({n // 2, n}):
+        x, peers = _bf16(k, k, k, device)
+        scale, weight = torch.rand(k, device=device), _weights(k, k, torch.int8, device)
+        values, metadata = REFERENCES["prune_to_semi_structured"](torch.randn(k, k, device=device).bfloat16())
+        half = spread(values, metadata)
+        if int8:
+            values = _values(tuple(values.shape), torch.int8, device)
+            own = lambda i, x=x, v=values, d=metadata, s=scale: ops.semi_structured_int8_linear(x, v, d, s)  # noqa: E731
+            peers["own int8_linear"] = lambda i, x=x, w=weight, s=scale: ops.int8_linear(x, w(i), s)
+        else:
+            own = lambda i, x=x, v=values, d=metadata: ops.semi_structured_linear(x, v, d)  # noqa: E731
+        peers.update(_cusparselt(x, half, int8))
+        goals = {"own int8_linear": 1.4, "cuSPARSELt": 0.95} if int8 else {"cuSPARSELt": 0.95}
+        moved = values.numel() * values.itemsize + metadata.numel() + 4 * k * k
+        yield Case(f"{k}³", {op: own, **peers}, moved, 2 * k**3, "int8" if int8 else "bf16", goals)
+
+
+def _cusparselt(x: Tensor, dense: Tensor, int8: bool) -> Functions:
+    """PyTorch's 2:4 product; for int8 of quantised activations and without the scales, in its favour."""
+    try:
+        if int8:
+            q = (dense * 20).clamp(-127, 127).to(torch.int8)
+            sparse, activations = torch.sparse.to_sparse_semi_structured(q), (x * 20).to(torch.int8)
+        else:
+            sparse, activations = torch.sparse.to_sparse_semi_structured(dense), x
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError):
+        return {}
+    return {"cuSPARSELt": lambda i: torch.mm(sparse, activations.t())}
+
+
+CASES: dict[str, Callable[[str, torch.device, int], Iterator[Case]]] = {
+    **dict.fromkeys(("prune_to_bitmap", "prune_to_csr", "prune_quantize_to_bitmap", "threshold_prune"), _packing),
+    **dict.fromkeys(("magnitude_threshold", "prune_to_semi_structured", "prune_to_block"), _packing),
+    **dict.fromkeys(("int8_quantize", "int8_dequantize", "int8_embedding", "bitmap_to_dense"), _rows),
+    "int8_linear": _int8_linear,
+    "int8_weight_linear": _int8_weight_linear,
+    **dict.fromkeys(("bitmap_linear", "bitmap_int8_linear"), _bitmap_linear),
+    **dict.fromkeys(("block_linear", "block_int8_linear"), _block_linear),
+    **dict.fromkeys(("semi_structured_linear", "semi_structured_int8_linear"), _semi_structured),
+}
