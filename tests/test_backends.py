@@ -42,6 +42,8 @@ OWNERS = {
         "prune_quantize_to_bitmap",
         "prune_to_bitmap",
         "prune_to_csr",
+        "semi_structured_int8_linear",
+        "semi_structured_linear",
         "threshold_prune",
     },
 }
