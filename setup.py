@@ -44,6 +44,8 @@ CUDA_OPS = [
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",
     "prune_to_csr",
+    "semi_structured_int8_linear",
+    "semi_structured_linear",
 ]
 CUDA_SOURCES = [f"csrc/cuda/{op}.cu" for op in CUDA_OPS]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

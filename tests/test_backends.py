@@ -54,6 +54,8 @@ OWNERS = {
         "prune_to_block",
         "prune_to_csr",
         "prune_to_semi_structured",
+        "semi_structured_int8_linear",
+        "semi_structured_linear",
         "threshold_prune",
     },
 }

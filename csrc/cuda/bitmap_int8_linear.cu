@@ -8,22 +8,16 @@
 namespace engine {
 namespace {
 
-constexpr const char* kOp = "bitmap_int8_linear";
+constexpr const char* kBitmapInt8Linear = "bitmap_int8_linear";
 
 void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
-    STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected at least one dimension");
-    check_bitmap(kOp, bitmask, row_offsets, values, x.size(-1));
-    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, kOp, ": values: expected int8");
-    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == bitmask.size(0) && scale.scalar_type() == ScalarType::Float,
-                    kOp, ": scale: expected float32 [N]");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == bitmask.size(0)), kOp, ": bias: expected [N]");
-    STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float), kOp,
-                    ": input_scale: expected one float32");
-    STD_TORCH_CHECK(values.device() == x.device() && scale.device() == x.device() &&
-                        (!bias || bias->device() == x.device()) &&
-                        (!input_scale || input_scale->device() == x.device()),
-                    kOp, ": x: expected one device for all tensors");
+    STD_TORCH_CHECK(x.dim() >= 1, kBitmapInt8Linear, ": x: expected at least one dimension");
+    check_bitmap(kBitmapInt8Linear, bitmask, row_offsets, values, x.size(-1));
+    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, kBitmapInt8Linear, ": values: expected int8");
+    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == bitmask.size(0), kBitmapInt8Linear,
+                    ": scale: expected float32 [N]");
+    check_scales(kBitmapInt8Linear, x, values, scale, bias, input_scale);
 }
 
 Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale_in,

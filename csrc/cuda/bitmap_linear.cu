@@ -12,7 +12,7 @@
 namespace engine {
 namespace {
 
-constexpr const char* kOp = "bitmap_linear";
+constexpr const char* kBitmapLinear = "bitmap_linear";
 
 // A bitmap as fp32_kernel reads it: a quad has a row, each lane a byte of the mask at a time.
 template <class V>
@@ -56,12 +56,12 @@ void multiply_16(const Tensor& x, const Bitmap<V>& w, Rows rows, const FloatOutp
 
 Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in,
                      std::optional<Tensor> bias_in) {
-    STD_TORCH_CHECK(x_in.dim() >= 1, kOp, ": x: expected at least one dimension");
-    check_bitmap(kOp, bitmask_in, row_offsets_in, values_in, x_in.size(-1));
+    STD_TORCH_CHECK(x_in.dim() >= 1, kBitmapLinear, ": x: expected at least one dimension");
+    check_bitmap(kBitmapLinear, bitmask_in, row_offsets_in, values_in, x_in.size(-1));
     const int64_t n = bitmask_in.size(0);
-    STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == n), kOp, ": bias: expected [N]");
-    STD_TORCH_CHECK(values_in.device() == x_in.device() && (!bias_in || bias_in->device() == x_in.device()), kOp,
-                    ": x: expected one device for all tensors");
+    STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == n), kBitmapLinear, ": bias: expected [N]");
+    STD_TORCH_CHECK(values_in.device() == x_in.device() && (!bias_in || bias_in->device() == x_in.device()),
+                    kBitmapLinear, ": x: expected one device for all tensors");
     const Tensor x = as_contiguous(x_in), bitmask = as_contiguous(bitmask_in), values = as_contiguous(values_in);
     const Tensor row_offsets = as_contiguous(row_offsets_in);
     const std::optional<Tensor> bias = contiguous_bias(bias_in, "bitmap_linear: bias");

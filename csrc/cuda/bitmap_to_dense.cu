@@ -12,8 +12,6 @@
 namespace engine {
 namespace {
 
-constexpr int kThreads = kPruneThreads;
-
 // Bits set in bytes [0, end) of a row's mask, for all lanes of the warp.
 __device__ inline int64_t count_bytes(const uint8_t* mask, int64_t end) {
     int64_t bits = 0;
@@ -58,10 +56,10 @@ __device__ inline void each_byte(const Bitmap<V>& w, int64_t row, Part part, con
 
 // V is an unsigned integer of the values' size: bits alone are moved.
 template <class V>
-__global__ void __launch_bounds__(kThreads) dense_kernel(Bitmap<V> w, Matrix matrix,
-                                                         V* dense,                 // [rows, columns]
-                                                         unsigned long long* bad,  // [1], 0: a bad row + 1
-                                                         bool aligned) {
+__global__ void __launch_bounds__(kPruneThreads) dense_kernel(Bitmap<V> w, Matrix matrix,
+                                                              V* dense,                 // [rows, columns]
+                                                              unsigned long long* bad,  // [1], 0: a bad row + 1
+                                                              bool aligned) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * matrix.block_rows() + threadIdx.x / kWarp / matrix.row_warps;
     Part part;
     if (row >= w.rows || !part_of_row(w, matrix, row, bad, part)) return;
@@ -84,10 +82,10 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(Bitmap<V> w, Matrix mat
 }
 
 template <class V>
-__global__ void __launch_bounds__(kThreads) gather_kernel(Bitmap<V> w, Matrix matrix,
-                                                          const V* dense,  // [rows, columns]
-                                                          V* values,       // [nnz]
-                                                          unsigned long long* bad) {
+__global__ void __launch_bounds__(kPruneThreads) gather_kernel(Bitmap<V> w, Matrix matrix,
+                                                               const V* dense,  // [rows, columns]
+                                                               V* values,       // [nnz]
+                                                               unsigned long long* bad) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * matrix.block_rows() + threadIdx.x / kWarp / matrix.row_warps;
     Part part;
     if (row >= w.rows || !part_of_row(w, matrix, row, bad, part)) return;
@@ -141,7 +139,8 @@ Tensor bitmap_to_dense(Tensor bitmask_in, Tensor row_offsets_in, Tensor values_i
         auto* to = static_cast<V*>(dense.mutable_data_ptr());
         run(
             [&](Matrix matrix, unsigned long long* bad) {
-                launch(dense_kernel<V>, kOp, matrix.blocks(), kThreads, device, w, matrix, to, bad, columns % 8 == 0);
+                launch(dense_kernel<V>, kOp, matrix.blocks(), kPruneThreads, device, w, matrix, to, bad,
+                       columns % 8 == 0);
             },
             kOp, values, w, device);
     });
@@ -165,7 +164,7 @@ Tensor bitmap_gather(Tensor dense_in, Tensor bitmask_in, Tensor row_offsets_in, 
         auto* to = static_cast<V*>(values.mutable_data_ptr());
         run(
             [&](Matrix matrix, unsigned long long* bad) {
-                launch(gather_kernel<V>, kOp, matrix.blocks(), kThreads, device, w, matrix, from, to, bad);
+                launch(gather_kernel<V>, kOp, matrix.blocks(), kPruneThreads, device, w, matrix, from, to, bad);
             },
             kOp, dense, w, device);
     });

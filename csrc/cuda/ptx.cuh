@@ -24,6 +24,14 @@ struct FragmentA {
 struct FragmentB {
     uint32_t at[2];  // row g low bytes, high
 };
+// A 2:4 sparse A fragment holds 32 bytes a row that stand for 64: of each four elements the two kept, which the row's
+// metadata names, four bits a group, the lower place in the lower two. B then has 64 bytes a row, in four registers:
+// bytes [16 i + 4t, ...) of row g. The metadata of int8 is 64 bits a row: lane (g, t) gives 32 of them, of row g + 8 (t
+// % 2), the upper half where t >= 2. Of 16-bit floats it is 32: lane (g, t < 2) gives 16 of row g (its low half) and 16
+// of row g + 8 (its high half), the upper ones where t = 1; what lanes with t >= 2 give is not read.
+struct FragmentB2 {
+    uint32_t at[4];
+};
 template <class Acc>
 struct FragmentD {
     Acc at[4];  // D[g][2t], D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1]
@@ -82,6 +90,31 @@ __device__ inline void multiply_add(FragmentD<float>& d, const FragmentA& a, con
         "%2, %3};"
         : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
         : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
+}
+
+__device__ inline void multiply_add_sparse(FragmentD<int32_t>& d, const FragmentA& a, uint32_t metadata,
+                                           const FragmentB2& b, int8_t) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+        : "+r"(d.at[0]), "+r"(d.at[1]), "+r"(d.at[2]), "+r"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]), "r"(b.at[2]),
+          "r"(b.at[3]), "r"(metadata));
+}
+__device__ inline void multiply_add_sparse(FragmentD<float>& d, const FragmentA& a, uint32_t metadata,
+                                           const FragmentB2& b, Half) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+        : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]), "r"(b.at[2]),
+          "r"(b.at[3]), "r"(metadata));
+}
+__device__ inline void multiply_add_sparse(FragmentD<float>& d, const FragmentA& a, uint32_t metadata,
+                                           const FragmentB2& b, BFloat16) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+        : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]), "r"(b.at[2]),
+          "r"(b.at[3]), "r"(metadata));
 }
 
 // Loads and stores that order what one block writes before what another reads.
@@ -171,6 +204,44 @@ void multiply_add(FragmentD<Acc>& d, const FragmentA& a, const FragmentB& b, T) 
     }
     for (unsigned i = 0; i < 4; ++i)
         d.at[i] = static_cast<Acc>(d.at[i] + fragment_product(rows[i / 2], columns[i % 2]));
+}
+
+template <class Acc, class T>
+void multiply_add_sparse(FragmentD<Acc>& d, const FragmentA& a, uint32_t metadata, const FragmentB2& b, T) {
+    struct Operands {
+        FragmentA a;
+        FragmentB2 b;
+        uint32_t metadata;
+    };
+    emulated::show(Operands{a, b, metadata});
+    const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    FragmentRow<T> kept[2], column[2][2];  // of rows g and g + 8; of columns 2t and 2t + 1, two halves each
+    uint64_t places[2] = {0, 0};
+    for (unsigned i = 0; i < 4; ++i) {
+        const auto row = emulated::shown_by<Operands>(4 * g + i);
+        kept[0].set(i, row.a.at[0], row.a.at[2]);
+        kept[1].set(i, row.a.at[1], row.a.at[3]);
+        if constexpr (sizeof(T) == 1) {
+            places[i % 2] |= static_cast<uint64_t>(row.metadata) << (32 * (i / 2));
+        } else if (i < 2) {
+            places[0] |= static_cast<uint64_t>(row.metadata & 0xffff) << (16 * i);
+            places[1] |= static_cast<uint64_t>(row.metadata >> 16) << (16 * i);
+        }
+        for (unsigned j = 0; j < 2; ++j) {
+            const auto other = emulated::shown_by<Operands>(4 * (2 * t + j) + i).b;
+            column[j][0].set(i, other.at[0], other.at[1]);
+            column[j][1].set(i, other.at[2], other.at[3]);
+        }
+    }
+    for (unsigned i = 0; i < 4; ++i) {
+        FragmentRow<T> met;  // the elements of the column that meet those kept
+        constexpr unsigned kKept = 32 / sizeof(T);
+        for (unsigned v = 0; v < kKept; ++v) {
+            const unsigned k = v / 2 * 4 + (places[i / 2] >> (2 * v) & 3);
+            met.at[v] = column[i % 2][k / kKept].at[k % kKept];
+        }
+        d.at[i] = static_cast<Acc>(d.at[i] + fragment_product(kept[i / 2], met));
+    }
 }
 
 inline uint64_t load_acquire(const uint64_t* at) { return *at; }

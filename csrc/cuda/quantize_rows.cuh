@@ -35,6 +35,20 @@ inline AnyFloat any_float(const std::optional<Tensor>& t) {
     return {const_cast<void*>(t->const_data_ptr()), t->scalar_type()};
 }
 
+// Of an int8 linear's arguments those that don't belong to a format.
+inline void check_scales(const char* op, const Tensor& x, const Tensor& values, const Tensor& scale,
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
+    const int64_t n = scale.dim() == 1 ? scale.size(0) : -1;
+    STD_TORCH_CHECK(n >= 0 && scale.scalar_type() == ScalarType::Float, op, ": scale: expected float32 [N]");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), op, ": bias: expected [N]");
+    STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float), op,
+                    ": input_scale: expected one float32");
+    STD_TORCH_CHECK(values.device() == x.device() && scale.device() == x.device() &&
+                        (!bias || bias->device() == x.device()) &&
+                        (!input_scale || input_scale->device() == x.device()),
+                    op, ": x: expected one device for all tensors");
+}
+
 constexpr int kRowThreads = 256;
 
 // The largest |x| of a row, as bits (quantize.h), for all threads of a block.

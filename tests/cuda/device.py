@@ -16,7 +16,7 @@ on_device = [
 
 
 def emulated_library():
-    """Every .cu compiled by g++, as one file; tests/cuda/emulated/cuda/launch.h says what that shows and what not."""
+    """Every .cu compiled by g++, in one file to save time; tests/cuda/emulated says what that shows and what not."""
     command = [*CXX, "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared"]
     command += ["-I", ROOT / "tests/cuda/emulated", "-I", ROOT / "csrc"]
     together = "".join(f'#include "{source}"\n' for source in SOURCES)
