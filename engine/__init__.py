@@ -13,11 +13,13 @@ from engine.compress import (
     Quantize,
     Recipe,
     Report,
+    Search,
     calibrate,
     compress_,
     distill,
     prune_,
     quantize_,
+    search,
 )
 from engine.ops._library import reference_mode
 
@@ -34,6 +36,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "Report",
+    "Search",
     "backends",
     "calibrate",
     "compress_",
@@ -46,4 +49,5 @@ __all__ = [
     "quantize_",
     "reference_mode",
     "save",
+    "search",
 ]

@@ -5,7 +5,7 @@ One safetensors file. A weight `<m>.weight` is stored under the names that the c
 - DenseInt8: `<m>.weight` (int8) and `<m>.weight_scale`;
 - Bitmap: `<m>.weight.shape`, `.compressed`, `.bitmask`, `.row_offsets`, and `.scale` where the values are int8;
 - Csr: `<m>.weight.shape`, `.values`, `.crow_indices`, `.col_indices`;
-- `<m>.input_scale` where activations are quantised by a fixed scale.
+- `<m>.input_scale` where activations are quantised by a fixed scale (one number) or one for each channel (K of them).
 
 Everything else has its name in `model.state_dict()`. The header's metadata says which weight has which format.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine._safetensors import CheckpointError, Entry, TensorFile, explained
+from engine._safetensors import CheckpointError, TensorFile, explained
 from engine.formats import Bitmap, Csr, DenseInt8, Format
 from engine.ops._check import FLOAT_DTYPES
 
@@ -156,8 +156,9 @@ class CheckpointFile(TensorFile):
             raise CheckpointError(f"{where}: {found['shape']}: expected 2 numbers")
         input_scale = name.removesuffix("weight") + "input_scale"
         if input_scale in self.entries and "scale" in found and info.quantize_input:
-            if self.entries[input_scale] != Entry(torch.float32, (1,)):
-                raise CheckpointError(f"{where}: {input_scale}: expected one float32")
+            found_scale = self.entries[input_scale]
+            if found_scale.dtype != torch.float32 or len(found_scale.shape) != 1:
+                raise CheckpointError(f"{where}: {input_scale}: expected one float32, or one for each channel")
             found["input_scale"] = input_scale
         return found
 
@@ -180,7 +181,7 @@ def read_weight(file: CheckpointFile, name: str) -> Format:
     """
     info, where = file.weights[name], f"{file.path}: {name}"
     fields: dict[str, Any] = {field: file.read(part) for field, part in file.parts[name].items()}
-    if "input_scale" in fields:
+    if "input_scale" in fields and fields["input_scale"].numel() == 1:
         fields["input_scale"] = fields["input_scale"].reshape(())
     if info.format is DenseInt8:
         fields["quantize_input"] = info.quantize_input
@@ -218,7 +219,7 @@ def weight_parts(name: str, format: Format) -> dict[str, Tensor]:
         if tensor is not None:
             found[name + part.suffix] = tensor.detach()
     if getattr(format, "input_scale", None) is not None:
-        found[name.removesuffix("weight") + "input_scale"] = format.input_scale.detach().reshape(1)  # type: ignore
+        found[name.removesuffix("weight") + "input_scale"] = format.input_scale.detach().reshape(-1)  # type: ignore
     return found
 
 

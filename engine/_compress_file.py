@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, weight_parts
-from engine._safetensors import CheckpointError, Entry, TensorWriter, explained
+from engine._checkpoint_file import FORMAT_VERSION, CheckpointFile, WeightInfo, header_metadata, weight_parts
+from engine._journal import Journal
+from engine._safetensors import CheckpointError, Entry, TensorWriter, explained, partial_path
 from engine.compress.importance import semi_structured
 from engine.compress.recipe import Recipe
 from engine.compress.targets import check_patterns, matches
@@ -43,6 +44,7 @@ WEIGHT_SUFFIXES = {
 PIPELINE_MODULE = re.compile(r"\d+_\w+")  # sentence-transformers keeps further layers of its pipeline in such folders
 EMBEDDING = re.compile(r"embed|(^|[._])emb($|[._])|(^|\.)(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
 CHUNK_ELEMENTS = 1 << 22
+SYNC_BYTES = 64 << 20  # of tensors that may have to be compressed again after an interruption
 HALF = 16  # bits of a float32
 
 Tick = Callable[[str, int], object]  # called with a tensor's name and its bytes when a pass has dealt with it
@@ -146,23 +148,30 @@ class _Plan:
     two_of_four: bool = False
 
 
-def compress_file(source: Source, out: Path, recipe: Recipe, tick: Tick = lambda name, count: None) -> Result:
+def compress_file(
+    source: Source, out: Path, recipe: Recipe, tick: Tick = lambda name, count: None, resume: bool = False
+) -> Result:
     """Writes `source`, compressed as `recipe` says, to the safetensors file `out`.
 
     Two-dimensional float tensors named `<module>.weight` count as Linear, or as Embedding where the name says so.
+    With `resume`, what is done when the work ends early stays beside `out`, and another call goes on from there to the
+    same file, bit by bit.
 
     Raises:
-        ValueError: a target matches nothing, a weight holds a NaN or an infinity.
+        ValueError: a target matches nothing, a weight holds a NaN or an infinity, or what lies there to be resumed is
+            of another model or recipe.
         CheckpointError: the source is damaged, or names a tensor as a compressed one would be named.
         OSError: reading or writing failed.
     """
     chosen, left = choose(source, recipe)
-    threshold = _model_threshold(source, chosen, recipe)
+    journal = Journal(journal_path(out) if resume else None, _identity(source, recipe), "engine.compress")
+    threshold = journal.get("threshold of the model", lambda: _plain(_model_threshold(source, chosen, recipe)))
+    threshold = _tensor(threshold)
     plans: dict[str, _Plan] = {}
     outcomes: list[Outcome] = []
     for name in source.files:
         if name in chosen:
-            plan = _plan(name, source.read(name), chosen[name], recipe, threshold)
+            plan = _plan(name, source, chosen[name], recipe, threshold, journal)
             before, after = source.entry(name).nbytes, plan.format.nbytes
             if recipe.guard == "size" and after >= before:
                 left[name] = f"not smaller: {before:,} → {after:,} bytes as {plan.format.label}"
@@ -180,13 +189,27 @@ def compress_file(source: Source, out: Path, recipe: Recipe, tick: Tick = lambda
         entries |= described
     weights = {name: WeightInfo.of(plan.format, _dtype(source, name)) for name, plan in plans.items()}
     metadata = {**source.metadata, **header_metadata(weights, {}, recipe.to_dict())}
-    with TensorWriter(out, entries, metadata) as writer:
+    there = {name for name in source.files if f"written {name}" in journal and partial_path(out).exists()}
+    parts_there: list[str] = []
+    for name in there:
+        parts_there += weight_parts(name, plans[name].format) if name in plans else [name]
+    with TensorWriter(out, entries, metadata, parts_there if resume else None) as writer:
+        unsaid, unsynced = [], 0  # what is written counts once it is sure to stay
         for name in source.files:
-            weight = source.read(name)
-            written = weight_parts(name, _compress(weight, plans[name])) if name in plans else {name: weight}
-            for part, tensor in written.items():
-                writer.write(part, tensor)
+            if name not in there:
+                weight = source.read(name)
+                written = weight_parts(name, _compress(weight, plans[name])) if name in plans else {name: weight}
+                for part, tensor in written.items():
+                    writer.write(part, tensor)
+                unsaid.append(name)
+                unsynced += source.entry(name).nbytes
+            if resume and unsynced >= SYNC_BYTES:
+                writer.sync()
+                for done in unsaid:
+                    journal.put(f"written {done}", True)
+                unsaid, unsynced = [], 0
             tick(name, source.entry(name).nbytes)
+    journal.remove()
     copied = [name for name in source.files if name not in plans and name not in left]
     return Result(outcomes, left, copied, source.nbytes, sum(entry.nbytes for entry in entries.values()))
 
@@ -264,28 +287,65 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
     return torch.tensor(prefix, dtype=torch.int32).view(torch.float32)
 
 
-def _plan(name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: Tensor | float | None) -> _Plan:
-    rows, columns = weight.shape
-    if not all(bool(chunk.isfinite().all()) for chunk in _chunks(weight)):
-        raise ValueError(f"{name}: holds a NaN or an infinity")
+def journal_path(out: Path) -> Path:
+    """Where it is noted how far a run that can be resumed has come."""
+    partial = partial_path(out)
+    return partial.with_name(f"{partial.name}.jsonl")
+
+
+def _identity(source: Source, recipe: Recipe) -> str:
+    """Model and recipe: what must be the same to go on."""
+    files = sorted({file.path for file in source.files.values()})
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json.dumps([FORMAT_VERSION, states, recipe.to_dict()], sort_keys=True)
+
+
+def _plain(threshold: Tensor | float | None) -> Any:
+    return threshold.tolist() if isinstance(threshold, Tensor) else threshold
+
+
+def _tensor(threshold: Any) -> Tensor | None:
+    """The inverse of `_plain`: every float32 is a float, and comes back as it was."""
+    return None if threshold is None else torch.tensor(threshold, dtype=torch.float32)
+
+
+def _plan(
+    name: str, source: Source, kind: str, recipe: Recipe, threshold: Tensor | float | None, journal: Journal
+) -> _Plan:
+    """What will become of a weight."""
+    found = journal.get(f"plan of {name}", lambda: _look(name, source.read(name), kind, recipe, threshold))
+    rows, columns = source.entry(name).shape
     meta = torch.empty(rows, columns, dtype=torch.int8, device="meta")
     scale = torch.empty(rows, dtype=torch.float32, device="meta")
+    if found is None:
+        return _Plan(None, DenseInt8(meta, scale))
+    assert recipe.prune is not None
+    dtype = torch.int8 if recipe.quantize else _dtype(source, name)
+    values = torch.empty(found["kept"], dtype=dtype, device="meta")
+    bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
+    row_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
+    format = Bitmap(values, bitmask, row_offsets, columns, scale if recipe.quantize else None)
+    return _Plan(_tensor(found["threshold"]), format, recipe.prune.pattern == "2:4")
+
+
+def _look(
+    name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: Tensor | float | None
+) -> dict[str, Any] | None:
+    """The threshold of a weight to be pruned and how much it keeps; None for one that is only quantised."""
+    if not all(bool(chunk.isfinite().all()) for chunk in _chunks(weight)):
+        raise ValueError(f"{name}: holds a NaN or an infinity")
     if kind == "Embedding" or recipe.prune is None:
         assert recipe.quantize is not None
-        return _Plan(None, DenseInt8(meta, scale))
+        return None
     limit = threshold
-    two_of_four = recipe.prune.pattern == "2:4"
-    if two_of_four:
+    if recipe.prune.pattern == "2:4":
         weight, limit = semi_structured(weight, weight.abs()), 0.0
     elif limit is None:
         assert recipe.prune.sparsity is not None
         scope = "row" if recipe.prune.scope == "row" else "tensor"
         limit = ops.magnitude_threshold(weight, recipe.prune.sparsity, scope)
     kept = _count_kept(weight, torch.as_tensor(limit, dtype=torch.float32))
-    values = torch.empty(kept, dtype=torch.int8 if recipe.quantize else weight.dtype, device="meta")
-    bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
-    row_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
-    return _Plan(limit, Bitmap(values, bitmask, row_offsets, columns, scale if recipe.quantize else None), two_of_four)
+    return {"threshold": _plain(limit), "kept": kept}
 
 
 def _compress(weight: Tensor, plan: _Plan) -> Format:

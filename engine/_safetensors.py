@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,7 +101,8 @@ class TensorFile:
         self._bytes_read = 0
         with explained(f"{self.path}"):
             file = safe_open(self.path, "pt")
-            self.metadata: dict[str, str] = dict(file.metadata() or {})
+            # Sorted, as the library gives them in another order each time: what is written from them is to be the same.
+            self.metadata: dict[str, str] = dict(sorted((file.metadata() or {}).items()))
             self.entries = {name: self._entry(file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         self._file: Any = file
 
@@ -144,19 +145,28 @@ class TensorWriter:
 
     As every size is known, the header comes first, needs no rewriting, and gives each tensor its place from the start;
     wider types come first, so that every tensor is aligned. All of it goes to a temporary file in the same folder, that
-    takes the target's name when the `with` block ends well, and is removed when it doesn't.
+    takes the target's name when the `with` block ends well, and is removed when it doesn't; or, with `resume`, stays
+    for another try.
 
     Args:
         path: the target, replaced if it exists.
         entries: type and shape of every tensor, by name.
         metadata: strings for the header.
+        resume: names that an earlier try wrote to the temporary file, if it is there; None: nothing is kept.
 
     Raises:
+        CheckpointError: with `resume`, the temporary file is of something else.
         CheckpointError: a data type that safetensors doesn't have, or more names than a header holds.
         OSError: the file can't be written; a full disk is noticed before the first tensor.
     """
 
-    def __init__(self, path: str | os.PathLike, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, str],
+        resume: Collection[str] | None = None,
+    ) -> None:
         self.path = Path(path)
         self._entries = dict(entries)
         header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -179,10 +189,21 @@ class TensorWriter:
         self.nbytes = len(self._header) + end
         self._fd = -1
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
+        self._keep = resume is not None
+        if resume is not None:
+            self._temporary = partial_path(self.path)
+        self._goes_on = bool(resume) and self._temporary.exists()
+        if resume is not None and self._goes_on:
+            self._missing -= set(resume)
 
     def __enter__(self) -> "TensorWriter":
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder")
+        if self._goes_on:
+            self._open_partial()
+            return self
+        if self._keep:  # begun, but with nothing in it that counts
+            self._temporary.unlink(missing_ok=True)
         try:
             self._fd = os.open(
                 self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
@@ -194,6 +215,19 @@ class TensorWriter:
             self._discard()
             raise
         return self
+
+    def _open_partial(self) -> None:
+        """Opens what an earlier try left, after a look at its header."""
+        self._fd = os.open(self._temporary, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        header = os.read(self._fd, len(self._header))
+        if header != self._header or os.fstat(self._fd).st_size > self.nbytes:
+            os.close(self._fd)
+            self._fd = -1
+            raise CheckpointError(f"{self._temporary}: was left by a run on something else: remove it")
+
+    def sync(self) -> None:
+        """Makes what was written so far last through a power cut."""
+        os.fsync(self._fd)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor's data in its place. ValueError unless type and shape are those that were announced."""
@@ -229,7 +263,13 @@ class TensorWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._temporary.unlink(missing_ok=True)
+        if not self._keep:  # where it was renamed it is gone by now
+            self._temporary.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written that an interrupted run may go on with."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _item_size(name: str, entry: Entry) -> int:

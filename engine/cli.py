@@ -1,6 +1,7 @@
-"""The command line: engine compress | inspect | bench | doctor."""
+"""The command line: engine compress | search | distill | inspect | bench | doctor."""
 
 import contextlib
+import copy
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,8 +23,18 @@ from rich.table import Table
 
 from engine import backends
 from engine._checkpoint_file import CheckpointFile, read_weight
-from engine._compress_file import WEIGHTS, Result, Source, choose, compress_file, copy_companions, remove_stale_weights
-from engine._safetensors import CheckpointError
+from engine._compress_file import (
+    WEIGHTS,
+    Result,
+    Source,
+    choose,
+    compress_file,
+    copy_companions,
+    journal_path,
+    remove_stale_weights,
+)
+from engine._safetensors import CheckpointError, partial_path
+from engine._task import load_task
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 
 app = typer.Typer(
@@ -107,6 +118,9 @@ def compress(
         str, typer.Option(help="size: leave alone what wouldn't get smaller. none: compress all.")
     ] = "size",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is done if it ends early, and go on from what was kept.")
+    ] = False,
 ) -> None:
     """Compress a model on disk, without its code, one tensor in memory at a time."""
     recipe = _recipe(
@@ -114,12 +128,12 @@ def compress(
     )
     with _one_line_errors():
         source = Source(model)
-        _check_out(model, out, force)
+        _check_out(model, out, force, resume)
         _check_patterns(source, recipe)
         if source.is_folder:
-            result = _compress_folder(source, out, recipe)
+            result = _compress_folder(source, out, recipe, resume)
         else:
-            result = _compress_with_progress(source, out, recipe)
+            result = _compress_with_progress(source, out, recipe, resume)
     _print_result(result, out)
 
 
@@ -160,7 +174,7 @@ def _check_patterns(source: Source, recipe: Recipe) -> None:
         _fail(error, BAD_OPTION)
 
 
-def _check_out(model: Path, out: Path, force: bool) -> None:
+def _check_out(model: Path, out: Path, force: bool, resume: bool) -> None:
     """Raises where writing `out` would touch the model itself, or something that is there already."""
     home, target = model.resolve(), out.resolve()
     if target == home or (model.is_dir() and home in target.parents) or (out.exists() and out.samefile(model)):
@@ -170,35 +184,36 @@ def _check_out(model: Path, out: Path, force: bool) -> None:
     if out.exists() and out.is_dir() != model.is_dir():
         kinds = ("a folder", "a file") if out.is_dir() else ("a file", "a folder")
         raise ValueError(f"{out}: is {kinds[0]}, but the model is {kinds[1]}")
-    if out.exists() and not force and (out.is_file() or any(out.iterdir())):
+    left = {partial_path(out / WEIGHTS).name, journal_path(out / WEIGHTS).name} if resume else set()
+    if out.exists() and not force and (out.is_file() or any(path.name not in left for path in out.iterdir())):
         raise ValueError(f"{out}: exists; --force replaces it")
     if not out.parent.is_dir():
         raise FileNotFoundError(2, "", str(out.parent))
 
 
-def _compress_folder(source: Source, out: Path, recipe: Recipe) -> Result:
+def _compress_folder(source: Source, out: Path, recipe: Recipe, resume: bool) -> Result:
     """The weights first, as only they take long; a folder that was made for nothing is removed again."""
     fresh = not out.exists()
     out.mkdir(exist_ok=True)
     try:
-        result = _compress_with_progress(source, out / WEIGHTS, recipe)
+        result = _compress_with_progress(source, out / WEIGHTS, recipe, resume)
         remove_stale_weights(out)
         copy_companions(source.path, out)
         text = json.dumps({"recipe": recipe.to_dict(), **result.to_dict()}, indent=2, ensure_ascii=False)
         (out / "compression.json").write_text(text + "\n", encoding="utf-8")
     except BaseException:
-        if fresh:
+        if fresh and not resume:
             shutil.rmtree(out, ignore_errors=True)
         raise
     return result
 
 
-def _compress_with_progress(source: Source, out: Path, recipe: Recipe) -> Result:
+def _compress_with_progress(source: Source, out: Path, recipe: Recipe, resume: bool) -> Result:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compressing", total=2 * source.nbytes)
-        return compress_file(source, out, recipe, lambda name, count: progress.advance(task, count))
+        return compress_file(source, out, recipe, lambda name, count: progress.advance(task, count), resume)
 
 
 def _console() -> Console:
@@ -246,6 +261,114 @@ def _print_result(result: Result, out: Path) -> None:
         if len(result.left_alone) > LEFT_ALONE_SHOWN:
             console.print(f"  and {len(result.left_alone) - LEFT_ALONE_SHOWN} more")
     console.print("Load it by engine.load_(model, ...) into the model built from its configuration.")
+
+
+ModelOption = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or file.py:function that returns a dict (guide).")
+]
+FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; what is there goes on.")]
+TextsOption = Annotated[Path | None, typer.Option(help="For a Hugging Face folder: real inputs, one a line.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Texts a batch.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
+MeasuredOption = Annotated[int, typer.Option(min=1, help="Batches that are only measured on.")]
+IgnoreOption = Annotated[list[str] | None, typer.Option(help="Module to leave alone: its name, or re:PATTERN.")]
+
+
+@app.command()
+def search(
+    model: ModelOption,
+    out: FolderOption,
+    loss_budget: Annotated[float | None, typer.Option(help="Largest loss; the fastest within it is sought.")] = None,
+    time_budget: Annotated[float | None, typer.Option(help="Most milliseconds; the least loss is sought.")] = None,
+    size_budget: Annotated[float | None, typer.Option(help="Most megabytes; the least loss is sought.")] = None,
+    texts: TextsOption = None,
+    batch: BatchOption = 32,
+    tokens: TokensOption = 128,
+    measured: MeasuredOption = 4,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Find a recipe for each layer by measuring, and write the model so compressed. Repeated, it goes on."""
+    from engine import checkpoint, compress
+
+    if sum(budget is not None for budget in (loss_budget, time_budget, size_budget)) != 1:
+        _fail("give exactly one of --loss-budget, --time-budget and --size-budget", BAD_OPTION)
+    with _one_line_errors():
+        task = load_task(model, texts, batch, tokens, measured)
+        out.mkdir(exist_ok=True)
+        skip = tuple(ignore or ())
+        calibration = compress.calibrate(task.model, task.batches, ignore=skip, second_moment=True)
+        found = compress.search(
+            task.model,
+            task.measured or (),
+            task.example_inputs,
+            loss_budget=loss_budget,
+            time_budget=None if time_budget is None else time_budget / 1e3,
+            size_budget=None if size_budget is None else size_budget * 1e6,
+            calibration=calibration,
+            ignore=skip,
+            checkpoint=out / "measurements.jsonl",
+        )
+        for suffix in (".json", ".html", ".png"):
+            found.save(out / f"search{suffix}")
+        if found.recipes:
+            report = compress.compress_(task.model, found.recipes, calibration=calibration)
+            checkpoint.save(task.model, out / WEIGHTS, report.recipe)
+    typer.echo(str(found))
+    written = f"search.json, .html, .png{f', {WEIGHTS}' if found.recipes else ''}"
+    typer.echo(f"{out}: {written}")
+
+
+@app.command()
+def distill(
+    model: ModelOption,
+    out: FolderOption,
+    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")],
+    sparsity: Annotated[float | None, typer.Option(help="Prune this fraction of each layer, from 0 to 1.")] = None,
+    importance: Annotated[str, typer.Option(help="What decides which weights go: magnitude, wanda, obs.")] = "obs",
+    int8: Annotated[bool, typer.Option(help="Store what is kept as int8.")] = False,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    loss: Annotated[str, typer.Option(help="Between outputs: mse or kl. A task's own loss takes its place.")] = "mse",
+    match_hidden: Annotated[list[str] | None, typer.Option(help="Module whose output is to agree too.")] = None,
+    texts: TextsOption = None,
+    batch: BatchOption = 32,
+    tokens: TokensOption = 128,
+    measured: MeasuredOption = 4,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Train a compressed copy of the model to do as the model does. Ended early, it goes on when repeated."""
+    from engine import checkpoint, compress
+
+    if sparsity is None and not int8:
+        _fail("nothing to do: give --sparsity, --int8, or both", BAD_OPTION)
+    with _one_line_errors():
+        task = load_task(model, texts, batch, tokens, measured)
+        try:
+            prune = None if sparsity is None else Prune(sparsity=sparsity, importance=importance)
+            recipe = Recipe(prune, Quantize() if int8 else None, ignore=tuple(ignore or ()), guard="none")
+        except ValueError as error:
+            _fail(error, BAD_OPTION)
+        out.mkdir(exist_ok=True)
+        moments = importance == "obs" and prune is not None
+        calibration = compress.calibrate(task.model, task.batches, ignore=recipe.ignore, second_moment=moments)
+        teacher = copy.deepcopy(task.model) if task.loss is None else None
+        done = compress.distill(
+            task.model,
+            teacher,
+            task.batches,
+            steps=steps,
+            recipe=recipe,
+            calibration=calibration,
+            loss=loss if teacher is not None else task.loss,
+            match_hidden=match_hidden or (),
+            learning_rate=rate,
+            checkpoint=out / "distill.pt",
+        )
+        checkpoint.save(task.model, out / WEIGHTS, recipe)
+        for suffix in (".json", ".png"):
+            done.save(out / f"distillation{suffix}")
+    last = done.losses[-max(1, steps // 20) :]
+    typer.echo(f"{steps} steps, {done.resumed_from} of them before; loss at the end {sum(last) / len(last):.4g}")
+    typer.echo(f"{out}: {WEIGHTS}, distillation.json, .png")
 
 
 @app.command()

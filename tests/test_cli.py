@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from engine import backends, cli
 from engine.checkpoint import CheckpointFile, load_
-from engine.compress import Prune, Quantize, Recipe, compress_
+from engine.compress import Prune, Quantize, Recipe, Search, compress_, measure
 
 X = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
 
@@ -306,3 +306,125 @@ def test_output_that_cannot_show_a_sign(model):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from engine import _compress_file, cli
+from engine._compress_file import Source, compress_file
+from engine.compress import Prune, Quantize, Recipe
+
+_compress_file.SYNC_BYTES = 1
+ticks = 0
+
+def tick(name, count):
+    global ticks
+    ticks += 1
+    if ticks == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+recipe = Recipe(Prune(sparsity=0.5, scope=sys.argv[4]), Quantize(), guard="size")
+compress_file(Source(Path(sys.argv[1])), Path(sys.argv[2]), recipe, tick, resume=True)
+"""
+
+
+@pytest.mark.parametrize("scope", ["row", "model"])
+def test_a_killed_compression_goes_on(model, out, tmp_path, scope, monkeypatch):
+    options = ("--sparsity", "0.5", "--scope", scope, "--int8")
+    whole = tmp_path / "whole.safetensors"
+    run("compress", model, "-o", whole, *options)
+    tensors = len(load_file(model))
+    reads = []
+    read = cli.Source.read
+    monkeypatch.setattr(cli.Source, "read", lambda self, name: reads.append(name) or read(self, name))
+    for stop in (2, tensors + 3):  # while it looks, and while it writes
+        done = subprocess.run([sys.executable, "-c", KILLED, model, out, str(stop), scope])
+        assert done.returncode == -9 and not out.exists()
+    run("compress", model, "-o", out, *options, "--resume")
+    assert len(reads) == tensors - 3 and out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "small.safetensors", whole.name]
+
+
+def test_what_another_run_left_is_not_gone_on_with(model, out):
+    subprocess.run([sys.executable, "-c", KILLED, model, out, "8", "row"])
+    error = run("compress", model, "-o", out, "--sparsity", "0.6", "--int8", "--resume", code=1)
+    assert "was left by a run on something else" in error and not out.exists()
+    run("compress", model, "-o", out, "--sparsity", "0.6", "--int8")  # which has nothing to do with it
+    assert out.exists()
+
+
+def test_resuming_a_folder(tmp_path, monkeypatch):
+    folder, out, whole = hugging_face_folder(tmp_path / "m", 2), tmp_path / "small", tmp_path / "whole"
+    options = ("--sparsity", "0.5", "--int8", "--resume")
+    run("compress", folder, "-o", whole, *options)
+
+    def stop(*_):
+        raise OSError(28, "No space left on device", "disk")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("engine._compress_file._compress", stop)
+        run("compress", folder, "-o", out, *options, code=1)
+    assert {path.name for path in out.iterdir()} == {f".model.safetensors.partial{end}" for end in ("", ".jsonl")}
+    run("compress", folder, "-o", out, *options)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+TASK = """
+import torch
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).eval()
+    return {"model": model, "batches": [torch.randn(16, 64) for _ in range(3)], "measured": [torch.randn(16, 64)]}
+"""
+
+
+@pytest.fixture
+def task(tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    return f"{tmp_path / 'task.py'}:make"
+
+
+def test_search(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(measure, "MOST_ROUNDS", 2)
+    out = tmp_path / "found"
+    printed = run("search", task, "-o", out, "--size-budget", 0.03)
+    assert "chosen" in printed and "model.safetensors" in printed
+    found = Search.load(out / "search.json")
+    assert found.chosen.bytes <= 30_000
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    load_(model, out / "model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in model.parameters()) == found.chosen.bytes
+    lines = (out / "measurements.jsonl").read_text()
+    run("search", task, "-o", out, "--size-budget", 0.03)  # nothing new to measure
+    assert (out / "measurements.jsonl").read_text() == lines
+
+
+def test_distill(task, tmp_path):
+    out = tmp_path / "trained"
+    options = ("--sparsity", 0.5, "--int8", "--steps", 20, "--rate", 1e-3)
+    assert "20 steps, 0 of them before" in run("distill", task, "-o", out, *options)
+    first = (out / "model.safetensors").read_bytes()
+    assert "20 steps, 20 of them before" in run("distill", task, "-o", out, *options)
+    assert (out / "model.safetensors").read_bytes() == first
+    assert len(json.loads((out / "distillation.json").read_text())["losses"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("search", "TASK", "--loss-budget", 1, "--size-budget", 1), 2, "exactly one of"),
+        (("search", "TASKx", "--loss-budget", 1), 1, "has no function 'makex'"),
+        (("search", "nowhere.py:make", "--loss-budget", 1), 1, "nowhere.py: no such file"),
+        (("search", "nowhere", "--loss-budget", 1), 1, "nowhere: no such file"),
+        (("search", "FOLDER", "--loss-budget", 1), 1, "needs --texts"),
+        (("distill", "TASK", "--steps", 5), 2, "nothing to do"),
+        (("distill", "TASK", "--steps", 5, "--sparsity", 2), 2, "sparsity"),
+    ],
+)
+def test_search_and_distill_refuse(task, tmp_path, arguments, code, message):
+    words = [str(a).replace("TASK", task).replace("FOLDER", str(tmp_path)) for a in arguments]
+    assert message in run(*words, "-o", tmp_path / "out", code=code)

@@ -37,6 +37,7 @@ def error(model, teacher, batches):
         Recipe(Prune(sparsity=0.5, pattern="2:4", importance="wanda"), Quantize("static"), **HOW),
         Recipe(None, Quantize("static", input_scale="percentile"), **HOW),
         Recipe(None, Quantize("none"), **HOW),
+        Recipe(Prune(sparsity=0.5), Quantize("static", smooth=0.5), **HOW),
         Recipe(Prune(sparsity=0.6, importance="obs"), Quantize(), **HOW),
     ],
 )
@@ -68,6 +69,8 @@ def test_what_trains_is_what_comes_out():
         DenseInt8.from_dense(linear.weight, "static", 0.03),
         DenseInt8.from_dense(linear.weight, "none"),
         Bitmap.from_dense(linear.weight, 0.08, torch.int8, 0.03),
+        Bitmap.from_dense(linear.weight, 0.08, torch.int8, torch.linspace(0.02, 0.05, 40)),
+        DenseInt8.from_dense(linear.weight, "static", torch.linspace(0.02, 0.05, 40)),
     ):
         compressed = CompressedLinear(format, linear.bias)
         trainable = TrainableLinear(compressed)

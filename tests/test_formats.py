@@ -15,6 +15,8 @@ MAKERS = {
     "bitmap int8": lambda w: Bitmap.from_dense(w, 0.5, torch.int8),
     "bitmap int8 static": lambda w: Bitmap.from_dense(w, 0.5, torch.int8, input_scale=0.03),
     "csr": lambda w: Csr.from_dense(w, 0.5),
+    "dense int8 by channel": lambda w: DenseInt8.from_dense(w, "static", torch.linspace(0.02, 0.05, w.shape[1])),
+    "bitmap int8 by channel": lambda w: Bitmap.from_dense(w, 0.5, torch.int8, torch.linspace(0.02, 0.05, w.shape[1])),
 }
 
 

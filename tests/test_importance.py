@@ -1,5 +1,6 @@
 """calibrate, static scales, clipping, wanda, obs and 2:4: against plain computations, and by what they gain."""
 
+import copy
 import logging
 
 import pytest
@@ -95,6 +96,92 @@ def test_static_scales_reach_the_kernels(method):
         engine.compress_(model, recipe, calibration=seen)
         assert model.first.input_scale.item() == pytest.approx(seen.layers["first"].input_scale(method))
         assert output_error(model, x, before) < 0.2
+
+
+def with_outliers(rows, columns):
+    """Inputs of which a few channels are a hundred times as large as the others."""
+    x = torch.randn(rows, columns)
+    x[:, :: columns // 3] *= 100
+    return x
+
+
+@pytest.mark.parametrize("smooth", [0.5, "least_squares"])
+@pytest.mark.parametrize(
+    "prune", [None, Prune(sparsity=0.5), Prune(sparsity=0.5, importance="obs"), Prune(0.5, pattern="2:4")]
+)
+@pytest.mark.parametrize("clip", [None, "least_squares"])
+def test_smoothing_saves_what_outliers_cost(smooth, prune, clip):
+    model, x = Mlp(), with_outliers(256, 256)
+    seen = engine.calibrate(model, x.split(64), second_moment=True, progress=False)
+    errors = []
+    with torch.no_grad():
+        pruned = copy.deepcopy(model)
+        if prune is not None:
+            engine.prune_(pruned, prune, calibration=seen)
+        before = pruned.first(x)
+        for way in (None, smooth):
+            small = copy.deepcopy(model)
+            quantize = Quantize("static", smooth=way, weight_clip=clip)
+            engine.compress_(small, Recipe(prune, quantize, guard="none"), calibration=seen)
+            errors.append((small.first(x) - before).norm())
+        assert small.first.input_scale.shape == (256,)
+        # obs makes good its rounding in other weights, so that its result is not the pruned layer's with noise
+        assert errors[1] < (0.9 if prune is not None and prune.importance == "obs" else 0.5) * errors[0]
+
+
+def test_channel_scales():
+    """The weight takes over exactly what the input is divided by, and nothing that was seen is clipped."""
+    weight, x = torch.randn(12, 64), with_outliers(99, 64)
+    x[:, 5] = 0  # never seen: some scale that can be divided by
+    seen = InputStatistics.empty(64, torch.device("cpu"), False)
+    seen.see(x)
+    for smooth in (0.0, 0.5, 0.9, 1.0, "least_squares"):
+        scales = seen.channel_scales(weight, smooth)
+        assert scales.isfinite().all() and (scales > 0).all()
+        assert ((x / scales).abs() <= 127 * (1 + 1e-5)).all()
+    flat = seen.channel_scales(torch.ones(2, 64), 0.0)  # weights that are alike, and nothing of the input moves
+    torch.testing.assert_close(flat, torch.full((64,), seen.amax / 127))
+    losses = {s: seen._expected_loss(weight, seen.channel_scales(weight, s)) for s in (0.0, 0.5, "least_squares")}
+    assert losses["least_squares"] <= min(losses.values()) and losses["least_squares"] < 0.1 * losses[0.0]
+
+
+def test_expected_loss_is_what_comes():
+    """The estimate that chooses a layer's smoothing, against the error itself."""
+    weight, x = torch.randn(48, 64), with_outliers(500, 64)
+    seen = InputStatistics.empty(64, torch.device("cpu"), False)
+    seen.see(x)
+    want = x.double() @ weight.double().t()
+    for smooth in (0.5, 0.7, 0.9):
+        scales = seen.channel_scales(weight, smooth)
+        y = engine.formats.DenseInt8.from_dense(weight, "static", scales).linear(x)
+        assert seen._expected_loss(weight, scales) == pytest.approx((y - want).square().sum(1).mean().item(), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"activation": "dynamic", "smooth": 0.5},
+        {"activation": "static", "input_scale": "percentile", "smooth": 0.5},
+        {"activation": "static", "smooth": 1.5},
+        {"activation": "static", "smooth": "best"},
+        {"activation": "static", "smooth": True},
+    ],
+)
+def test_smoothing_refuses(how):
+    with pytest.raises(ValueError, match="smooth"):
+        Quantize(**how)
+
+
+def test_smoothed_models_are_saved_and_loaded(tmp_path):
+    model, x = Mlp(), with_outliers(32, 256)
+    engine.compress_(model, Recipe(None, Quantize("static", smooth="least_squares"), guard="none"), x)
+    engine.save(model, tmp_path / "m.safetensors")
+    again = engine.load_(Mlp(), tmp_path / "m.safetensors")
+    assert torch.equal(again(x), model(x)) and again.first.input_scale.shape == (256,)
+    other = Mlp()
+    engine.compress_(other, Recipe(None, Quantize("static"), guard="none"), x)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
 
 
 def test_clipping_gains_where_a_row_has_an_outlier():

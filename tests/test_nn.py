@@ -15,6 +15,7 @@ from engine.nn import CompressedEmbedding, CompressedLinear
 HOW = {
     "int8": (DenseInt8, {}),
     "int8 static": (DenseInt8, {"activation": "static", "input_scale": 0.03}),
+    "int8 by channel": (DenseInt8, {"activation": "static", "input_scale": torch.linspace(0.02, 0.05, 96)}),
     "int8 weights only": (DenseInt8, {"activation": "none"}),
     "bitmap": (Bitmap, {"threshold": 0.03}),
     "bitmap int8": (Bitmap, {"threshold": 0.03, "values": torch.int8}),

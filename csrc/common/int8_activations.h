@@ -71,8 +71,10 @@ class Scratch {
     int64_t used_ = 0;
 };
 
-struct ActivationTag;  // the quantised activations of a call, held by the calling thread
-struct BiasScratch;    // tag: its bias as fp32
+struct ActivationTag;   // the quantised activations of a call, held by the calling thread
+struct BiasScratch;     // tag: its bias as fp32
+struct InverseScratch;  // tag: the reciprocals of its channels' scales
+struct ScaledScratch;   // tag: one row divided by them, held by each thread
 
 constexpr int64_t kActivationBytes = 4 << 20;  // of quantised activations at a time, where a row isn't larger
 // Kept whole, with room for scales and sums, as a call would otherwise fault its pages in anew each time: 6,000 of them
@@ -109,6 +111,25 @@ struct QuantizedRows {
           stride(stride_for(k)) {}
 };
 
+// By what activations are quantised: by nothing given (each row by its own maximum), by one scale, or by one for each
+// channel. In the last case the weights hold the channels' scales already, and a row's own scale is 1.
+struct InputScale {
+    const float* values = nullptr;  // [1] or [k], or null
+    bool by_channel = false;
+};
+
+inline void check_input_scale(const char* op, const std::optional<Tensor>& input_scale, int64_t k) {
+    if (!input_scale) return;
+    const bool fits = input_scale->numel() == 1 || (input_scale->dim() == 1 && input_scale->size(0) == k);
+    STD_TORCH_CHECK(fits && input_scale->scalar_type() == ScalarType::Float, op,
+                    ": input_scale: expected float32, one element or [K]");
+}
+
+inline InputScale input_scale_of(const std::optional<Tensor>& contiguous) {
+    if (!contiguous) return {};
+    return {data<float>(*contiguous), contiguous->numel() != 1};
+}
+
 // What kernels that shift their operands, or use Winograd's identity, have to take away (QuantizedRows::sum).
 template <class Q>
 ENGINE_INLINE int64_t row_sum(const Q* q,  // [stride]
@@ -127,7 +148,7 @@ ENGINE_INLINE int64_t row_sum(const Q* q,  // [stride]
     return sum;
 }
 
-// One row quantised: its scale and sum, its q and the zeros beyond k. `amax` is amax_bits of the row.
+// A row's scale, written to `rows`, and where nothing is to be quantised its q and sum too. `amax` is amax_bits of it.
 template <class Q>
 ENGINE_INLINE RowScale begin_row(uint32_t amax,
                                  const float* input_scale,  // [1], or null: by the row's own maximum
@@ -142,56 +163,89 @@ ENGINE_INLINE RowScale begin_row(uint32_t amax,
     return s;
 }
 
+// `input_scale` [1], or null: each row by its own maximum. `inverses` [rows.k], or null: channels are multiplied by
+// them first, and input_scale is 1.
 template <class Q, class T>
-void quantize_activation_rows_portable(const T* x,                // [rows.rows, rows.k]
-                                       const float* input_scale,  // [1], or null: each row by its own maximum
-                                       const QuantizedRows<Q>& rows, int64_t begin, int64_t end) {
+void quantize_activation_rows_portable(const T* x,  // [rows.rows, rows.k]
+                                       const float* input_scale, const float* inverses, const QuantizedRows<Q>& rows,
+                                       int64_t begin, int64_t end) {
     const int64_t k = rows.k;
     for (int64_t row = begin; row < end; ++row) {
         const T* from = x + row * k;
         Q* q = rows.q + row * rows.stride;
         const RowScale s = begin_row(amax_bits(from, k), input_scale, rows, row);
         if (s.inverse == 0.0f) continue;
-        for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(from[i]), s.inverse));
+        if (inverses) {
+            for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(from[i]), inverses[i]));
+        } else {
+            for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(from[i]), s.inverse));
+        }
         std::fill(q + k, q + rows.stride, Q{0});
         rows.sum[row] = row_sum(q, rows.stride);
     }
 }
 #if ENGINE_X86
 template <class Q, class T>
-ENGINE_AVX2 void quantize_activation_rows_avx2(const T* x, const float* input_scale, const QuantizedRows<Q>& rows,
-                                               int64_t begin, int64_t end) {
+ENGINE_AVX2 void quantize_activation_rows_avx2(const T* x, const float* input_scale, const float* inverses,
+                                               const QuantizedRows<Q>& rows, int64_t begin, int64_t end) {
     const int64_t k = rows.k;
+    Scratch<ScaledScratch> scratch(inverses ? k * static_cast<int64_t>(sizeof(float)) : 0);
+    float* scaled = inverses ? scratch.take<float>(k) : nullptr;
     for (int64_t row = begin; row < end; ++row) {
         const T* from = x + row * k;
         const RowScale s = begin_row(amax_bits_avx2(from, k), input_scale, rows, row);
         if (s.inverse == 0.0f) continue;
-        rows.sum[row] = quantize_row_avx2(from, k, s.inverse, rows.q + row * rows.stride, rows.stride);
+        Q* q = rows.q + row * rows.stride;
+        if (inverses) {  // the row is in L1 by now: another pass over it costs little, and no second kind of kernel
+            scale_row_avx2(from, inverses, k, scaled);
+            rows.sum[row] = quantize_row_avx2(scaled, k, 1.0f, q, rows.stride);
+        } else {
+            rows.sum[row] = quantize_row_avx2(from, k, s.inverse, q, rows.stride);
+        }
     }
 }
 #endif
 
+// The reciprocal of each channel's scale; false where one can't be used, as in static_scale: then every row is NaN.
+inline bool invert_scales(const float* scales, int64_t k, float* inverses) {
+    bool usable = true;
+    for (int64_t i = 0; i < k; ++i) {
+        const RowScale s = static_scale(scales[i], 0);
+        inverses[i] = s.inverse;
+        usable = usable && s.finite;
+    }
+    return usable;
+}
+
 // Quantises all of `rows` from x, on torch's threads where it is worth it.
 template <class Q, class T>
-void quantize_activations(const T* x,                // [rows.rows, rows.k]
-                          const float* input_scale,  // [1], or null: each row by its own maximum
-                          const QuantizedRows<Q>& rows) {
+void quantize_activations(const T* x,  // [rows.rows, rows.k]
+                          InputScale input_scale, const QuantizedRows<Q>& rows) {
     auto kernel = quantize_activation_rows_portable<Q, T>;
 #if ENGINE_X86
     if (isa() != Isa::portable) kernel = quantize_activation_rows_avx2<Q, T>;
 #endif
+    const float* scale = input_scale.values;
+    float* inverses = nullptr;
+    float one = 1.0f;
+    Scratch<InverseScratch> scratch(input_scale.by_channel ? rows.k * static_cast<int64_t>(sizeof(float)) : 0);
+    if (input_scale.by_channel) {
+        inverses = scratch.take<float>(rows.k);
+        if (!invert_scales(input_scale.values, rows.k, inverses)) one = 0.0f;  // which no row can be divided by
+        scale = &one;
+    }
     parallel_rows(rows.rows, rows.k * static_cast<int64_t>(sizeof(T) + sizeof(Q)),
-                  [&](int64_t begin, int64_t end) { kernel(x, input_scale, rows, begin, end); });
+                  [&](int64_t begin, int64_t end) { kernel(x, scale, inverses, rows, begin, end); });
 }
 
 // What a linear kernel works on.
 template <class T>
 struct LinearCall {
-    const T* x;                // [m, k]
-    const float* input_scale;  // [1], or null: activations are quantised row by row
-    const float* scale;        // [n], of the weights
-    const float* bias;         // [n], or null
-    T* y;                      // [m, n]
+    const T* x;  // [m, k]
+    InputScale input_scale;
+    const float* scale;  // [n], of the weights
+    const float* bias;   // [n], or null
+    T* y;                // [m, n]
     int64_t m, n, k;
 };
 

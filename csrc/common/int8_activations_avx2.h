@@ -72,6 +72,19 @@ ENGINE_AVX2 ENGINE_INLINE int64_t sum_lanes_avx2(__m256i lanes) {
     return sum[0] + sum[1] + sum[2] + sum[3];
 }
 
+// A row as fp32, each channel multiplied by its own factor.
+template <class T>
+ENGINE_AVX2 ENGINE_INLINE void scale_row_avx2(const T* x,            // [k]
+                                              const float* factors,  // [k]
+                                              int64_t k,
+                                              float* scaled) {  // [k]
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8) {
+        _mm256_storeu_ps(scaled + i, _mm256_mul_ps(load_8_floats_avx2(x + i), _mm256_loadu_ps(factors + i)));
+    }
+    for (; i < k; ++i) scaled[i] = to_float(x[i]) * factors[i];
+}
+
 // Writes all of a row, zeros beyond k, and returns its sum (QuantizedRows::sum).
 template <class Q, class T>
 ENGINE_AVX2 ENGINE_INLINE int64_t quantize_row_avx2(const T* x,  // [k]

@@ -409,8 +409,7 @@ void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, co
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
                     "bitmap_int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "bitmap_int8_linear: bias: expected shape [N]");
-    STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float),
-                    "bitmap_int8_linear: input_scale: expected one float32");
+    check_input_scale("bitmap_int8_linear", input_scale, x.size(-1));
 }
 
 Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale_in,
@@ -426,13 +425,14 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
     for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
     Tensor y = new_tensor(x, sizes, x.scalar_type());
     const FloatBias as_float(bias);
+    if (input_scale) input_scale = as_contiguous(*input_scale);
     const Int8Bitmap weight{data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<int8_t>(values), n, k, nnz};
     BadRow bad;
     dispatch_float(x.scalar_type(), "bitmap_int8_linear: x", [&](auto zero) {
         using T = decltype(zero);
-        linear<T>({data<T>(x), input_scale ? data<float>(*input_scale) : nullptr, data<float>(scale), as_float.data(),
-                   mutable_data<T>(y), m, n, k},
-                  weight, bad);
+        linear<T>(
+            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
+            weight, bad);
     });
     bad.raise("bitmap_int8_linear");
     return y;

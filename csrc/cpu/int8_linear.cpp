@@ -267,8 +267,7 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& scale, const std
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
                     "int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "int8_linear: bias: expected shape [N]");
-    STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float),
-                    "int8_linear: input_scale: expected one float32");
+    check_input_scale("int8_linear", input_scale, k);
 }
 
 Tensor int8_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::optional<Tensor> bias,
@@ -282,11 +281,12 @@ Tensor int8_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::optional
     for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
     Tensor y = new_tensor(x, sizes, x.scalar_type());
     const FloatBias as_float(bias);
+    if (input_scale) input_scale = as_contiguous(*input_scale);
     dispatch_float(x.scalar_type(), "int8_linear: x", [&](auto zero) {
         using T = decltype(zero);
-        linear<T>({data<T>(x), input_scale ? data<float>(*input_scale) : nullptr, data<float>(scale), as_float.data(),
-                   mutable_data<T>(y), m, n, k},
-                  data<int8_t>(weight));
+        linear<T>(
+            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
+            data<int8_t>(weight));
     });
     return y;
 }

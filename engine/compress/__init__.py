@@ -5,17 +5,21 @@ from engine.compress.distill import Distillation, distill
 from engine.compress.model import compress_, prune_, quantize_
 from engine.compress.recipe import Prune, Quantize, Recipe
 from engine.compress.report import Report
+from engine.compress.search import CANDIDATES, Search, search
 
 __all__ = [
+    "CANDIDATES",
     "Calibration",
     "Distillation",
     "Prune",
     "Quantize",
     "Recipe",
     "Report",
+    "Search",
     "calibrate",
     "compress_",
     "distill",
     "prune_",
     "quantize_",
+    "search",
 ]

@@ -15,6 +15,8 @@ from engine.ops.int8_quantize import SMALLEST_AMAX
 
 METHODS = ("amax", "percentile", "least_squares")
 BINS = 2048  # of the histogram of |x|; when a larger value comes its range doubles, and bins are merged in pairs
+SMOOTHINGS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried; 1 would leave no channel room for more than was seen
+LEAST_SHARE = 2.0**-10  # of the largest channel's amax: a channel that was seen near 0 may hold more later
 LEAST_FRACTION, FRACTIONS = 0.2, 81  # least-squares scales that are tried: from this share of amax up to amax itself
 
 
@@ -79,6 +81,34 @@ class InputStatistics:
             losses = ((got - centres).square() * self.counts)[:, 1:].sum(1)
             limit = limits[losses.argmin()].item()
         return max(limit, SMALLEST_AMAX) / 127
+
+    def channel_scales(self, weight: Tensor, smooth: float | str) -> Tensor:
+        """A scale for each channel, float32 `[K]`: the input is divided by them, and `weight` `[N, K]` multiplied.
+
+        As Quantize(smooth=...) says it.
+        """
+        if smooth == "least_squares":
+            tried = [self._channel_scales(weight, alpha) for alpha in SMOOTHINGS]
+            return min(tried, key=lambda scales: self._expected_loss(weight, scales))
+        return self._channel_scales(weight, float(smooth))
+
+    def _channel_scales(self, weight: Tensor, alpha: float) -> Tensor:
+        # In float64: a power of a tiny number is no longer one in float32.
+        x = self.channel_amax.to(weight.device, torch.float64)
+        x = x.clamp_min(max(LEAST_SHARE * self.amax, SMALLEST_AMAX))
+        w = weight.detach().abs().amax(0).double()
+        w = w.clamp_min(max(LEAST_SHARE * w.amax().item(), SMALLEST_AMAX))
+        factor = w ** (1 - alpha) / x**alpha
+        return ((x * factor).amax() / 127 / factor).float()
+
+    def _expected_loss(self, weight: Tensor, scales: Tensor) -> float:
+        """The expected squared error of a row of the output, roundings taken as independent and uniform."""
+        w, mean_square = weight.detach().float(), self.channel_mean_square.to(weight.device)
+        # Where steps are coarser than the channel itself, it rounds to 0: no more than all of it is lost.
+        of_input = torch.minimum(scales.square() / 12, mean_square) @ w.square().sum(0)
+        steps = (w * scales).abs().amax(1) / 127
+        of_weight = steps.square().sum() / 12 * (mean_square / scales.square()).sum()
+        return (of_input + of_weight).item()
 
     def see(self, x: Tensor) -> None:
         """Adds the rows of `x` `[..., K]`."""

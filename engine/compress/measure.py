@@ -4,7 +4,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -175,18 +175,25 @@ def time_layers(
 
 def time_model(model: nn.Module, inputs: Any, candidates: Mapping[str, nn.Module]) -> tuple[float, float]:
     """Median seconds of a forward pass, dense and with `candidates` in place, interleaved and without hooks."""
-    times: list[tuple[float, float]] = []
+    before, after = time_variants(model, inputs, [{}, candidates])
+    return before, after
+
+
+def time_variants(model: nn.Module, inputs: Any, variants: Sequence[Mapping[str, nn.Module]]) -> list[float]:
+    """Median seconds of a forward pass with each of the variants in place, interleaved and without hooks."""
+    times: list[list[float]] = []
     with evaluating(model):
         begun = time.perf_counter()
         for i in range(MOST_ROUNDS + 1):
-            first = _timed_pass(model, inputs, {})[1]
-            with replaced(model, candidates):
-                second = _timed_pass(model, inputs, {})[1]
-            if i > 0:
-                times.append((first, second))
+            taken = []
+            for modules in variants:
+                with replaced(model, modules):
+                    taken.append(_timed_pass(model, inputs, {})[1])
+            if i > 0:  # the first round warms up
+                times.append(taken)
             if i >= LEAST_ROUNDS and time.perf_counter() - begun > SECONDS:
                 break
-    return _median(t[0] for t in times), _median(t[1] for t in times)
+    return [_median(seconds) for seconds in zip(*times, strict=True)]
 
 
 def _timed_pass(model: nn.Module, inputs: Any, modules: Mapping[str, nn.Module]) -> tuple[dict[str, float], float]:

@@ -26,7 +26,10 @@ NOT_FASTER = "not faster"  # how the reason begins for a layer that loses time
 
 
 def compress_(
-    model: nn.Module, recipe: Recipe, example_inputs: Any = None, calibration: Calibration | None = None
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Recipe],
+    example_inputs: Any = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Compresses `model` in place as `recipe` says and returns a report. Prints nothing.
 
@@ -35,7 +38,8 @@ def compress_(
 
     Args:
         model: any module; its Linear and Embedding layers are what can be compressed.
-        recipe: what to do, to which layers, and the guard.
+        recipe: what to do, to which layers, and the guard. Or a recipe for each layer by its qualified name (of
+            :func:`engine.search`, say), whose own targets and ignore are not read; all others are left alone.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`. Needed for the speed
             guard and for static activations; with them the report tells times and output errors. Their shapes are the
             ones that the model is made fast for.
@@ -43,38 +47,74 @@ def compress_(
             it, the example inputs are the one batch that is calibrated on.
 
     Raises:
-        TypeError: `recipe` is no Recipe.
+        TypeError: `recipe` is no Recipe and no mapping of names to such.
         ValueError: the model is compressed already, a target matches nothing that can be compressed, a weight holds a
             NaN or an infinity, or example inputs are missing.
     """
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"engine.compress_: recipe: expected engine.Recipe, got {type(recipe).__name__}")
-    if example_inputs is None and recipe.guard == "speed":
+    by_layer = recipe if isinstance(recipe, Mapping) else None
+    recipes: list[Recipe] = list(recipe.values()) if isinstance(recipe, Mapping) else [recipe]
+    for each in recipes:
+        if not isinstance(each, Recipe):
+            raise TypeError(f"engine.compress_: recipe: expected engine.Recipe, got {type(each).__name__}")
+    if not recipes:
+        raise ValueError("engine.compress_: recipe: expected at least one layer, got an empty mapping")
+    if example_inputs is None and any(each.guard == "speed" for each in recipes):
         raise ValueError(
             "engine.compress_: guard='speed' measures layers on example inputs: give example_inputs=, "
             "or choose Recipe(guard='size') or Recipe(guard='none')"
         )
-    needs = _needs_inputs(recipe)
+    needs = next(filter(None, map(_needs_inputs, recipes)), None)
     if needs and calibration is None and example_inputs is None:
         raise ValueError(
             f"engine.compress_: {needs} calibrated on example inputs: give calibration= or example_inputs="
         )
-    targets, left = find_targets(model, recipe.targets, recipe.ignore, "compress_")
+    names, ignore = (recipes[0].targets, recipes[0].ignore) if by_layer is None else (tuple(by_layer), ())
+    targets, left = find_targets(model, names, ignore, "compress_")
+    groups = [(recipes[0], targets)] if by_layer is None else _by_recipe(targets, by_layer)
     if needs and calibration is None and any(nn.Linear in target.kinds for target in targets):
-        moments = recipe.prune is not None and recipe.prune.importance == "obs"
-        how: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "second_moment": moments}
+        moments = any(each.prune is not None and each.prune.importance == "obs" for each in recipes)
+        how: dict[str, Any] = {"targets": names, "ignore": ignore, "second_moment": moments}
         calibration = calibrate(model, [example_inputs], progress=False, **how)
-    report = Report(recipe=recipe.to_dict(), layers=[], left_alone=left, bytes_before=_model_bytes(model))
+    described = recipes[0].to_dict() if by_layer is None else {n: each.to_dict() for n, each in by_layer.items()}
+    report = Report(recipe=described, layers=[], left_alone=left, bytes_before=_model_bytes(model))
     chosen: dict[str, Compressed] = {}
     attempt = functools.partial(_try_recipe, model, example_inputs, calibration, chosen, report)
-    attempt(recipe, targets)
-    if recipe.guard == "speed" and recipe.prune is not None and recipe.quantize is not None:
-        _try_unpruned(attempt, recipe, targets, report)
+    for each, group in groups:
+        attempt(each, group)
+        if each.guard == "speed" and each.prune is not None and each.quantize is not None:
+            _try_unpruned(attempt, each, group, report)
+    if by_layer is not None:
+        order = {target.name: i for i, target in enumerate(targets)}
+        report.layers.sort(key=lambda row: order[row.name])
     if chosen and example_inputs is not None:
-        _guard_whole(model, recipe, example_inputs, chosen, report)
+        guard = "speed" if all(each.guard == "speed" for each in recipes) else "none"
+        _guard_whole(model, guard, example_inputs, chosen, report)
     measure.replace_(model, chosen)
     report.bytes_after = _model_bytes(model)
     return report
+
+
+def _by_recipe(targets: list[Target], recipes: Mapping[str, Recipe]) -> list[tuple[Recipe, list[Target]]]:
+    """The targets of each recipe, in the order of the model.
+
+    Raises:
+        ValueError: tied layers are to differ, or a name is no layer's and no block's.
+    """
+    groups: dict[Recipe, list[Target]] = {}
+    used = set()
+    for target in targets:
+        around = [part for name in target.names for part in recipes if name == part or name.startswith(f"{part}.")]
+        if not around:  # a class's name matched, not a layer's
+            continue
+        mine = {recipes[name] for name in target.names if name in recipes} or {recipes[max(around, key=len)]}
+        if len(mine) > 1:
+            raise ValueError(f"engine.compress_: {', '.join(target.names)}: share a weight, but have other recipes")
+        used |= set(around)
+        groups.setdefault(mine.pop(), []).append(target)
+    unused = [name for name in recipes if name not in used]
+    if unused:
+        raise ValueError(f"engine.compress_: recipe: {unused[0]!r} names no layer that can be compressed")
+    return list(groups.items())
 
 
 def quantize_(
@@ -205,23 +245,20 @@ def _candidates(
             left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
             continue
         with torch.no_grad():
+            input_scale = _input_scale(target, quantize, seen) if static else None
+            how: dict[str, Any] = {} if input_scale is None else {"input_scale": input_scale}
             if target.name in prunes:
                 assert prune is not None
-                weight, threshold, scale = _pruned(target, prune, quantize, seen, thresholds.get(target.name))
-                how: dict[str, Any] = {}
-                if static:
-                    assert seen is not None and quantize is not None
-                    how["input_scale"] = seen.input_scale(quantize.input_scale)
+                limit = thresholds.get(target.name)
+                weight, threshold, scale = _pruned(target, prune, quantize, seen, limit, input_scale)
                 values = torch.int8 if quantize is not None else None
                 format: Format = Bitmap.from_dense(weight, threshold, values, scale=scale, **how)
             else:
                 assert quantize is not None
-                how = {"activation": quantize.activation if linear else "dynamic"}
-                if static:
-                    assert seen is not None
-                    how["input_scale"] = seen.input_scale(quantize.input_scale)
+                how["activation"] = quantize.activation if linear else "dynamic"
                 if quantize.weight_clip and linear:
-                    how["scale"] = importance.clip_scales(target.weight, seen.channel_mean_square if seen else None)
+                    mean_square = seen.channel_mean_square if seen else None
+                    how["scale"] = importance.clip_scales(*_smoothed(target.weight.detach(), mean_square, input_scale))
                 format = DenseInt8.from_dense(target.weight, **how)
         twins: dict[int, Compressed] = {}
         for name, module in zip(target.names, target.modules, strict=True):
@@ -232,12 +269,32 @@ def _candidates(
     return made
 
 
+def _input_scale(target: Target, quantize: Quantize | None, seen: InputStatistics | None) -> Tensor | float:
+    """The static scale of the target's input, or one for each channel."""
+    assert quantize is not None and seen is not None
+    if quantize.smooth is not None and target.weight.shape[1] > 1:
+        return seen.channel_scales(target.weight, quantize.smooth)
+    return seen.input_scale(quantize.input_scale)
+
+
+def _smoothed(
+    weight: Tensor, mean_square: Tensor | None, input_scale: Tensor | float | None
+) -> tuple[Tensor, Tensor | None]:
+    """A weight `[N, K]` and its input's mean squares `[K]` as they are once the weight has taken over the channels'
+    scales, where there are such.
+    """
+    if not isinstance(input_scale, Tensor):
+        return weight, mean_square
+    return weight.float() * input_scale, None if mean_square is None else mean_square / input_scale.square()
+
+
 def _pruned(
     target: Target,
     prune: Prune,
     quantize: Quantize | None,
     seen: InputStatistics | None,
     threshold: Tensor | float | None,
+    input_scale: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """A weight, the threshold to pack it at, and the scales of its rows where they are not those of its amax."""
     weight = target.weight.detach()
@@ -245,12 +302,17 @@ def _pruned(
     if prune.importance == "obs":
         assert seen is not None
         scale = None
+        # The sum, as the mean would be a copy of K×K, and only proportions count.
+        moment = seen.moment_sum if seen.moment_sum is not None else seen.second_moment
+        weight, mean_square = _smoothed(weight, mean_square, input_scale)
+        if isinstance(input_scale, Tensor):
+            moment = moment / input_scale / input_scale.unsqueeze(1)
         if quantize is not None:
             scale = importance.clip_scales(weight, mean_square if quantize.weight_clip else None)
         how: dict[str, Any] = {"pattern": prune.pattern, "scope": prune.scope, "scale": scale, "name": target.name}
-        # The sum, as the mean would be a copy of K×K, and only proportions count.
-        moment = seen.moment_sum if seen.moment_sum is not None else seen.second_moment
         corrected = importance.obs_prune(weight, moment, prune.sparsity, **how)
+        if isinstance(input_scale, Tensor):
+            corrected /= input_scale
         return (corrected if scale is not None else corrected.to(weight.dtype)), 0.0, scale
     if prune.pattern == "2:4":
         score = weight.float().abs()
@@ -265,7 +327,7 @@ def _pruned(
     if quantize is None or not quantize.weight_clip:
         return weight, threshold, None
     weight = ops.threshold_prune(weight, threshold)
-    return weight, 0.0, importance.clip_scales(weight, mean_square)
+    return weight, 0.0, importance.clip_scales(*_smoothed(weight, mean_square, input_scale))
 
 
 def _module_over(format: Any, dense: nn.Module) -> Compressed:
@@ -348,7 +410,8 @@ def _try_unpruned(
     attempt: Callable[[Recipe, list[Target]], None], recipe: Recipe, targets: list[Target], report: Report
 ) -> None:
     """Quantises without pruning what was left alone because, pruned, it wasn't faster: there sparsity buys nothing."""
-    lost = {name: why for name, why in report.left_alone.items() if why.startswith(NOT_FASTER)}
+    mine = {name for target in targets for name in target.names}
+    lost = {name: why for name, why in report.left_alone.items() if name in mine and why.startswith(NOT_FASTER)}
     again = [target for target in targets if target.name in lost and target.kinds == {nn.Linear}]
     if not again:
         return
@@ -362,7 +425,7 @@ def _try_unpruned(
     for name in lost.keys() & report.left_alone.keys():
         report.left_alone[name] = f"{lost[name]}; {report.left_alone[name]}"
     order = {target.name: i for i, target in enumerate(targets)}
-    report.layers.sort(key=lambda row: order[row.name])
+    report.layers.sort(key=lambda row: order.get(row.name, -1))  # what another recipe compressed stays before
 
 
 def _guard(
@@ -406,10 +469,10 @@ def _guard(
     return passed
 
 
-def _guard_whole(model: nn.Module, recipe: Recipe, inputs: Any, chosen: dict[str, Compressed], report: Report) -> None:
+def _guard_whole(model: nn.Module, guard: str, inputs: Any, chosen: dict[str, Compressed], report: Report) -> None:
     """Times the model with all that is chosen; under the speed guard, gives everything up where that isn't faster."""
     report.seconds_before, report.seconds_after = measure.time_model(model, inputs, chosen)
-    if recipe.guard == "speed" and report.seconds_after > report.seconds_before:
+    if guard == "speed" and report.seconds_after > report.seconds_before:
         before, after = report.seconds_before * 1e3, report.seconds_after * 1e3
         reason = f"faster alone, but the whole model is not: {before:.2f} → {after:.2f} ms"
         report.left_alone |= dict.fromkeys(chosen, reason)

@@ -92,17 +92,31 @@ class Quantize:
         input_scale: how a static scale is chosen: "amax" (nothing is clipped), "percentile" (99.99) or "least_squares".
         weight_clip: None: a row's scale is its amax / 127; "least_squares": large weights of a Linear are clipped where
             the finer steps for all others gain more.
+        smooth: with "static" and "amax", a scale for each channel of the input instead of one for all, so that a few
+            channels with outliers no longer cost all others their precision; the weight takes over what a channel is
+            divided by (SmoothQuant, Xiao et al., 2022; free at run time). A number from 0 to 1 says how much of the
+            channels' differences moves there: amax(x)^smooth / amax(w)^(1 - smooth); or "least_squares": for each layer
+            the one by which rounding of both together is expected to lose least. None: one scale.
     """
 
     activation: str = "dynamic"
     input_scale: str = "amax"
     weight_clip: str | None = None
+    smooth: float | str | None = None
 
     def __post_init__(self) -> None:
         _one_of("Quantize", "activation", self.activation, ACTIVATIONS)
         _one_of("Quantize", "input_scale", self.input_scale, STATIC_SCALES)
         if self.weight_clip is not None:
             _one_of("Quantize", "weight_clip", self.weight_clip, ("least_squares",))
+        if self.smooth is None:
+            return
+        if isinstance(self.smooth, numbers.Real) and not isinstance(self.smooth, bool) and 0 <= self.smooth <= 1:
+            object.__setattr__(self, "smooth", float(self.smooth))
+        elif self.smooth != "least_squares":
+            raise ValueError(f"engine.Quantize: smooth: expected 0 to 1 or 'least_squares', got {self.smooth!r}")
+        if self.activation != "static" or self.input_scale != "amax":
+            raise ValueError("engine.Quantize: smooth goes with activation='static' and input_scale='amax'")
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values; `from_dict` takes it back."""

@@ -54,13 +54,18 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., K]` to `[..., N]`."""
+        dtype = x.dtype
         weight = self.weight if self.mask is None else self.weight * self.mask
+        scale = self.input_scale
+        if scale is not None and scale.dim():  # one for each channel: x in units of them, and the weight times them
+            weight = weight * scale
+            x, scale = x.float() * (1 / scale), torch.ones_like(scale[0])
         if self.rounds_weight:
             weight = ops.int8_fake_quantize(weight)
         if self.rounds_input:
-            x = ops.int8_fake_quantize(x, self.input_scale)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, weight.to(x.dtype), bias)
+            x = ops.int8_fake_quantize(x, scale)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
     @property
     def sparsity(self) -> float:

@@ -5,6 +5,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from engine import ops
 from engine.ops import _check
 
 
@@ -13,9 +14,33 @@ def nbytes_of(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def check_scales(where: str, scale: Tensor | None, input_scale: Tensor | None, rows: int) -> None:
-    """Raises unless `scale` is float32 `[rows]`, finite and above 0, and `input_scale`, if any, alike of one."""
-    for name, tensor, shape in (("scale", scale, (rows,)), ("input_scale", input_scale, ())):
+def taking_over(where: str, weight: Tensor, input_scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """What is to be quantised of `weight` `[N, K]`, and the input's scale as a tensor.
+
+    With one scale for all of the input, `[]`, the weight as it is; with one for each channel, `[K]`, what they are
+    divided by the weight is multiplied by.
+    """
+    scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device)
+    if scale.numel() == 1:
+        return weight, scale.reshape(())
+    _check.has_shape(where, "input_scale", scale, (weight.shape[1],))
+    return weight.float() * scale, scale
+
+
+def dequantized(values: Tensor, scale: Tensor, input_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight `[N, K]` that multiplies the input as it comes: what `taking_over` did is undone."""
+    if input_scale is None or input_scale.dim() == 0:
+        return ops.int8_dequantize(values, scale, dtype)
+    return (ops.int8_dequantize(values, scale) / input_scale).to(dtype)
+
+
+def check_scales(where: str, scale: Tensor | None, input_scale: Tensor | None, rows: int, columns: int) -> None:
+    """Raises unless `scale` is float32 `[rows]`, finite and above 0, and `input_scale` alike, `[]` or `[columns]`."""
+    each = columns if input_scale is not None and input_scale.dim() == 1 else None
+    for name, tensor, shape in (
+        ("scale", scale, (rows,)),
+        ("input_scale", input_scale, () if each is None else (each,)),
+    ):
         if tensor is None:
             _check.expect(name != "scale", where, "scale", "a tensor", None)
             continue

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.formats._common import check_scales, check_shard, nbytes_of, own
+from engine.formats._common import check_scales, check_shard, dequantized, nbytes_of, own, taking_over
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_columns, check_bitmap, check_bitmap_metadata
 
@@ -27,7 +27,8 @@ class Bitmap:
         row_offsets: int64 `[N + 1]`: where each row's values begin.
         columns: K.
         scale: float32 `[N]` where values are int8, else None.
-        input_scale: float32 `[]`: activations are quantised by it (static); None: each row by its own maximum.
+        input_scale: float32 `[]`: activations are quantised by it (static); None: each row by its own maximum; `[K]`:
+            each channel by its own (smoothing), and `values * scale` is the weight times these.
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = ("values", "bitmask", "row_offsets", "scale", "input_scale")
@@ -53,7 +54,8 @@ class Bitmap:
         `values` is the dtype to keep weights in: None for the weight's own, torch.int8 to quantise them in the same
         pass, or another float dtype (bfloat16 halves the bytes of float32, arithmetic stays float32). `input_scale`
         goes with int8 alone, and so does `scale`, float32 `[N]`: values are rounded to multiples of it (and clipped at
-        127 of them) instead of by their row's amax.
+        127 of them) instead of by their row's amax. An `input_scale` `[K]`, for each channel, multiplies the weight
+        once it is pruned.
         """
         weight = weight.detach()
         if values != torch.int8:
@@ -61,6 +63,11 @@ class Bitmap:
                 raise ValueError("engine.formats.Bitmap: input_scale goes with values=torch.int8, and so does scale")
             bitmask, row_offsets, kept = ops.prune_to_bitmap(weight, threshold)
             return cls(kept.to(values or weight.dtype), bitmask, row_offsets, weight.shape[1])
+        if input_scale is not None:
+            before = weight
+            weight, input_scale = taking_over("formats.Bitmap", weight, input_scale)
+            if input_scale.dim():  # what is kept was decided by the weight as it came
+                threshold = torch.where(before.float().abs() <= threshold, torch.inf, -1.0)
         if scale is None:
             bitmask, row_offsets, kept, scale = ops.prune_quantize_to_bitmap(weight, threshold)
         else:
@@ -68,14 +75,14 @@ class Bitmap:
             bitmask, row_offsets, kept = ops.prune_to_bitmap(weight, threshold)
             kept = (kept.float() / scale.repeat_interleave(row_offsets.diff())).round_().clamp_(-127, 127)
             kept = kept.to(torch.int8)
-        if input_scale is not None:
-            input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(())
         return cls(kept, bitmask, row_offsets, weight.shape[1], scale, input_scale)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` with zeros where pruned."""
         dense = ops.bitmap_to_dense(self.bitmask, self.row_offsets, self.values, self.columns)
-        return dense.to(dtype) if self.scale is None else ops.int8_dequantize(dense, self.scale, dtype)
+        if self.scale is None:
+            return dense.to(dtype)
+        return dequantized(dense, self.scale, self.input_scale, dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[..., K]`."""
@@ -109,7 +116,7 @@ class Bitmap:
         _check.is_dtype(where, "values", self.values, *_check.FLOAT_DTYPES, torch.int8)
         _check.expect((self.scale is not None) == (self.values.dtype == torch.int8), where, "scale", *INT8_HAS_SCALE)
         if self.scale is not None:
-            check_scales(where, self.scale, self.input_scale, self.bitmask.shape[0])
+            check_scales(where, self.scale, self.input_scale, self.bitmask.shape[0], self.columns)
 
     @property
     def label(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.formats._common import check_scales, check_shard, nbytes_of, own
+from engine.formats._common import check_scales, check_shard, dequantized, nbytes_of, own, taking_over
 from engine.ops import _check
 
 ACTIVATIONS = ("dynamic", "static", "none")
@@ -20,7 +20,8 @@ class DenseInt8:
     Attributes:
         values: int8 `[N, K]`.
         scale: float32 `[N]`; a weight is `values * scale`.
-        input_scale: float32 `[]`: activations are quantised by it; None: each row by its own maximum.
+        input_scale: float32 `[]`: activations are quantised by it; None: each row by its own maximum; `[K]`: each
+            channel by its own (smoothing), and `values * scale` is the weight times these.
         quantize_input: False leaves activations in float ("none"): less error, for memory-bound layers as fast.
     """
 
@@ -43,23 +44,24 @@ class DenseInt8:
         """Quantises `weight` `[N, K]`. `activation` is "dynamic", "static" (then `input_scale` is needed) or "none".
 
         By `scale`, float32 `[N]`, where it is given: values beyond 127 times it are clipped. Else by each row's amax.
+        An `input_scale` `[K]` is for each channel, and multiplies the weight before it is quantised.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"engine.formats.DenseInt8: activation: expected one of {ACTIVATIONS}, got {activation!r}")
         if (activation == "static") != (input_scale is not None):
             raise ValueError("engine.formats.DenseInt8: input_scale goes with activation='static', and only with it")
+        if input_scale is not None:
+            weight, input_scale = taking_over("formats.DenseInt8", weight.detach(), input_scale)
         if scale is None:
             values, scale = ops.int8_quantize(weight.detach())
         else:
             _check.has_shape("formats.DenseInt8", "scale", scale, (weight.shape[0],))
             values = (weight.detach().float() / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
-        if input_scale is not None:
-            input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(())
         return cls(values, scale, input_scale, activation != "none")
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` that the kernels multiply by."""
-        return ops.int8_dequantize(self.values, self.scale, dtype)
+        return dequantized(self.values, self.scale, self.input_scale, dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[..., K]`."""
@@ -79,7 +81,7 @@ class DenseInt8:
         where = "formats.DenseInt8"
         _check.is_dtype(where, "values", self.values, torch.int8)
         _check.has_shape(where, "values", self.values, ("N", "K"))
-        check_scales(where, self.scale, self.input_scale, self.values.shape[0])
+        check_scales(where, self.scale, self.input_scale, *self.values.shape)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -67,8 +67,8 @@ class _Compressed(nn.Module):
                 mine.data = torch.empty(
                     tensor.shape, dtype=mine.dtype, device=mine.device
                 )  # ties and optimizers keep it
-            if name == "input_scale" and mine is None and tensor is not None:
-                fresh = torch.empty((), dtype=torch.float32, device=self.values.device)
+            if name == "input_scale" and tensor is not None and (mine is None or mine.shape != tensor.shape):
+                fresh = torch.empty(tensor.shape, dtype=torch.float32, device=self.values.device)
                 self._parameters[name] = nn.Parameter(fresh, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if not errors and not missing:

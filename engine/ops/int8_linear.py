@@ -22,19 +22,28 @@ def _check_arguments(
         _check.is_float(op, "bias", bias)
         _check.has_shape(op, "bias", bias, (n,))
     if input_scale is not None and not isinstance(input_scale, float | int):
-        _check.is_dtype(op, "input_scale", input_scale, torch.float32)
-        _check.expect(input_scale.numel() == 1, op, "input_scale", "one element", list(input_scale.shape))
+        check_input_scale(op, input_scale, k)
+
+
+def check_input_scale(op: str, input_scale: Tensor, k: int) -> None:
+    """Raises unless `input_scale` is float32, of one element or `[K]`."""
+    _check.is_dtype(op, "input_scale", input_scale, torch.float32)
+    fits = input_scale.numel() == 1 or tuple(input_scale.shape) == (k,)
+    _check.expect(fits, op, "input_scale", f"one element or shape [{k}]", list(input_scale.shape))
 
 
 def _quantize_by(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of `x` by the one given scale: `q` and a scale a row, NaN (and `q = 0`) where the row is not finite."""
-    s = input_scale.reshape(())
+    """`x` by the one given scale, or by one for each channel: `q` and a scale a row.
+
+    The row's scale is the one given, or 1 where each channel has its own; NaN (and `q` 0) where it is not finite.
+    """
+    s = input_scale.reshape(()) if input_scale.numel() == 1 else input_scale
     inverse = torch.full_like(s, 1) / s
-    usable = (s > 0) & s.isfinite() & inverse.isfinite()  # by any other scale the result is NaN
+    usable = ((s > 0) & s.isfinite() & inverse.isfinite()).all()  # by any other scale the result is NaN
     values = x.float()
     finite = values.isfinite().all(-1) & usable
     q = torch.where(finite.unsqueeze(-1), values * inverse, 0.0).round().clamp(-127, 127)
-    return q, torch.where(finite, s, torch.nan)
+    return q, torch.where(finite, s if s.dim() == 0 else s.new_ones(()), torch.nan)
 
 
 def _reference(
@@ -57,18 +66,21 @@ def _fake(
 
 
 def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
-    x, weight, scale, bias, _ = inputs
-    ctx.save_for_backward(weight, scale)
+    x, weight, scale, bias, input_scale = inputs
+    ctx.save_for_backward(
+        weight, scale, *([input_scale] if input_scale is not None and input_scale.numel() != 1 else [])
+    )
     ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
     """Straight through the quantisation: as if `x` had been multiplied by the dequantised weight."""
-    weight, scale = ctx.saved_tensors
+    weight, scale, *channels = ctx.saved_tensors
     grad = grad.float()
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = (grad @ (weight * scale.unsqueeze(-1))).to(ctx.dtype)
+        grad_x = grad @ (weight * scale.unsqueeze(-1))
+        grad_x = (grad_x / channels[0] if channels else grad_x).to(ctx.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # left out, bias may have no place in the tuple
         grad_bias = grad.reshape(-1, weight.shape[0]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None
@@ -94,7 +106,8 @@ def int8_linear(
     """`x @ (weight * scale).T + bias` with `x` quantised to int8, so that the products are of integers.
 
     Each row of `x` is quantised as by :func:`engine.ops.int8_quantize`, or by `input_scale` where it is given:
-    `q = clamp(round_half_even(x * (1 / input_scale)), -127, 127)`. The integer sum is exact for every K, and
+    `q = clamp(round_half_even(x * (1 / input_scale)), -127, 127)`. With one scale for each channel (the
+    weight then stands for `w * input_scale`) `s_x` is 1. The integer sum is exact for every K, and
     `y = sum * (s_x * s_w) + bias` is evaluated in fp32 in that order, then cast: the same to the bit on every backend.
     A row of `x` that holds a NaN or an infinity makes its row of `y` NaN, and no other; so does, for every row, an
     `input_scale` that is not positive, or it or its reciprocal not finite.
@@ -106,7 +119,8 @@ def int8_linear(
         weight: int8 `[N, K]`; any value, -128 too.
         scale: float32 `[N]`.
         bias: `[N]`, float32, float16 or bfloat16.
-        input_scale: one scale for all of `x` (static quantisation), a float32 tensor of one element or a float.
+        input_scale: one scale for all of `x` (static quantisation), a float32 tensor of one element or a float; or
+            float32 `[K]`, one for each channel.
 
     Returns:
         `[..., N]` of the dtype of `x`.

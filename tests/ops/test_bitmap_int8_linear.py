@@ -67,6 +67,8 @@ def test_native_is_reference_to_the_bit(variant, shape, dtype):
     input_scale = torch.tensor(0.02)
     assert_same(bitmap_int8_linear(x, *weight, bias, input_scale), reference(x, *weight, bias, input_scale))
     assert_same(bitmap_int8_linear(x, *weight, None, 0.02), reference(x, *weight, None, input_scale))
+    channels = torch.rand(k) * 0.04 + 1e-3
+    assert_same(bitmap_int8_linear(x, *weight, bias, channels), reference(x, *weight, bias, channels))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.9, 1.0])
@@ -118,7 +120,7 @@ def test_sums_beyond_int32_are_exact(variant, m, k):
 
 @pytest.mark.parametrize("m", [4, 10, 40])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("input_scale", [None, 0.05])
+@pytest.mark.parametrize("input_scale", [None, 0.05, torch.linspace(0.01, 0.1, 100)], ids=["own", "one", "channels"])
 def test_rows_that_are_not_numbers_do_not_leak(variant, m, dtype, input_scale):
     x, weight, bias = torch.randn(m, 100).to(dtype), weights(30, 100), torch.randn(30)
     clean = bitmap_int8_linear(x, *weight, bias, input_scale)
@@ -135,6 +137,10 @@ def test_input_scales_at_the_edge(variant, input_scale):
     x, weight = torch.randn(3, 20), weights(6, 20)
     y = bitmap_int8_linear(x, *weight, None, input_scale)
     assert_same(y, reference(x, *weight, None, torch.tensor(input_scale)))
+    channels = torch.full((20,), 0.02).index_fill(0, torch.tensor(7), input_scale)  # one of them is enough
+    by_channel = bitmap_int8_linear(x, *weight, None, channels)
+    assert_same(by_channel, reference(x, *weight, None, channels))
+    assert by_channel.isnan().all() == y.isnan().all()
 
 
 def test_no_inputs_give_the_bias(variant):
@@ -190,7 +196,7 @@ def test_opcheck(grad):
 
 def test_compiles():
     x, weight, bias = torch.randn(3, 65), weights(10, 65), torch.randn(10)
-    for input_scale in (None, 0.02):
+    for input_scale in (None, 0.02, torch.rand(65) + 0.01):
         compiled = torch.compile(
             lambda x, s=input_scale: bitmap_int8_linear(x, *weight, bias, s), fullgraph=True, backend="aot_eager"
         )
@@ -281,7 +287,10 @@ def test_errors():
         r"scale: expected shape \[4\], got \[3\]": (ValueError, (x, *b, scale[1:])),
         r"bias: expected a float32.*got torch.int64": (TypeError, (x, *b, scale, bias.long())),
         r"bias: expected shape \[4\], got \[5\]": (ValueError, (x, *b, scale, torch.randn(5))),
-        r"input_scale: expected one element, got \[2\]": (ValueError, (x, *b, scale, bias, torch.ones(2))),
+        r"input_scale: expected one element or shape \[9\], got \[2\]": (
+            ValueError,
+            (x, *b, scale, bias, torch.ones(2)),
+        ),
         r"input_scale: expected a float32 tensor": (TypeError, (x, *b, scale, bias, torch.tensor(1))),
     }
     for message, (error, arguments) in wrong.items():

@@ -10,6 +10,7 @@ import engine
 from engine.ops._check import FLOAT_DTYPES
 from engine.ops._library import REFERENCES, reference_mode
 from engine.ops.int8_linear import int8_linear
+from engine.ops.int8_quantize import int8_quantize
 
 reference = REFERENCES["int8_linear"]
 
@@ -50,6 +51,8 @@ def test_native_is_reference_to_the_bit(variant, shape, dtype):
     input_scale = torch.tensor(0.02)
     assert_same(int8_linear(x, weight, scale, bias, input_scale), reference(x, weight, scale, bias, input_scale))
     assert_same(int8_linear(x, weight, scale, None, 0.02), reference(x, weight, scale, None, input_scale))
+    channels = torch.rand(k) * 0.04 + 1e-3
+    assert_same(int8_linear(x, weight, scale, bias, channels), reference(x, weight, scale, bias, channels))
 
 
 # Each row tile of every kernel with each tail, on one and on several stretches of K.
@@ -89,7 +92,7 @@ def test_sums_beyond_int32_are_exact(variant, m, k):
 
 @pytest.mark.parametrize("m", [4, 40])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("input_scale", [None, 0.05])
+@pytest.mark.parametrize("input_scale", [None, 0.05, torch.linspace(0.01, 0.1, 100)], ids=["own", "one", "channels"])
 def test_rows_that_are_not_numbers_do_not_leak(variant, m, dtype, input_scale):
     x, (weight, scale), bias = torch.randn(m, 100).to(dtype), weights(30, 100), torch.randn(30)
     clean = int8_linear(x, weight, scale, bias, input_scale)
@@ -105,6 +108,10 @@ def test_input_scales_at_the_edge(variant, input_scale):
     x, (weight, scale) = torch.randn(3, 20), weights(6, 20)
     y = int8_linear(x, weight, scale, None, input_scale)
     assert_same(y, reference(x, weight, scale, None, torch.tensor(input_scale)))
+    channels = torch.full((20,), 0.02).index_fill(0, torch.tensor(7), input_scale)  # one of them is enough
+    by_channel = int8_linear(x, weight, scale, None, channels)
+    assert_same(by_channel, reference(x, weight, scale, None, channels))
+    assert by_channel.isnan().all() == y.isnan().all()
     assert y.isnan().all() == (input_scale not in (3e38, 1e-30))
 
 
@@ -159,17 +166,34 @@ def test_gradient_goes_straight_through(dtype):
     assert x.grad.dtype == dtype and bias.grad.dtype == torch.float32
 
 
+def test_a_scale_for_each_channel():
+    """The weight holds what the input is divided by: close to the product of floats, and so is its gradient."""
+    x, w = torch.randn(40, 96) * torch.logspace(-0.5, 0.5, 96), torch.randn(24, 96)
+    channels = x.abs().amax(0) / 127
+    weight, scale = int8_quantize(w * channels)
+    want = x.double() @ w.double().t()
+    x.requires_grad_()
+    twice = torch.stack([channels, channels], 1)[:, 0]  # not contiguous
+    y = int8_linear(x, weight, scale, None, twice)
+    assert (y - want).norm() < 0.02 * want.norm()
+    coming = torch.randn(40, 24)
+    y.backward(coming)
+    dense = coming @ w
+    assert (x.grad - dense).norm() < 0.02 * dense.norm()
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad):
     x, (weight, scale) = torch.randn(3, 5, requires_grad=grad), weights(4, 5)
     bias = torch.randn(4, requires_grad=grad)
-    for arguments in ((x, weight, scale), (x, weight, scale, bias), (x, weight, scale, bias, torch.tensor(0.02))):
+    scales = torch.tensor(0.02), torch.rand(5) + 0.01
+    for arguments in ((x, weight, scale), (x, weight, scale, bias), *((x, weight, scale, bias, s) for s in scales)):
         torch.library.opcheck(torch.ops.engine.int8_linear.default, arguments)
 
 
 def test_compiles():
     x, (weight, scale), bias = torch.randn(3, 65), weights(10, 65), torch.randn(10)
-    for input_scale in (None, 0.02):
+    for input_scale in (None, 0.02, torch.rand(65) + 0.01):
         compiled = torch.compile(
             lambda x, s=input_scale: int8_linear(x, weight, scale, bias, s), fullgraph=True, backend="aot_eager"
         )
@@ -200,7 +224,10 @@ def test_errors():
         r"scale: expected shape \[4\], got \[3\]": (ValueError, (x, weight, scale[1:])),
         r"bias: expected a float32.*got torch.int64": (TypeError, (x, weight, scale, bias.long())),
         r"bias: expected shape \[4\], got \[5\]": (ValueError, (x, weight, scale, torch.randn(5))),
-        r"input_scale: expected one element, got \[2\]": (ValueError, (x, weight, scale, bias, torch.ones(2))),
+        r"input_scale: expected one element or shape \[5\], got \[2\]": (
+            ValueError,
+            (x, weight, scale, bias, torch.ones(2)),
+        ),
         r"input_scale: expected a float32 tensor": (TypeError, (x, weight, scale, bias, torch.tensor(1))),
     }
     for message, (error, arguments) in wrong.items():
