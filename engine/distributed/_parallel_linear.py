@@ -194,7 +194,8 @@ class RowParallelLinear(_Parallel):
         of, same = self._compared
         if of is None or of() is not self.shard:  # the first time; or a file was loaded, or each rank quantised its own
             format: Any = self.shard.format
-            static = [] if format.input_scale is None else [format.input_scale.detach().reshape(1)]
+            one = format.input_scale is not None and format.input_scale.dim() == 0
+            static = [format.input_scale.detach().reshape(1)] if one else []
             scales = torch.cat([format.scale.detach(), *static])
             largest = torch.cat([scales, -scales])
             all_reduce(largest, "max", self.group)
@@ -275,9 +276,9 @@ def _shared_quantization(x: Tensor, input_scale: Tensor | None, group: Group) ->
         scale = torch.where(zero, 1.0, amax / full)
     else:
         inverse = torch.full_like(input_scale, 1) / input_scale
-        usable = (input_scale > 0) & input_scale.isfinite() & inverse.isfinite()
+        usable = ((input_scale > 0) & input_scale.isfinite() & inverse.isfinite()).all()
         finite = finite & usable
-        scale = input_scale.expand_as(amax)
+        scale = input_scale.expand_as(amax) if input_scale.dim() == 0 else torch.ones_like(amax)
     if not bool(finite.all()):
         x = torch.where(finite.unsqueeze(-1), x, 0.0)
         inverse = torch.where(finite.unsqueeze(-1), inverse, 0.0)

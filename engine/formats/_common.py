@@ -66,3 +66,9 @@ def own(tensor: None) -> None: ...
 def own(tensor: Tensor | None) -> Tensor | None:
     """A copy of what `tensor` shows, so that the memory that it was cut out of can be freed."""
     return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def shard_input_scale(input_scale: Tensor | None, dim: int, begin: int, end: int) -> Tensor | None:
+    """What a shard of the weight needs of its input's scales: its own columns', where each channel has one."""
+    by_channel = dim == 1 and input_scale is not None and input_scale.dim() == 1
+    return own(input_scale[begin:end]) if by_channel and input_scale is not None else own(input_scale)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.formats._common import check_scales, check_shard, dequantized, nbytes_of, own, taking_over
+from engine.formats._common import (
+    check_scales,
+    check_shard,
+    dequantized,
+    nbytes_of,
+    own,
+    shard_input_scale,
+    taking_over,
+)
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_columns, check_bitmap, check_bitmap_metadata
 
@@ -98,7 +106,8 @@ class Bitmap:
         bitmask, row_offsets, values = self.bitmask.detach(), self.row_offsets.detach(), self.values.detach()
         if dim == 1:
             parts = bitmap_columns(bitmask, row_offsets, values, begin, end)
-            return Bitmap(*parts, end - begin, own(self.scale), own(self.input_scale))
+            input_scale = shard_input_scale(self.input_scale, dim, begin, end)
+            return Bitmap(*parts, end - begin, own(self.scale), input_scale)
         row_offsets = row_offsets[begin : end + 1]
         first, last = int(row_offsets[0]), int(row_offsets[-1])
         scale = None if self.scale is None else own(self.scale[begin:end])

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.formats._common import check_scales, check_shard, dequantized, nbytes_of, own, taking_over
+from engine.formats._common import (
+    check_scales,
+    check_shard,
+    dequantized,
+    nbytes_of,
+    own,
+    shard_input_scale,
+    taking_over,
+)
 from engine.ops import _check
 
 ACTIVATIONS = ("dynamic", "static", "none")
@@ -74,7 +82,8 @@ class DenseInt8:
         check_shard("formats.DenseInt8.shard", dim, begin, end, self.shape)
         values = self.values[begin:end] if dim == 0 else self.values[:, begin:end]
         scale = self.scale[begin:end] if dim == 0 else self.scale
-        return dataclasses.replace(self, values=own(values), scale=own(scale), input_scale=own(self.input_scale))
+        input_scale = shard_input_scale(self.input_scale, dim, begin, end)
+        return dataclasses.replace(self, values=own(values), scale=own(scale), input_scale=input_scale)
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""

@@ -28,6 +28,10 @@ group = None  # of the first world_size ranks, set below
 INTEGER = {
     "int8": (DenseInt8, {}),
     "int8 static": (DenseInt8, {"activation": "static", "input_scale": 0.02}),
+    "int8 smoothed": (
+        DenseInt8,
+        {"activation": "static", "input_scale": lambda columns: 0.01 + 0.03 * torch.rand(columns)},
+    ),
     "bitmap int8": (Bitmap, {"threshold": 0.03, "values": torch.int8}),
     "bitmap int8 static": (Bitmap, {"threshold": 0.03, "values": torch.int8, "input_scale": 0.02}),
 }
@@ -43,6 +47,7 @@ FLOAT = {
 def layer(name, rows, columns, bias=True):
     linear = nn.Linear(columns, rows, bias=bias)
     format_type, how = {**INTEGER, **FLOAT}[name]
+    how = {key: value(columns) if callable(value) else value for key, value in how.items()}
     return linear if format_type is None else CompressedLinear.from_dense(linear, format_type, **how)
 
 
