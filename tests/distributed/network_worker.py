@@ -148,7 +148,7 @@ def network_lost(how, codec):
 
 
 def network_hierarchical():
-    for op, dtype, numel in itertools.product(OPS, (torch.float32, torch.int64, torch.bfloat16), (1, 1000, 700_000)):
+    for op, dtype, numel in itertools.product(OPS, (torch.float32, torch.int64, torch.bfloat16), (1, 1000, 700_000, 1 << 20)):
         t, expected = data(rank, numel, dtype, 1), truth(numel, dtype, op, 1)
         all_reduce(t, op)
         # bfloat16 is rounded inside the host too: partial sums of up to about 8.
