@@ -304,7 +304,12 @@ inline bool bitmap_decode_add(const char* wire,  // bitmap_bytes(n) + 2 * capaci
     const auto* mask = reinterpret_cast<const uint64_t*>(wire + sizeof(BitmapHeader));
     const auto* values = reinterpret_cast<const uint16_t*>(wire + bitmap_bytes(n));
     int64_t taken = 0;
+    constexpr int64_t kAhead = 16;  // words of the mask whose elements are on their way from memory
     for (int64_t i = 0; i < n; i += 64) {
+        const int64_t far = i / 64 + kAhead;
+        if (far < n / 64)
+            for (uint64_t bits = mask[far]; bits; bits &= bits - 1)
+                __builtin_prefetch(x + far * 64 + __builtin_ctzll(bits), 1);
         uint64_t bits = mask[i / 64];
         if (n - i < 64 && bits >> (n - i)) return false;
         if (taken + __builtin_popcountll(bits) > header.count) return false;

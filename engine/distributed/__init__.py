@@ -2,9 +2,19 @@
 
 from engine.distributed import _backend, functional
 from engine.distributed._all_reduce import PeerError, all_reduce
+from engine.distributed._hook import HookState, ring_hook
 from engine.distributed._scatter_gather import all_gather, reduce_scatter
 from engine.distributed._work import Work
 
-__all__ = ["PeerError", "Work", "all_gather", "all_reduce", "functional", "reduce_scatter"]
+__all__ = [
+    "HookState",
+    "PeerError",
+    "Work",
+    "all_gather",
+    "all_reduce",
+    "functional",
+    "reduce_scatter",
+    "ring_hook",
+]
 
 _backend.register()

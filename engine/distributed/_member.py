@@ -1,4 +1,4 @@
-"""What this process keeps for each process group: its communicator, its worker, and which way is faster."""
+"""What this process keeps for each process group: how it reaches the others, its worker, and which way is faster."""
 
 import atexit
 import logging
@@ -9,6 +9,7 @@ import weakref
 import torch
 import torch.distributed as dist
 
+from engine.distributed._network import Network
 from engine.distributed._shared_memory import Communicator, PeerError, connect
 from engine.distributed._work import Worker
 
@@ -31,8 +32,10 @@ class Member:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.communicator, reason = connect(group)
-        if reason:
-            logger.warning("collectives go through torch.distributed: %s", reason)
+        self.network = None if self.communicator is not None else Network(group)
+        if self.network is not None:
+            level = logging.INFO if self.network.hosts > 1 else logging.WARNING
+            logger.log(level, "collectives go through gloo: %s", reason)
         self.worker = Worker()
         self._faster: dict[int, bool] = {}  # by size class: whether shared memory is
         # It must not keep the member, and so neither `self`.

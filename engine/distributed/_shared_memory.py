@@ -161,6 +161,8 @@ def connect_ranks(store: dist.Store, rank: int, size: int, timeout: float) -> tu
     native, memory, refusal = None, None, ""
     token = secrets.token_hex(16)
     try:
+        if os.environ.get("ENGINE_SHARED_MEMORY") == "0":
+            raise RuntimeError("switched off by ENGINE_SHARED_MEMORY=0")
         native = importlib.import_module("engine._native")
         memory = native.SharedMemory(rank, size, token)
     except (ImportError, RuntimeError) as error:

@@ -1,0 +1,236 @@
+"""One rank of a test between hosts, in the way of worker.py: each process stands for a host, or a host has two."""
+
+import copy
+import itertools
+import os
+import pickle
+import signal
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from worker import data, main, rank, refuses_further_use, same_on_every_rank, truth, uses_shared_memory, world_size
+
+from engine.distributed import HookState, PeerError, _member, all_reduce, ring_hook
+from engine.distributed._shared_memory import DTYPES, OPS
+
+
+def network(group=None):
+    return _member._members[group or dist.group.WORLD].network
+
+
+def network_values():
+    sizes = [0, 1, 1000, 100003]
+    for seed, (dtype, op, numel) in enumerate(itertools.product(DTYPES, OPS, sizes)):
+        t = data(rank, numel, dtype, seed)
+        expected = truth(numel, dtype, op, seed)
+        all_reduce(t, op)
+        if op in ("max", "min") or not dtype.is_floating_point:
+            assert torch.equal(t.double(), expected), (dtype, op, numel)
+        else:
+            eps = torch.finfo(dtype).eps
+            bound = eps * (expected.abs() + world_size * (8 if eps < 1e-4 else 1e-3))
+            assert ((t.double() - expected).abs() <= bound).all(), (dtype, op, numel)
+        if numel == 100003:
+            assert same_on_every_rank(t)
+    assert not uses_shared_memory() and network().bytes_sent > 0
+
+
+def network_codecs():
+    """Relative errors, the same bits on every rank and in a second run, every shape and dtype."""
+    for codec, most in (("bf16", 0.005), ("int8", 0.01)):
+        for seed, (numel, op) in enumerate([(1, "sum"), (1000, "avg"), (300_001, "sum"), (1_000_000, "avg")]):
+            t, again = data(rank, numel, torch.float32, seed), data(rank, numel, torch.float32, seed)
+            expected = truth(numel, torch.float32, op, seed)
+            all_reduce(t, op, codec=codec)
+            all_reduce(again, op, codec=codec)
+            assert torch.equal(t, again) and same_on_every_rank(t)
+            assert (t.double() - expected).norm() <= most * expected.norm() + 1e-30, (codec, numel)
+        half = data(rank, 600, torch.bfloat16, 1).view(2, 300).t()
+        all_reduce(half, codec=codec)
+        expected = truth(600, torch.bfloat16, "sum", 1).view(2, 300).t()
+        assert half.dtype == torch.bfloat16 and (half.double() - expected).norm() <= 0.02 * expected.norm()
+    t = data(rank, 200_000, torch.float32, 5)
+    all_reduce(t, codec="bitmap", density=0.05)
+    kept = t != 0
+    assert same_on_every_rank(t) and 0.03 < kept.double().mean() < 0.08
+
+
+def network_residuals():
+    """With a residual nothing is lost: all that was put in is in the results and what is still left over."""
+    for codec, op in itertools.product(("bf16", "int8", "bitmap"), ("sum", "avg")):
+        numel, results = 200_001, torch.zeros(200_001, dtype=torch.float64)
+        put, residual = torch.zeros(numel, dtype=torch.float64), torch.zeros(numel)
+        for step in range(5):
+            t = data(rank, numel, torch.float32, step)
+            put += truth(numel, torch.float32, "sum", step)
+            all_reduce(t, op, codec=codec, residual=residual, density=0.05)
+            results += t.double() * (world_size if op == "avg" else 1)
+        left = residual.double()
+        dist.all_reduce(left)
+        assert torch.allclose(results + left, put, atol=1e-4), (codec, op)
+        assert residual.abs().max() > 0
+
+
+def network_not_finite():
+    for codec, bad in itertools.product(("bf16", "int8", "bitmap"), (float("nan"), float("inf"))):
+        t, residual = data(rank, 100_000, torch.float32, 1), torch.zeros(100_000)
+        if rank == world_size - 1:
+            t[[0, 99_999]] = bad
+        all_reduce(t, codec=codec, residual=residual, density=0.05)
+        finite = t.isfinite()
+        assert same_on_every_rank(finite) and not finite[[0, 99_999]].any() and residual.isfinite().all()
+        if codec == "int8":
+            assert int((~finite).sum()) == 256 + 100_000 % 256 and t[:256].isnan().all()
+
+
+def network_arguments():
+    t, residual = torch.ones(3), torch.zeros(3)
+    for call, error in [
+        (lambda: all_reduce(t, "max", codec="int8"), ValueError),
+        (lambda: all_reduce(t, codec="zip"), ValueError),
+        (lambda: all_reduce(t.double(), codec="int8"), TypeError),
+        (lambda: all_reduce(t, residual=residual), ValueError),
+        (lambda: all_reduce(t, codec="int8", residual=residual[:2]), ValueError),
+        (lambda: all_reduce(t, codec="bitmap", density=0), ValueError),
+        (lambda: all_reduce(torch.ones(3, device="meta"), codec="int8"), TypeError),
+    ]:
+        try:
+            call()
+        except error:
+            continue
+        raise AssertionError("no error")
+
+
+def network_mismatches():
+    t = torch.ones(20000)
+    for wrong, how in [
+        (torch.ones(20001), {}),
+        (t, {"codec": "bf16"}),
+        (t, {"codec": "bitmap", "density": 0.5}),
+        (t, {"op": "avg"}),
+        (t.half(), {"codec": None}),
+    ]:
+        group = dist.new_group()
+        all_reduce(torch.ones(10), group=group)
+        right = {"codec": "bitmap"} if how.get("codec") == "bitmap" else {"codec": None}
+        call, keywords = (wrong, how) if rank == world_size - 1 else (t, right)
+        try:
+            all_reduce(call.clone(), group=group, **keywords)
+        except PeerError as error:
+            text = str(error)
+        else:
+            raise AssertionError("no error")
+        assert "operation 2" in text and "called" in text and "rank " in text, text
+        refuses_further_use(text.removeprefix("all_reduce: "), group)
+
+
+def network_lost(how, codec):
+    codec = None if codec == "none" else codec
+    t = torch.ones(1_000_000)
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    all_reduce(t, group=group, codec=codec)
+    if rank == world_size - 1:
+        os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
+    start = time.monotonic()
+    try:
+        all_reduce(t, group=group, codec=codec)
+    except PeerError as error:
+        text, seconds = str(error), time.monotonic() - start
+    else:
+        raise AssertionError("no error")
+    words = {"killed": "died", "stopped": "did not answer within"}[how]
+    assert f"rank {world_size - 1} on {os.uname().nodename} {words}" in text and "operation 2" in text, text
+    assert seconds < 1 if how == "killed" else 1.9 <= seconds < 2.5, seconds
+    refuses_further_use(text.removeprefix("all_reduce: "), group)
+
+
+def network_hierarchical():
+    for op, dtype, numel in itertools.product(OPS, (torch.float32, torch.int64, torch.bfloat16), (1, 1000, 700_000)):
+        t, expected = data(rank, numel, dtype, 1), truth(numel, dtype, op, 1)
+        all_reduce(t, op)
+        # bfloat16 is rounded inside the host too: partial sums of up to about 8.
+        assert torch.allclose(t.double(), expected, atol=0.07 if dtype == torch.bfloat16 else 1e-5), (op, dtype, numel)
+        assert same_on_every_rank(t)
+    for codec in ("int8", "bitmap"):
+        t, residual = data(rank, 700_000, torch.float32, 2), torch.zeros(700_000)
+        all_reduce(t, "avg", codec=codec, residual=residual)
+        left = residual.double()
+        dist.all_reduce(left)
+        expected = truth(700_000, torch.float32, "avg", 2)
+        assert torch.allclose(t.double() + left / world_size, expected, atol=1e-5) and same_on_every_rank(t)
+    assert network()._place.local_size == 2 and network().hosts == 2
+
+
+def hook_model(state, bucket_cap_mb=0.05):
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Linear(64, 128),
+        torch.nn.Tanh(),
+        torch.nn.Linear(128, 64),
+        torch.nn.Tanh(),
+        torch.nn.Linear(64, 1),
+    ]
+    ddp = DistributedDataParallel(torch.nn.Sequential(*layers), bucket_cap_mb=bucket_cap_mb)
+    if state is not None:
+        ddp.register_comm_hook(state, ring_hook)
+    return ddp, torch.optim.SGD(ddp.parameters(), lr=0.05)
+
+
+def train(ddp, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(1000 * step + rank)
+        x = torch.randn(32, 64, generator=generator)
+        loss = (ddp(x) - x.sin().sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / world_size
+
+
+def hook_trains():
+    """With error feedback the loss ends where plain DDP's does, and every rank holds the same weights."""
+    plain = train(*hook_model(None), range(60))
+    for codec, most in (("int8", 0.003), (None, 1e-4), ("bf16", 0.003)):
+        state = HookState(codec=codec, warmup_steps=2)
+        ddp, optimizer = hook_model(state)
+        loss = train(ddp, optimizer, range(60))
+        assert abs(loss - plain) <= most * plain, (codec, loss, plain)
+        assert all(same_on_every_rank(p.detach()) for p in ddp.parameters()) and state.step == 60
+        assert bool(state._buckets) == (codec is not None)
+
+
+def hook_survives():
+    """A state that was pickled goes on as if nothing had happened, though DDP's buckets start anew."""
+    state = HookState(codec="bitmap", density=0.1)
+    ddp, optimizer = hook_model(state)
+    train(ddp, optimizer, range(5))
+    saved, weights = pickle.dumps(state), copy.deepcopy(ddp.module.state_dict())
+    assert any(residual.abs().max() > 0 for residual in state._residuals.values())
+    loaded = pickle.loads(saved)
+    again, its_optimizer = hook_model(loaded)
+    again.module.load_state_dict(weights)
+    residuals = list(loaded._residuals.values())
+    assert loaded.step == 5 and all(
+        torch.equal(a, b) for a, b in zip(residuals, state._residuals.values(), strict=True)
+    )
+    # The buckets differ in the first step, and with them what bitmap picks: what is conserved is the sum.
+    for each, optimizer_of in ((ddp, optimizer), (again, its_optimizer)):
+        loss = train(each, optimizer_of, range(5, 30))
+        assert loss < 10 and all(same_on_every_rank(p.detach()) for p in each.parameters())
+    other = DistributedDataParallel(torch.nn.Linear(3, 1))
+    other.register_comm_hook(pickle.loads(saved), ring_hook)
+    try:
+        other(torch.ones(1, 3)).sum().backward()
+    except (ValueError, RuntimeError) as error:
+        assert "another model" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,0 +1,135 @@
+"""all_reduce between hosts, each process taken for a host of its own, and HookState: real processes over gloo."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_all_reduce import launch, pytestmark  # noqa: F401  (the mark holds here too)
+
+from engine.distributed import HookState
+from engine.distributed._exchange import BLOCK, Place, plan
+
+WORKER = Path(__file__).parent / "network_worker.py"
+NETBENCH = Path(__file__).parents[2] / "bench" / "netbench.py"
+
+
+@pytest.fixture(autouse=True)
+def hosts_of_their_own(monkeypatch):
+    monkeypatch.setenv("ENGINE_SHARED_MEMORY", "0")
+
+
+def run(names, world_size, folder):
+    """Fails unless each rank but a lost one gets through all."""
+    names = names.split(",")
+    texts, codes = launch(names, world_size, folder, worker=WORKER)
+    assert not any(codes) and all(f"passed {names[-1]}\n" in text for text in texts), texts
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 70000, 5_000_000])
+@pytest.mark.parametrize("hosts, local_size", [(2, 1), (3, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize("codec", [None, "int8"])
+def test_pieces_cover_a_tensor_once(n, hosts, local_size, codec):
+    windows = plan(n, codec, Place(range(hosts), 0, 0, local_size))
+    seen = torch.zeros(n, dtype=torch.int32)
+    for i in range(windows.count):
+        for local_rank in range(local_size):
+            pieces = [windows.piece(i, local_rank, host) for host in range(hosts)]
+            assert all((piece.start - pieces[0].start) % BLOCK == 0 for piece in pieces if piece.stop > piece.start)
+            for piece in pieces:
+                seen[piece] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_values(world_size, tmp_path):
+    run("network_values,network_codecs", world_size, tmp_path)
+
+
+def test_residuals_and_what_is_no_number(tmp_path):
+    run("network_residuals,network_not_finite,network_arguments", 2, tmp_path)
+
+
+def test_a_mismatch_is_an_error_on_every_rank(tmp_path):
+    run("network_mismatches", 3, tmp_path)
+
+
+@pytest.mark.parametrize("how, codec", [("killed", "int8"), ("killed", "none"), ("stopped", "int8")])
+def test_a_lost_peer(how, codec, tmp_path):
+    run(f"network_lost:{how}:{codec}", 3, tmp_path)
+
+
+def test_hook(tmp_path):
+    run("hook_trains,hook_survives", 2, tmp_path)
+
+
+class Bucket:
+    def __init__(self, *parameters):
+        self._parameters = parameters
+
+    def parameters(self):
+        return self._parameters
+
+    def buffer(self):
+        return torch.cat([p.detach().view(-1) for p in self._parameters])
+
+
+def test_residuals_move_with_their_parameters():
+    a, b, c = (torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 5))
+    state = HookState()
+    state._residual(Bucket(a, b)).copy_(torch.arange(7.0))
+    state._residual(Bucket(c)).fill_(9)
+    rebuilt = state._residual(Bucket(c, a)), state._residual(Bucket(b))
+    assert rebuilt[0].tolist() == [9] * 5 + [0, 1, 2] and rebuilt[1].tolist() == [3, 4, 5, 6]
+    assert state._residual(Bucket(b)) is rebuilt[1] and len(state._buckets) == 2
+    loaded = pickle.loads(pickle.dumps(state))
+    assert loaded._residual(Bucket(a, b)).tolist() == list(range(7))  # as before the first rebuild
+    with pytest.raises(ValueError, match="another model"):
+        pickle.loads(pickle.dumps(state))._residual(Bucket(b, a))
+
+
+@pytest.mark.parametrize("wrong", [{"codec": "zip"}, {"warmup_steps": -1}, {"density": 0}])
+def test_hook_state_errors(wrong):
+    with pytest.raises(ValueError, match="HookState: "):
+        HookState(**wrong)
+
+
+def test_netbench_says_why_it_skips():
+    """Without the tools: with them it would take minutes."""
+    done = subprocess.run(
+        [sys.executable, str(NETBENCH)], env={**os.environ, "PATH": "/nowhere"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("netbench skipped: "), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_two_ranks_on_each_of_two_hosts(tmp_path, monkeypatch):
+    """Hosts as process namespaces: ranks open each other's segments inside one alone."""
+    monkeypatch.delenv("ENGINE_SHARED_MEMORY")
+    probe = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("process namespaces are refused here")
+    worker = f"{sys.executable} {WORKER} network_hierarchical"
+    enter = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
+    hosts = [
+        subprocess.Popen(
+            [
+                *enter,
+                f"{worker} {first} 4 {tmp_path}/store gloo & {worker} {first + 1} 4 {tmp_path}/store gloo; wait $!",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for first in (0, 2)
+    ]
+    try:
+        texts = [host.communicate(timeout=60)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert all(text.count("passed network_hierarchical") == 2 for text in texts), texts
