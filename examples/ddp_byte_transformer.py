@@ -56,6 +56,7 @@ def train(codec: str | None, steps: int) -> tuple[list[float], float, int, float
 
 
 def save_curves(curves: dict[str, list[float]], path: Path) -> None:
+    """Draws both curves, and how far the second is from the first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,6 +76,7 @@ def save_curves(curves: dict[str, list[float]], path: Path) -> None:
 
 
 def main() -> None:
+    """Trains twice; the first rank prints and draws."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("ddp_out"))
@@ -86,9 +88,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         for name, (losses, held_out, sent, seconds) in results.items():
             last = sum(losses[-20:]) / len(losses[-20:])
-            print(
-                f"{name:<10} last 20 steps {last:.4f}  held out {held_out:.4f}  {sent / 1e6:7.1f} MB sent  {seconds:.0f} s"
-            )
+            print(f"{name:<10} last 20 steps {last:.4f}  held out {held_out:.4f}  ", end="")
+            print(f"{sent / 1e6:7.1f} MB sent  {seconds:.0f} s")
         plain, ours = results.values()
         print(f"int8 sends {plain[2] / ours[2]:.2f} times less; its held-out loss is {ours[1] / plain[1] - 1:+.2%} off")
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from engine.distributed._shared_memory import DTYPES, OPS, PeerError
 from engine.distributed._work import Work
 from engine.ops.ring_codec import CODECS
 
-__all__ = ["PeerError", "all_reduce"]
+__all__ = ["PeerError", "all_reduce", "bytes_sent"]
 
 
 def all_reduce(
@@ -28,9 +28,9 @@ def all_reduce(
     Where all ranks are processes of one host, the elements go through shared memory and are reduced in rank order:
     the result is the same from run to run too. float16 and bfloat16 are added up in float32 and rounded once. The first
     call of a size class measures `torch.distributed.all_reduce` too, and goes that way where it is faster. Between
-    hosts each rank adds up one part of the tensor in a fixed order and passes it on, through gloo connections; where
-    every host has as many ranks, more than one, they add up inside the host first, exactly. A tensor that is not on the
-    CPU goes through `torch.distributed.all_reduce`.
+    hosts, through gloo, each rank adds up one part of the tensor in a fixed order and passes it on; where every host
+    has as many ranks, more than one, they add up inside the host first (float16 and bfloat16 are rounded there too). A
+    line of the log (`engine.distributed`) says why ranks don't share memory.
 
     A `codec` says what is sent in place of the elements. It rounds twice, what a rank sends and the sum, whatever the
     number of ranks; what a rank adds to its own part is exact:
@@ -40,7 +40,7 @@ def all_reduce(
       becomes NaN on every rank.
     - "bitmap": only about a fraction `density` of the largest magnitudes, as a bitmask and bfloat16 values, 0.125 +
       2.5 * density bytes an element at most. Meant for gradients, with a `residual`. A NaN or an infinity makes NaN of
-      the elements that are sent with it, 65,536 at most inside a host and 524,288 between hosts.
+      the elements that are sent with it, 64 Ki at most, between hosts 512 Ki.
 
     Every rank must call it in the same order with the same number of elements, dtype, op and codec; where they differ,
     every rank raises. After an error the group refuses further calls with the first error's text. Under `torch.compile`
@@ -91,12 +91,12 @@ def begin(
     if t.device.type != "cpu":
         return _by_torch(t, op, group, async_op)
     member = member_of(group)
-    if group.size() == 1:
+    if member.network is not None:
+        return _by_network(t, op, member, codec, async_op, residual, density)
+    if group.size() == 1 or member.communicator is None:
         member.worker.drain()
         _take_residual(t, residual)
-        return member.worker.submit(lambda: t) if async_op else None
-    if member.network is not None:
-        return _through_network(t, op, member, codec, async_op, residual, density)
+        return _by_torch(t, op, group, async_op)
     how = (op, group, member, codec, residual, density)
     if async_op and (codec is not None or member.knows(t.numel() * t.element_size())):
         return member.worker.submit(lambda: _through_memory(t, *how))
@@ -147,7 +147,7 @@ def _through_memory(
     return t
 
 
-def _through_network(
+def _by_network(
     t: torch.Tensor,
     op: str,
     member: Member,
@@ -156,21 +156,28 @@ def _through_network(
     residual: torch.Tensor | None,
     density: float,
 ) -> Work | None:
-    network = member.network
+    network, left = member.network, None if residual is None else residual.view(-1)
     assert network is not None
 
-    def function() -> torch.Tensor:
-        flat = (t.detach() if codec is None else t.detach().float()).contiguous().view(-1)
-        network.all_reduce(flat, op, codec, None if residual is None else residual.view(-1), density)
-        if flat.data_ptr() != t.data_ptr():
-            t.detach().copy_(flat.view(t.shape))
+    def reduce() -> torch.Tensor:
+        flat = t.detach().contiguous().view(-1)
+        wide = flat if codec is None else flat.float()
+        network.all_reduce(wide, op, codec, left, density)
+        if wide.data_ptr() != t.data_ptr():
+            t.detach().copy_(wide.view(t.shape))
         return t
 
     if async_op:
-        return member.worker.submit(function)
+        return member.worker.submit(reduce)
     member.worker.drain()
-    function()
+    reduce()
     return None
+
+
+def bytes_sent(group: dist.ProcessGroup | None = None) -> int:
+    """How many bytes of tensors this rank has sent to other hosts for `group`; none while all ranks are on one."""
+    network = member_of(check_group("bytes_sent", group)).network
+    return 0 if network is None else network.bytes_sent
 
 
 def _by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup, async_op: bool) -> Work | None:

@@ -28,6 +28,7 @@ SLOTS = 2 * DELAY + AHEAD + 1
 # Elements of a piece at most, by codec: a few hundred KB on the wire, enough to hide what a message costs.
 PIECE = {None: 1 << 18, "bf16": 1 << 18, "int8": 1 << 18, "bitmap": 1 << 19}
 SMALLEST_PIECE = 1 << 16
+WINDOWS = {None: 32, "bf16": 32, "int8": 32, "bitmap": 16}  # wanted, so that filling and draining cost little
 SCATTER, GATHER = 1, 2  # tags
 
 Send = Callable[[Tensor, int, int], Any]  # tensor, rank, tag; returns a work
@@ -73,7 +74,7 @@ class Windows:
 def plan(n: int, codec: str | None, place: Place) -> Windows:
     """Windows as large as pieces may be; of a small tensor smaller ones, so that they still overlap."""
     ranks = len(place.column) * place.local_size
-    piece = min(PIECE[codec], max(SMALLEST_PIECE, n // (8 * ranks)))
+    piece = min(PIECE[codec], max(SMALLEST_PIECE, n // (WINDOWS[codec] * ranks)))
     return Windows(n, -(-piece // BLOCK) * BLOCK * ranks, len(place.column), place.local_size)
 
 

@@ -1,8 +1,5 @@
 """ring_hook: DistributedDataParallel's gradients through all_reduce, with a codec and error feedback."""
 
-import queue
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +46,6 @@ class HookState:
         self._residuals: dict[int, Tensor] = {}  # by a parameter's number; views of what the buckets hold
         self._numbers: dict[int, int] = {}  # by id: parameters in the order in which DDP first showed them
         self._buckets: dict[tuple[int, ...], Tensor] = {}  # by the numbers of a bucket's parameters
-        self._worker: _Worker | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -58,7 +54,6 @@ class HookState:
             "_residuals": {number: residual.clone() for number, residual in self._residuals.items()},
             "_numbers": {},
             "_buckets": {},
-            "_worker": None,
         }
 
     def _residual(self, bucket: dist.GradBucket) -> Tensor:
@@ -90,8 +85,7 @@ class HookState:
 def ring_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """The average of a bucket of gradients over all ranks, for `ddp.register_comm_hook(state, ring_hook)`.
 
-    It runs in a thread of its own, in the order of the buckets, while the backward pass goes on. What
-    :func:`engine.distributed.all_reduce` raises, the backward pass raises as a RuntimeError with the same text.
+    The backward pass goes on meanwhile, and raises what :func:`engine.distributed.all_reduce` raises.
     """
     t = bucket.buffer()
     codec = state.codec if state.step >= state.warmup_steps else None
@@ -99,37 +93,6 @@ def ring_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future
     if bucket.is_last():
         state.step += 1
 
-    def reduce() -> Tensor:
-        all_reduce(t, "avg", state.group, codec, residual=residual, density=state.density)
-        return t
-
-    if state._worker is None:
-        state._worker = _Worker()
-    return state._worker.submit(reduce)
-
-
-class _Worker:
-    """One thread that runs a state's operations in order."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._tasks,), daemon=True).start()
-
-    def submit(self, task: Callable[[], Tensor]) -> torch.futures.Future[Tensor]:
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        self._tasks.put((task, future))
-        return future
-
-    def __del__(self) -> None:
-        self._tasks.put(None)
-
-
-def _work(tasks: queue.SimpleQueue) -> None:
-    """Ends with the worker."""
-    while (item := tasks.get()) is not None:
-        task, future = item
-        try:
-            future.set_result(task())
-        except Exception as error:
-            future.set_exception(error)
-        del item, task, future
+    work = all_reduce(t, "avg", state.group, codec, async_op=True, residual=residual, density=state.density)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])

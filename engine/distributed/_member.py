@@ -1,4 +1,4 @@
-"""What this process keeps for each process group: how it reaches the others, its worker, and which way is faster."""
+"""What this process keeps for each process group: its communicator, its worker, and which way is faster."""
 
 import atexit
 import logging
@@ -32,14 +32,14 @@ class Member:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.communicator, reason = connect(group)
-        self.network = None if self.communicator is not None else Network(group)
-        if self.network is not None:
-            level = logging.INFO if self.network.hosts > 1 else logging.WARNING
-            logger.log(level, "collectives go through gloo: %s", reason)
+        if reason:
+            logger.warning("collectives go through torch.distributed: %s", reason)
+        apart = self.communicator is None and group.size() > 1 and dist.is_gloo_available()
+        self.network = Network(group) if apart else None
         self.worker = Worker()
         self._faster: dict[int, bool] = {}  # by size class: whether shared memory is
         # It must not keep the member, and so neither `self`.
-        self._finalizer = weakref.finalize(self, _close, self.communicator, self.worker, "this rank left the group")
+        self._finalizer = weakref.finalize(self, _close, self._ways(), self.worker, "this rank left the group")
         self._finalizer.atexit = False  # `_close_all` does that
 
     def shared_memory_is_faster(self, communicator: Communicator, group: dist.ProcessGroup, nbytes: int) -> bool:
@@ -66,7 +66,10 @@ class Member:
     def close(self, reason: str) -> None:
         """Ends what is under way with an error, and gives memory and thread back."""
         self._finalizer.detach()
-        _close(self.communicator, self.worker, reason)
+        _close(self._ways(), self.worker, reason)
+
+    def _ways(self) -> list[Communicator | Network]:
+        return [way for way in (self.communicator, self.network) if way is not None]
 
 
 def _measure(communicator: Communicator, group: dist.ProcessGroup, nbytes: int) -> list[float]:
@@ -117,9 +120,9 @@ def member_of(group: dist.ProcessGroup) -> Member:
         return _members[group]
 
 
-def _close(communicator: Communicator | None, worker: Worker, reason: str) -> None:
-    if communicator is not None:
-        communicator.close(reason)
+def _close(ways: list[Communicator | Network], worker: Worker, reason: str) -> None:
+    for way in ways:
+        way.close(reason)
     worker.stop()
 
 

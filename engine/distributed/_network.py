@@ -156,8 +156,7 @@ class Network:
         if isinstance(error, PeerError) and text.startswith("operation "):
             return text  # a difference, which every rank sees by itself
         self._store_bounded(lambda: self._store.set(f"failed/{self.rank}", "1"))
-        self._gloo.abort()
-        self._gloo = self._local = None
+        self._close_connections(text)
         lost = self._lost()
         if not lost:
             return f"{text} in operation {self._number}"
@@ -165,6 +164,18 @@ class Network:
         if "timed out" in text.lower() or "did not answer" in text:
             return f"{names} did not answer within {self.timeout} s in operation {self._number}"
         return f"{names} died in operation {self._number}"
+
+    def _close_connections(self, reason: str) -> None:
+        gloo, local, self._gloo, self._local = self._gloo, self._local, None, None
+        if gloo is not None:
+            gloo.abort()
+        if local is not None:
+            local.close(reason)
+
+    def close(self, reason: str) -> None:
+        """Ends an operation that waits, in whatever thread, and gives the connections back."""
+        self._error = self._error or reason
+        self._close_connections(reason)
 
     def _lost(self) -> list[int]:
         """The ranks that don't report a failure: every survivor does, as a closed connection wakes the next."""

@@ -32,9 +32,9 @@ SHARED = {
 }
 
 
-def launch(names, world_size, folder, backend="gloo", worker=WORKER, seconds=120):
-    """Runs functions of a worker on so many ranks; returns what each prints, and its exit code."""
-    arguments = [sys.executable, str(worker), ",".join(names)]
+def launch(names, world_size, folder, backend="gloo", seconds=120):
+    """Runs functions of worker.py on so many ranks; returns what each prints, and its exit code."""
+    arguments = [sys.executable, str(WORKER), ",".join(names)]
     ranks = [
         subprocess.Popen(
             [*arguments, str(rank), str(world_size), str(folder / "store"), backend],

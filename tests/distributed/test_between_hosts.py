@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_all_reduce import launch, pytestmark  # noqa: F401  (the mark holds here too)
+from test_all_reduce import pytestmark  # noqa: F401  (the mark holds here too)
 
 from engine.distributed import HookState
 from engine.distributed._exchange import BLOCK, Place, plan
@@ -18,16 +18,31 @@ WORKER = Path(__file__).parent / "network_worker.py"
 NETBENCH = Path(__file__).parents[2] / "bench" / "netbench.py"
 
 
+def run(names, world_size, folder, lost=False):
+    """Runs functions of network_worker.py on so many ranks; the last ends by itself only where it isn't `lost`."""
+    arguments = [str(world_size), str(folder / "store")]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), names, str(rank), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process in ranks[: world_size - lost]:
+            text, _ = process.communicate(timeout=100)
+            assert process.returncode == 0 and "done" in text, text
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
 @pytest.fixture(autouse=True)
 def hosts_of_their_own(monkeypatch):
     monkeypatch.setenv("ENGINE_SHARED_MEMORY", "0")
-
-
-def run(names, world_size, folder):
-    """Fails unless each rank but a lost one gets through all."""
-    names = names.split(",")
-    texts, codes = launch(names, world_size, folder, worker=WORKER)
-    assert not any(codes) and all(f"passed {names[-1]}\n" in text for text in texts), texts
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 70000, 5_000_000])
@@ -60,7 +75,7 @@ def test_a_mismatch_is_an_error_on_every_rank(tmp_path):
 
 @pytest.mark.parametrize("how, codec", [("killed", "int8"), ("killed", "none"), ("stopped", "int8")])
 def test_a_lost_peer(how, codec, tmp_path):
-    run(f"network_lost:{how}:{codec}", 3, tmp_path)
+    run(f"network_lost:{how}:{codec}", 3, tmp_path, lost=True)
 
 
 def test_hook(tmp_path):
@@ -117,10 +132,7 @@ def test_two_ranks_on_each_of_two_hosts(tmp_path, monkeypatch):
     enter = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
     hosts = [
         subprocess.Popen(
-            [
-                *enter,
-                f"{worker} {first} 4 {tmp_path}/store gloo & {worker} {first + 1} 4 {tmp_path}/store gloo; wait $!",
-            ],
+            [*enter, f"{worker} {first} 4 {tmp_path}/store & {worker} {first + 1} 4 {tmp_path}/store; wait $!"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -128,8 +140,8 @@ def test_two_ranks_on_each_of_two_hosts(tmp_path, monkeypatch):
         for first in (0, 2)
     ]
     try:
-        texts = [host.communicate(timeout=60)[0] for host in hosts]
+        texts = [host.communicate(timeout=100)[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
-    assert all(text.count("passed network_hierarchical") == 2 for text in texts), texts
+    assert all(text.count("done") == 2 for text in texts), texts

@@ -244,8 +244,10 @@ def refused_memory():
         want = truth(40 * world_size, torch.float32, "avg", 4).float()
         assert torch.allclose(reduce_scatter(t, "avg", group), want[40 * rank : 40 * (rank + 1)], atol=1e-6)
         assert torch.equal(all_gather(torch.tensor(rank), group), torch.arange(world_size))
-        all_reduce(t, "sum", group, "bf16")
-        assert torch.allclose(t, truth(t.numel(), torch.float32, "sum", 4).float(), atol=0.05)
+        left = torch.full_like(t, 0.5)
+        all_reduce(t, "sum", group, "int8", residual=left)  # exact: what was left over before is due at once
+        assert torch.allclose(t, truth(t.numel(), torch.float32, "sum", 4).float() + 0.5 * world_size, atol=1e-5)
+        assert not left.any()
         work = all_reduce(t, "max", group, async_op=True)
         assert work.wait() and work.result()[0] is t
         assert not uses_shared_memory(group)
@@ -539,20 +541,18 @@ def leave(how):
     atexit.register(lambda: print(f"left after {time.monotonic() - start:.1f} s", flush=True))
 
 
-def main(functions):
+if __name__ == "__main__":
     torch.set_num_threads(1)
     store = dist.FileStore(sys.argv[4], world_size)
+    backend_name = sys.argv[5]
+    names = sys.argv[1].split(",")
     timeout = timedelta(seconds=60)  # to start in; what waits for a lost rank makes a group of its own
-    dist.init_process_group(sys.argv[5], rank=rank, world_size=world_size, store=store, timeout=timeout)
-    for call in sys.argv[1].split(","):
+    dist.init_process_group(backend_name, rank=rank, world_size=world_size, store=store, timeout=timeout)
+    for call in names:
         name, *rest = call.split(":")
-        functions[name](*(int(word) if word.isdigit() else word for word in rest))
+        globals()[name](*(int(word) if word.isdigit() else word for word in rest))
         print("passed", call, flush=True)
-    if "lost" in name:
-        os._exit(0)  # gloo's own shutdown would wait for the lost rank
-    if name != "leave":
+    if name not in ("lost", "leave"):
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(globals())
+    elif name == "lost":
+        os._exit(0)  # gloo's own shutdown would wait for the lost rank
