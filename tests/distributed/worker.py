@@ -244,10 +244,8 @@ def refused_memory():
         want = truth(40 * world_size, torch.float32, "avg", 4).float()
         assert torch.allclose(reduce_scatter(t, "avg", group), want[40 * rank : 40 * (rank + 1)], atol=1e-6)
         assert torch.equal(all_gather(torch.tensor(rank), group), torch.arange(world_size))
-        left = torch.full_like(t, 0.5)
-        all_reduce(t, "sum", group, "int8", residual=left)  # exact: what was left over before is due at once
-        assert torch.allclose(t, truth(t.numel(), torch.float32, "sum", 4).float() + 0.5 * world_size, atol=1e-5)
-        assert not left.any()
+        all_reduce(t, "sum", group, "bf16")
+        assert torch.allclose(t, truth(t.numel(), torch.float32, "sum", 4).float(), atol=0.05)
         work = all_reduce(t, "max", group, async_op=True)
         assert work.wait() and work.result()[0] is t
         assert not uses_shared_memory(group)
@@ -486,19 +484,17 @@ def kill_cycles(cycles):
     random.seed(0)
     folder = Path(sys.argv[4]).parent
     connect = _shared_memory.connect_ranks
-    before = None
+    before, threads = None, threading.active_count()
     for cycle in range(cycles):
         path = str(folder / f"cycle{cycle}")
+        t = torch.ones(random.choice([10, 20_000, 500_000]))
         child = os.fork()
         if child == 0:
             communicator, _ = connect(dist.FileStore(path, 2), 1, 2, 10.0)
-            t = torch.ones(random.choice([10, 20_000, 500_000]))
             while True:
                 communicator.all_reduce(t, "max")
         communicator, reason = connect(dist.FileStore(path, 2), 0, 2, 10.0)
         assert not reason, reason
-        t = torch.ones(random.choice([10, 20_000, 500_000]))
-        numel = t.numel()
         threading.Timer(random.random() * 0.005, os.kill, (child, signal.SIGKILL)).start()
         start = time.monotonic()
         try:
@@ -506,14 +502,13 @@ def kill_cycles(cycles):
                 communicator.all_reduce(t, "max")
                 assert time.monotonic() - start < 5
         except PeerError as error:
-            # Killed, or found to have called with another size: its generator is a copy of ours.
-            assert "rank 1" in str(error) and "operation" in str(error), (numel, error)
+            assert "rank 1" in str(error) and "died in operation" in str(error), error
         assert time.monotonic() - start < 1
         os.waitpid(child, 0)
         communicator.close("done")
         del communicator
         Path(path).unlink(missing_ok=True)  # the store removes it itself, but not where its peer was killed
-        while threading.active_count() > 1:
+        while threading.active_count() > threads:  # the timer's
             time.sleep(0.001)
         before = before or held()
     assert held() == before, (before, held())
