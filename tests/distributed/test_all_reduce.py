@@ -32,8 +32,8 @@ SHARED = {
 }
 
 
-def launch(names, world_size, backend, folder, seconds=120):
-    """Runs functions of worker.py on so many ranks; returns what each prints, and its exit code or None."""
+def launch(names, world_size, folder, backend="gloo", seconds=120):
+    """Runs functions of worker.py on so many ranks; returns what each prints, and its exit code."""
     arguments = [sys.executable, str(WORKER), ",".join(names)]
     ranks = [
         subprocess.Popen(
@@ -44,7 +44,7 @@ def launch(names, world_size, backend, folder, seconds=120):
         )
         for rank in range(world_size)
     ]
-    lost = names[-1].startswith("lost")
+    lost = "lost" in names[-1]
     texts, codes = [], []
     try:
         for process in ranks[: world_size - lost]:
@@ -66,7 +66,7 @@ def launched(tmp_path_factory):
 
     def texts_of(key):
         if key not in results:
-            results[key], _ = launch(SHARED[key], *key, tmp_path_factory.mktemp("ranks"))
+            results[key], _ = launch(SHARED[key], key[0], tmp_path_factory.mktemp("ranks"), key[1])
         return results[key]
 
     return texts_of
@@ -80,18 +80,18 @@ def test_among_ranks(world_size, backend, name, launched):
 
 @pytest.mark.parametrize("how", ["waiting", "daemon", "early"])
 def test_ends_without_being_destroyed(how, tmp_path):
-    texts, codes = launch([f"leave:{how}"], 2, "gloo", tmp_path)
+    texts, codes = launch([f"leave:{how}"], 2, tmp_path)
     assert codes == [0, 0], texts
     assert all(float(text.split("left after ")[1].split()[0]) < 3 for text in texts), texts
 
 
 @pytest.mark.slow
 def test_warns_after_ten_seconds(tmp_path):
-    texts, codes = launch(["slow"], 2, "gloo", tmp_path)
+    texts, codes = launch(["slow"], 2, tmp_path)
     assert codes == [0, 0], texts
 
 
 @pytest.mark.slow
 def test_a_thousand_kills_leave_nothing(tmp_path):
-    texts, codes = launch(["kill_cycles:1000"], 1, "gloo", tmp_path, seconds=600)
+    texts, codes = launch(["kill_cycles:1000"], 1, tmp_path, seconds=600)
     assert codes == [0], texts
