@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from engine.bench import cost_model
 from engine.bench.cost_model import Case, Point, seconds, wire_bytes, work_of
+from engine.ops.ring_codec import wire_bytes as codec_bytes
 
 COSTS = {
     "memory.wait": 5e-6,
@@ -53,6 +54,7 @@ def test_limits():
     for codec, most in (("bf16", 2), ("int8", 3.94), ("bitmap", 26.67)):
         plain, encoded = (wire_bytes(Case("engine", MIB, 4, 2, c)) for c in (None, codec))
         assert plain / encoded == pytest.approx(most, rel=1e-3)
+        assert codec_bytes(codec, 1 << 20) / (4 << 20) == pytest.approx(cost_model.WIRE_RATIO[codec], rel=2e-3)
     # more ranks are never faster, and the limit for many is twice the tensor's time on the wire, and the messages
     times = [seconds(Case("engine", 256 * MIB, hosts), COSTS, 1, 1.25e9) for hosts in (2, 8, 64, 512, 4096)]
     assert times == sorted(times)
