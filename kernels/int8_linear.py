@@ -22,7 +22,7 @@ from engine.kernels.int8_quantize import quantize_rows
 LONGEST_SUM = 131072  # |products| are at most 128 · 127, so that int32 holds the sum of so many
 SMALLEST_UNSWAPPED = 128  # tokens
 
-# What the choice of a configuration rests on: data sheets, rounded. Only the ratios matter, for speed and not for results.
+# What the choice of a configuration rests on: data sheets, rounded. Only ratios matter, for speed and not for results.
 OPERATIONS_PER_NS = {True: 11000, False: 4000}  # of one multiprocessor, with and without warpgroup instructions
 BYTES_PER_NS = 55  # of one multiprocessor, from the L2 cache
 START_NS = 1500  # of one tile: filling the pipeline and writing the result
