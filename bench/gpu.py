@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from engine import backends
-from engine.bench import gpu_cases
+from engine.bench import gpu_cases, gpu_checks
 from engine.bench.common import Timing
 from engine.bench.gpu_cases import Case
 from engine.ops._library import REFERENCES
@@ -99,15 +99,22 @@ class Calls:
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Timing]:
-    """Times a case's functions in turn; a peer that fails is left out and said so, our own raises."""
+    """Times a case's functions in turn. Our own must run as the case says.
+
+    A peer that no graph can hold is timed call by call, and says so; one that fails is left out.
+    """
     calls: dict[str, Calls] = {}
     for i, (name, function) in enumerate(case.functions.items()):
-        try:
+        if i == 0:
             calls[name] = Calls(function, device, case.capture)
-        except Exception as error:
-            if i == 0:
-                raise
-            print(f"    (without {name}: {_first_line(error)})", file=sys.stderr)
+            continue
+        for capture in (True, False) if case.capture else (False,):
+            try:
+                calls[name if capture == case.capture else f"{name}, eager"] = Calls(function, device, capture)
+                break
+            except Exception as error:
+                if not capture:
+                    print(f"    (without {name}: {_first_line(error)})", file=sys.stderr)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS if device.type == "cuda" else 2):
         for name, call in calls.items():
@@ -197,7 +204,7 @@ def run(ops: list[str], device: torch.device, small: bool = False) -> dict:
             print("  not begun: no time left")
             continue
         try:
-            report["checked"][op] = gpu_cases.check(op, device)
+            report["checked"][op] = gpu_checks.check(op, device)
             print(f"  {report['checked'][op]} inputs checked against the reference in float64")
             for case in gpu_cases.cases(op, device, small):
                 result = row(op, case, measure(case, device), limits)
@@ -265,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench-gpu: no GPU is visible to torch", file=sys.stderr)
         return 1
     device, owned = torch.device("cuda"), owned_ops()
-    expected = sorted({*owned, *gpu_cases.CHECKS})
+    expected = sorted({*owned, *gpu_checks.CHECKS})
     unknown = set(given.only or ()) - set(expected)
     if unknown:
         print(f"bench-gpu: no such op: {', '.join(sorted(unknown))}; there are {', '.join(expected)}", file=sys.stderr)

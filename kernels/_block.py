@@ -58,16 +58,16 @@ def block_config(
 def multiply_blocks(
     acc,  # the sum so far, [TOKENS, ROWS] or, SWAPPED, [ROWS, TOKENS]
     bad,  # whether a column of blocks outside the matrix was met
-    x,
-    values,
-    col_indices,
+    x,  # [m, k], as in block_kernel
+    values,  # [kept_rows, BLOCK_COLUMNS], likewise
+    col_indices,  # int32, one a block
     begin,  # the first of the blocks
-    end,
-    first,  # token
-    part,  # row of the block
+    end,  # the one after the last
+    first,  # the tile's first token
+    part,  # the tile's first row within a block
     m,
     k,
-    count,
+    kept_rows,  # of all blocks
     x_stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -89,7 +89,7 @@ def multiply_blocks(
         bad = bad | outside
         left = tl.where(outside, 0, column) * BLOCK_COLUMNS + within
         row = block * BLOCK_ROWS + part
-        w = load_tile(values, row, within, count, BLOCK_COLUMNS, BLOCK_COLUMNS, ROWS, BLOCK_K, BY_DESCRIPTOR)
+        w = load_tile(values, row, within, kept_rows, BLOCK_COLUMNS, BLOCK_COLUMNS, ROWS, BLOCK_K, BY_DESCRIPTOR)
         t = load_tile(x, first, left, m, k, x_stride, TOKENS, BLOCK_K, BY_DESCRIPTOR)
         if INT8:
             if SWAPPED:
@@ -97,7 +97,7 @@ def multiply_blocks(
             else:
                 acc = tl.dot(t, w.T, acc, out_dtype=tl.int32)
         else:
-            if CUT:  # times 0, which x is there, what is not finite would be NaN
+            if CUT:  # x counts as 0 there, and 0 times what a block may hold there is NaN if that is not finite
                 w = tl.where((left + tl.arange(0, BLOCK_K) < k)[None, :], w, 0.0)
             if SWAPPED:
                 acc = tl.dot(w.to(COMPUTE), t.to(COMPUTE).T, acc, input_precision="ieee")

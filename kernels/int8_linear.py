@@ -7,6 +7,7 @@ The parts of one tile are added by whichever program finishes last: integers, so
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from engine.kernels.int8_quantize import quantize_rows
 LONGEST_SUM = 131072  # |products| are at most 128 · 127, so that int32 holds the sum of so many
 SMALLEST_UNSWAPPED = 128  # tokens
 
-# What the choice of a configuration rests on. Only their ratios matter, and they decide speed, never results.
+# What the choice of a configuration rests on: data sheets, rounded. Only ratios matter, for speed and not for results.
 OPERATIONS_PER_NS = {True: 11000, False: 4000}  # of one multiprocessor, with and without warpgroup instructions
 BYTES_PER_NS = 55  # of one multiprocessor, from the L2 cache
 START_NS = 1500  # of one tile: filling the pipeline and writing the result
@@ -66,6 +67,7 @@ def _stages(block_a: int, block_b: int, block_k: int, blocks: int, device: Devic
     return max(2, min(6, room // ((block_a + block_b) * block_k)))
 
 
+@functools.lru_cache(maxsize=4096)
 def gemm_config(m: int, n: int, k: int, aligned: bool, device: Device) -> GemmConfig:
     """The configuration that the estimate prefers for M, N, K and the card.
 
