@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiled for the GPUs it is made for, without one: no spills, and the instructions that were meant."""
+"""Every CUDA kernel compiled for the GPUs it is made for, without one: no spills, the instructions that were meant."""
 
 import importlib.util
 import re
