@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format sanitize fuzz bench bench-gpu clean
+.PHONY: demo test lint format sanitize sanitize-gpu fuzz bench bench-gpu clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/compress_minilm.py --out demo_out
@@ -27,6 +27,11 @@ format: $(VENV)/.built
 # The op tests with the C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/.built
 	$(BIN)/python tests/native/sanitized.py pytest tests/ops
+
+# The CUDA kernels' tests on a GPU, under compute-sanitizer.
+sanitize-gpu: $(VENV)/.built
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/pytest tests/cuda -k 'test_cuda'
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest tests/cuda -k 'test_cuda'
 
 # A hundred thousand damaged checkpoints, the C++ under AddressSanitizer.
 fuzz: $(VENV)/.built

@@ -130,7 +130,7 @@ __device__ inline uint32_t mask_of_eight(const Eight<T>& w, const float* limits,
 }
 
 template <bool kAligned, bool kAmax, class T, class I>
-__global__ void __launch_bounds__(kPruneThreads)
+__global__ void __launch_bounds__(kPruneThreads, 3)
     mask_kernel(const T* weight,  // [rows, columns]
                 Threshold threshold,
                 uint8_t* bitmask,            // [rows, row_bytes]
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kPruneThreads)
     ENGINE_SHARED(block, int64_t);
     ENGINE_SHARED(row_counts, unsigned long long[kPruneWarps]);
     ENGINE_SHARED(row_amax, unsigned[kPruneWarps]);
-    constexpr int kStepsAhead = kAligned ? 4 : 1;  // whose loads are under way together
+    constexpr int kStepsAhead = kAligned ? 8 / sizeof(T) : 1;  // whose loads are under way together
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     if (threadIdx.x == 0) block = static_cast<int64_t>(atomicAdd(ticket, 1ull));
     if (threadIdx.x < kPruneWarps) row_counts[threadIdx.x] = row_amax[threadIdx.x] = 0;

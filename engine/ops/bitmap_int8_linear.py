@@ -125,6 +125,9 @@ def bitmap_int8_linear(
 
     Has gradients for `x` and `bias`, straight through the quantisation.
 
+    On CUDA nothing waits for the GPU, so that a bitmap whose data do not fit together raises no error there: the
+    outputs of the rows that it is wrong about are NaN.
+
     Args:
         x: `[..., K]`, float32, float16 or bfloat16.
         bitmask: uint8 `[N, ceil(K / 8)]`, the least significant bit first.

@@ -58,6 +58,8 @@ def bitmap_to_dense(bitmask: Tensor, row_offsets: Tensor, values: Tensor, column
 
     Has a gradient for `values`.
 
+    On CUDA the CPU waits once for the GPU, to know whether the bitmap was good.
+
     Args:
         bitmask: uint8 `[N, ceil(columns / 8)]`, the least significant bit first.
         row_offsets: int64 `[N + 1]`, where each row's values begin.

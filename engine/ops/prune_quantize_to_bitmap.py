@@ -51,6 +51,8 @@ def prune_quantize_to_bitmap(weight: Tensor, threshold: float | Tensor) -> tuple
     rounds to 0 stays: its bit is set and a 0 stored. A row with nothing kept has scale 1; a row that keeps a NaN or an
     infinity has scale NaN and zeros. The result is the same to the bit on every backend.
 
+    On CUDA the CPU waits once for the GPU, as the size of the result must be known.
+
     Args:
         weight: `[N, K]`, float32, float16 or bfloat16.
         threshold: a float, or a tensor that broadcasts against `weight`; compared in float32.

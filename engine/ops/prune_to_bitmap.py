@@ -46,6 +46,8 @@ def prune_to_bitmap(weight: Tensor, threshold: float | Tensor) -> tuple[Tensor, 
 
     A NaN weight is kept. At sparsity s the result takes `1 - s + 1 / (8 * itemsize)` of the weight's bytes.
 
+    On CUDA the CPU waits once for the GPU, as the size of the result must be known.
+
     Args:
         weight: `[N, K]`, float32, float16 or bfloat16.
         threshold: a float, or a tensor that broadcasts against `weight`; compared in float32.

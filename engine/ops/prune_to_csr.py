@@ -48,6 +48,8 @@ def prune_to_csr(weight: Tensor, threshold: float | Tensor) -> tuple[Tensor, Ten
 
     A NaN weight is kept. `torch.sparse_csr_tensor(crow_indices, col_indices, values, weight.shape)` takes the result.
 
+    On CUDA the CPU waits once for the GPU, as the size of the result must be known.
+
     Args:
         weight: `[N, K]`, float32, float16 or bfloat16.
         threshold: a number, or a tensor that broadcasts against `weight`; compared in float32.

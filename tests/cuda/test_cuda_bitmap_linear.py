@@ -33,7 +33,7 @@ def test_every_shape_and_pair_of_dtypes(shape, values):
     m, n, k = shape
     bitmap, dense = case(n, k, values)
     for dtype, bias in zip(FLOAT_DTYPES, (None, torch.randn(n), torch.randn(n).half()), strict=True):
-        if dtype == values or k <= 129:
+        if (dtype == values and m < 100) or k <= 129 or dtype == values == torch.bfloat16:
             check(torch.randn(m, k).to(dtype), bitmap, dense, bias)
 
 

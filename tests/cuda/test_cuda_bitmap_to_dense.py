@@ -21,7 +21,7 @@ def case(mask, dtype):
 
 @pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, torch.int8])
 def test_every_shape(dtype):
-    for rows, columns in [*MATRICES, (4099, 16)][: None if dtype == torch.float16 else -2]:
+    for rows, columns in [*MATRICES, (4097, 16)][: None if dtype == torch.float16 else -2]:
         bitmap = case(mask_of(rows, columns), dtype)
         want = REFERENCES["bitmap_to_dense"](*bitmap, columns)
         bitmask, offsets, values = on(*bitmap)

@@ -58,7 +58,7 @@ def test_float_every_shape_and_pair_of_dtypes(shape, values):
     m, n, k = shape
     weight = weight_of(n, k, values)
     for dtype, bias in zip(FLOAT_DTYPES, (None, torch.randn(n), torch.randn(n).half()), strict=True):
-        if dtype == values or k <= 129:
+        if (dtype == values and m < 100) or k <= 129 or dtype == values == torch.bfloat16:
             check_float(torch.randn(m, k).to(dtype), weight, bias)
 
 

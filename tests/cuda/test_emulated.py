@@ -1,6 +1,7 @@
 """Every test of the CUDA kernels in this folder, over emulated CUDA, in a process where they stand in for the CPU's."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,5 +13,11 @@ from device import EMULATED, emulated_library
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_over_emulated_cuda():
     files = sorted(Path(__file__).parent.glob("test_cuda_*.py"))
-    out = run_pytest([*files, "-rN"], ENGINE_CPU_LIBRARY=str(emulated_library()), ENGINE_EMULATED_CUDA="1")
-    assert "passed" in out and "failed" not in out and "skipped" not in out, out
+    library = str(emulated_library())
+
+    def run_some(some):
+        return run_pytest([*some, "-rN"], ENGINE_CPU_LIBRARY=library, ENGINE_EMULATED_CUDA="1")
+
+    with ThreadPoolExecutor() as pool:
+        for out in pool.map(run_some, (files[::2], files[1::2])):
+            assert "passed" in out and "failed" not in out and "skipped" not in out, out
