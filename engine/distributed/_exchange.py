@@ -105,6 +105,9 @@ class Exchange:
         size = t.element_size() * PIECE[None] if codec is None else wire_bytes(codec, PIECE[codec], density)
         size = -(-min(size, self._largest()) // 8) * 8
         # scatter in, scatter out, gather in (a row for each other host), gather out
+        # Of windows that fall into equal parts, the part that this rank carries between the hosts.
+        part = self.windows.size // place.local_size if local is not None else 0
+        self.parts = t.new_empty(SLOTS, part)
         self.buffers = torch.empty(SLOTS, 3 * len(self.others) + 1, size, dtype=torch.uint8)
 
     def _largest(self) -> int:
@@ -121,6 +124,19 @@ class Exchange:
 
     def _piece(self, i: int, host: int) -> slice:
         return self.windows.piece(i, self.place.local_rank, host)
+
+    def _in_parts(self, i: int) -> bool:
+        """Whether the host's ranks share window i out: all but perhaps the last, which is uneven."""
+        window = self.windows.window(i)
+        return self.local is not None and window.stop - window.start == self.windows.size
+
+    def _elements(self, i: int, host: int) -> Tensor:
+        """The elements of a piece of window i."""
+        piece = self._piece(i, host)
+        if not self._in_parts(i):
+            return self.t[piece]
+        n = piece.stop - piece.start
+        return self.parts[i % SLOTS, host * n : (host + 1) * n]
 
     def run(self) -> None:
         """Does all of it."""
@@ -149,7 +165,7 @@ class Exchange:
             if theirs.stop > theirs.start:
                 into = self._buffer(i, 2, host, theirs.stop - theirs.start)
                 if self.codec is None:
-                    into = self.t[theirs].view(torch.uint8)
+                    into = self._elements(i, host).view(torch.uint8)
                 self.pending[i, GATHER, host] = self.receive(into, rank, GATHER)
 
     def _send(self, i: int, wire: Tensor, host: int, tag: int) -> None:
@@ -160,17 +176,25 @@ class Exchange:
         for work in self.sends[i % SLOTS]:  # of the window that used the slot before: long done
             work()
         self.sends[i % SLOTS].clear()
-        if self.local is not None:
-            self.local.all_reduce(self.t[self.windows.window(i)], "sum" if self.op == "avg" else self.op)
+        self._share_out(i)
         if i + AHEAD < self.windows.count:
             self._post(i + AHEAD)
         for host in self.others:
             piece = self._piece(i, host)
             if piece.stop > piece.start:
-                self._send(i, self._encode(piece, self._buffer(i, 1, host, piece.stop - piece.start)), host, SCATTER)
+                self._send(i, self._encode(i, host, self._buffer(i, 1, host, piece.stop - piece.start)), host, SCATTER)
 
-    def _encode(self, piece: slice, wire: Tensor) -> Tensor:
-        x, left = self.t[piece], None if self.residual is None else self.residual[piece]
+    def _share_out(self, i: int) -> None:
+        """Adds up a window among the ranks of this host."""
+        window, op = self.t[self.windows.window(i)], "sum" if self.op == "avg" else self.op
+        if self._in_parts(i):
+            self.local.reduce_scatter(window, self.parts[i % SLOTS], op)
+        elif self.local is not None:
+            self.local.all_reduce(window, op)
+
+    def _encode(self, i: int, host: int, wire: Tensor) -> Tensor:
+        x = self._elements(i, host)
+        left = None if self.residual is None else self.residual[self._piece(i, host)]
         if self.codec is None:
             return x.view(torch.uint8)
         if self.codec == "bitmap":
@@ -185,14 +209,14 @@ class Exchange:
         n = own.stop - own.start
         if n == 0:
             return
-        x = self.t[own]
+        x = self._elements(i, self.place.host)
         if self.codec is None:
             self._reduce_plain(i, x)
         else:
             for host in sorted(self.others):
                 self.pending.pop((i, SCATTER, host))()
                 ring_decode(self._buffer(i, 0, host, n), self.codec, x, add=True)
-        wire = self._encode(own, self._buffer(i, 3, 0, n))
+        wire = self._encode(i, self.place.host, self._buffer(i, 3, 0, n))
         for host in self.others:
             self._send(i, wire, host, GATHER)
         if self.codec is not None:
@@ -225,13 +249,16 @@ class Exchange:
                 continue
             self.pending.pop((i, GATHER, host))()
             if self.codec is not None:
-                self._decode(self._buffer(i, 2, host, piece.stop - piece.start), self.t[piece])
+                self._decode(self._buffer(i, 2, host, piece.stop - piece.start), self._elements(i, host))
         if self.local is not None:
             self._collect_local(i)
 
     def _collect_local(self, i: int) -> None:
-        """The ranks of this host exchange their parts: a sum to which each adds its part and zeros."""
+        """The ranks of this host exchange their parts; of an uneven window by a sum of each one's part and zeros."""
         window, place = self.windows.window(i), self.place
+        if self._in_parts(i):
+            self.local.all_gather(self.parts[i % SLOTS], self.t[window])
+            return
         begin = self.windows.piece(i, place.local_rank, 0).start
         end = self.windows.piece(i, place.local_rank, len(place.column) - 1).stop
         self.t[window.start : begin].zero_()

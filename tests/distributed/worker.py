@@ -244,8 +244,11 @@ def refused_memory():
         want = truth(40 * world_size, torch.float32, "avg", 4).float()
         assert torch.allclose(reduce_scatter(t, "avg", group), want[40 * rank : 40 * (rank + 1)], atol=1e-6)
         assert torch.equal(all_gather(torch.tensor(rank), group), torch.arange(world_size))
-        all_reduce(t, "sum", group, "bf16")
-        assert torch.allclose(t, truth(t.numel(), torch.float32, "sum", 4).float(), atol=0.05)
+        left = torch.full_like(t, 0.5)
+        all_reduce(t, "sum", group, "int8", residual=left)  # with its codec all the same, through gloo
+        dist.all_reduce(left, group=group)
+        want = truth(t.numel(), torch.float32, "sum", 4).float() + 0.5 * world_size
+        assert torch.allclose(t + left, want, atol=1e-4) and left.any()
         work = all_reduce(t, "max", group, async_op=True)
         assert work.wait() and work.result()[0] is t
         assert not uses_shared_memory(group)
