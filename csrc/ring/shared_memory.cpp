@@ -16,6 +16,7 @@ namespace engine::ring {
 namespace {
 
 constexpr std::chrono::seconds kWarnAfter{10};
+constexpr int kPatience = 200;  // times that a core is offered to others before sleeping, be there cores for all or not
 
 [[noreturn]] void refuse(const std::string& what, int error) {
     throw std::runtime_error(what + ": " + std::strerror(error));
@@ -63,9 +64,6 @@ SharedMemory::SharedMemory(int rank, int world_size, const std::string& token)
     }
     process_ = getpid();
     std::memcpy(header(rank).token, token.c_str(), token.size() + 1);
-    cpu_set_t cores;
-    const bool known = sched_getaffinity(0, sizeof(cores), &cores) == 0;
-    patience_ = known && CPU_COUNT(&cores) >= world_size ? 200 : 10;
 }
 
 SharedMemory::~SharedMemory() {
@@ -173,7 +171,7 @@ std::string SharedMemory::name(int rank) const { return "rank " + std::to_string
 void SharedMemory::await(int rank, bool reduced, uint32_t steps, Wait& wait) {
     Counter& counter = reduced ? header(rank).reduced : header(rank).published;
     // Yielding between looks costs little on a core of one's own, and gives it to the peer where both are on the same.
-    for (int i = 0; i < patience_; ++i) {
+    for (int i = 0; i < kPatience; ++i) {
         for (int j = 0; j < 32; ++j) {
             if (reached(counter, steps)) return;
             relax();

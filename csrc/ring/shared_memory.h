@@ -125,7 +125,6 @@ class SharedMemory {
     char* output(int rank, uint32_t step) const;
 
     int rank_, world_size_, descriptor_ = -1;
-    int patience_;  // looks at a counter before sleeping; few where ranks outnumber cores
     std::vector<Peer> peers_;
     std::vector<const void*> sources_;  // [world_size], of one reduction
     uint32_t step_ = 0;                 // the first step of the next operation; wraps around
