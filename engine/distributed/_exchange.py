@@ -1,10 +1,10 @@
 """One all-reduce between hosts, in windows that overlap: encode and send, reduce, pass round.
 
 A tensor goes in windows; of each window every rank owns one piece. A rank sends every other rank's piece to its owner,
-who adds up what comes in rank order, in float32, encodes the sum once and sends it to all; the owner itself keeps what
-the others will decode, so that all hold the same bits. Ranks are addressed in ring order, so that nobody is sent to by
-two at a time. Where several ranks share a host (`local`), they first add up each window in shared memory, then each
-carries one part of it between the hosts, and in the end they collect each other's parts.
+who adds up its own and what comes, always in the same order, in float32, encodes the sum once and sends it to all. The
+owner itself keeps what the others will decode, so that all hold the same bits. Ranks are addressed in ring order, so
+that nobody is sent to by two at a time. Where several ranks share a host (`local`), they first add up each window in
+shared memory, then each carries one part of it between the hosts, and in the end they collect each other's parts.
 
     window             1     2     3     4     5
     encode, send       X     X     X     X     X
