@@ -164,8 +164,9 @@ class RowParallelLinear(_Parallel):
     """A linear layer whose inputs are shared out: this rank's part of `[..., in_features]` to `[..., out_features]`.
 
     The parts' products are added up over the ranks, and the bias once. Where int8 weights meet int8 activations and
-    there is no codec, the ranks share each activation row's scale and add up integers: the result has the bits of the
-    layer in one piece. `split_input` takes the whole input, the same on every rank, and cuts this rank's part out.
+    there is no codec, `exact` has the ranks share each activation row's scale and add up integers: the result has the
+    bits of the layer in one piece. `split_input` takes the whole input, the same on every rank, and cuts this rank's
+    part out.
     """
 
     def __init__(
@@ -177,10 +178,11 @@ class RowParallelLinear(_Parallel):
         group: Group,
         split_input: bool,
         codec: str | None,
+        exact: bool = True,
     ) -> None:
         super().__init__(shard, in_features, out_features, group)
         self.register_parameter("bias", bias)
-        self.split_input, self.codec = split_input, codec
+        self.split_input, self.codec, self.exact = split_input, codec, exact
         self._compared: tuple[Any, bool] = (None, False)  # whose scales, and whether they are the same on every rank
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
@@ -189,7 +191,7 @@ class RowParallelLinear(_Parallel):
 
     def _adds_integers(self) -> bool:
         """Whether all ranks multiply int8 by int8 and have the same scales, as the parts of one weight have."""
-        if self.codec is not None or not _multiplies_integers(self.shard):
+        if not self.exact or self.codec is not None or not _multiplies_integers(self.shard):
             return False
         of, same = self._compared
         if of is None or of() is not self.shard:  # the first time; or a file was loaded, or each rank quantised its own

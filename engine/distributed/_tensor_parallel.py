@@ -21,7 +21,11 @@ WHERE = "engine.distributed.tensor_parallel_"
 
 
 def tensor_parallel_(
-    model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, plan: Mapping[str, str], codec: str | None = None
+    model: nn.Module,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    plan: Mapping[str, str],
+    codec: str | None = None,
+    exact: bool = True,
 ) -> nn.Module:
     """Keeps of every layer that `plan` names only this rank's part, in place. Every rank of `mesh` calls it alike.
 
@@ -38,7 +42,7 @@ def tensor_parallel_(
     `tp_plan`. Sizes that the ranks can't share evenly give the first ranks one more; attention heads can't be cut, and
     the model's own reshaping refuses that.
 
-    What changes in the numbers: nothing for int8 weights with int8 activations; each layer keeps its bits. For the
+    What changes in the numbers: nothing for int8 weights with int8 activations: each layer keeps its bits. The
     ranks agree on the scale of each row of activations before they round, and add up integers. Float layers add up the
     same products in another order, and in float16 and bfloat16 each rank's sum is rounded before. With a `codec` all
     layers add up float parts as the codec transmits them, and each rank scales its activations by its own part.
@@ -55,7 +59,9 @@ def tensor_parallel_(
         mesh: a DeviceMesh of one dimension, or a process group.
         plan: by qualified name, in which `*` stands for one part ("layer.*.output.dense"), or by "re:" and a regular
             expression for the whole name: one of the styles. Only nn.Linear and CompressedLinear can be sharded.
-        codec: what rowwise layers send, see :func:`engine.distributed.all_reduce`; None is exact.
+        codec: what rowwise layers send, see :func:`engine.distributed.all_reduce`.
+        exact: keep the bits of int8 rowwise layers, at the price of an exchange more. False: each rank scales its
+            activations by its own part; faster where layers or batches are small, but the number of ranks then shows.
 
     Returns:
         `model`.
@@ -72,12 +78,12 @@ def tensor_parallel_(
         found = _targets(model, plan, group)
     except ValueError as error:  # told once the others have heard of it, who would wait for this rank otherwise
         problem = str(error)
-    _agree(found, codec, problem, group)
+    _agree(found, (codec, exact), problem, group)
     if codec is not None:  # an unknown one is refused here, on every rank alike
         all_reduce(torch.zeros(1, device=next(model.parameters()).device), "sum", group, codec)
     switches = [switch for target in found for name in target.names for switch in switches_of_fused_paths(model, name)]
     while found:  # not a for loop: it would keep every whole weight alive to the end
-        _replace(model, found.pop(0), group, codec)
+        _replace(model, found.pop(0), group, codec, exact)
     for attributes, key, value in switches:
         attributes[key] = value
     return model
@@ -190,11 +196,11 @@ def _check_target(model: nn.Module, target: _Target, group: dist.ProcessGroup) -
             raise ValueError(f"{where}: {error}") from None
 
 
-def _agree(found: list[_Target], codec: str | None, problem: str, group: dist.ProcessGroup) -> None:
+def _agree(found: list[_Target], options: tuple, problem: str, group: dist.ProcessGroup) -> None:
     """Raises ValueError on every rank unless all of them found the same to do, and no problem."""
     mine = [(t.names, t.style, t.module.out_features, t.module.in_features, _label(t.module)) for t in found]
     every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, (problem, repr((mine, codec))), group=group)
+    dist.all_gather_object(every, (problem, repr((mine, options))), group=group)
     if problem:
         raise ValueError(problem)
     for rank, (theirs, layers) in enumerate(every):
@@ -209,14 +215,14 @@ def _label(module: Any) -> str:
     return f"{kind}, bias {module.bias is not None}"
 
 
-def _replace(model: nn.Module, target: _Target, group: dist.ProcessGroup, codec: str | None) -> None:
-    layer = _parallel(target, group, codec).train(target.module.training)
+def _replace(model: nn.Module, target: _Target, group: dist.ProcessGroup, codec: str | None, exact: bool) -> None:
+    layer = _parallel(target, group, codec, exact).train(target.module.training)
     for name in target.names:
         path, _, child = name.rpartition(".")
         model.get_submodule(path)._modules[child] = layer
 
 
-def _parallel(target: _Target, group: dist.ProcessGroup, codec: str | None) -> nn.Module:
+def _parallel(target: _Target, group: dist.ProcessGroup, codec: str | None, exact: bool) -> nn.Module:
     """The module that takes the place of `target.module`."""
     whole: Any = target.module
     by_rows = target.dim == 0
@@ -239,4 +245,4 @@ def _parallel(target: _Target, group: dist.ProcessGroup, codec: str | None) -> n
     replicated = target.style.endswith("_rep")
     if by_rows:
         return ColumnParallelLinear(shard, whole.in_features, whole.out_features, group, replicated)
-    return RowParallelLinear(shard, bias, whole.in_features, whole.out_features, group, replicated, codec)
+    return RowParallelLinear(shard, bias, whole.in_features, whole.out_features, group, replicated, codec, exact)

@@ -90,8 +90,12 @@ def integer_layers():
                 assert same_bits(mine["rowwise_rep"](x), want), (name, dtype)
                 assert same_bits(mine["colwise"](x), part(want)), (name, dtype)
                 assert same_bits(mine["colwise_rep"](x), want), (name, dtype)
+    x, whole = torch.randn(5, 96), layer("int8", 40, 96)
+    truth = F.linear(x, whole.weight, whole.bias)
+    got = sharded(whole, "rowwise_rep", exact=False)(x)
+    assert (got - truth).norm() < 0.02 * truth.norm()
+    assert same_bits(got, whole(x)) == (world_size == 1)
     one = torch.randn(96)
-    whole = layer("int8", 40, 96)
     assert same_bits(sharded(whole, "rowwise_rep")(one), whole(one))
     assert sharded(whole, "rowwise_rep")(torch.randn(0, 96)).shape == (0, 40)
 
