@@ -100,6 +100,7 @@ def test_what_is_chosen_keeps_to_its_budget_and_is_what_compress_makes():
     assert sum(losses) / 3 == pytest.approx(found.chosen.loss, rel=1e-4, abs=1e-9)
     assert sum(t.numel() * t.element_size() for t in small.parameters()) == found.chosen.bytes
     assert "chosen" in str(found) and "int8" in str(found)
+    assert found.expected[-1] == (0.0, found.measured[0].seconds)  # all dense
 
 
 def test_bytes_and_seconds_are_budgets_too():

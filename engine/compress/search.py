@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,8 @@ def search(
     chosen, measured, frontier = bench.choose(table, budget)
     recipes = {n: candidates[chosen.options[t.name]] for t in found if chosen.options[t.name] != DENSE for n in t.names}
     every = max(1, len(frontier) // 500)
-    expected = [(float(frontier.losses[i]), float(frontier.costs[i])) for i in range(0, len(frontier), every)]
+    dense = bench.dense_seconds
+    expected = [(float(frontier.losses[i]), dense + float(frontier.costs[i])) for i in range(0, len(frontier), every)]
     plain = {name: recipe.to_dict() for name, recipe in candidates.items()}
     return Search(recipes, chosen, measured, table, expected, budget, plain, _machine())
 
@@ -295,11 +297,18 @@ class _Bench:
             modules = {n: self.made[name][n] for n in target.names}
             key = f"loss of {name} in {target.name}"
             losses[target.name, name] = self.notes.get(key, functools.partial(self.loss_with, modules))
+        # A layer's dense time is measured anew beside each candidate: one median of them all, so that all are compared
+        # with the same.
+        seen: dict[str, list[float]] = {}
+        for layers in times.values():
+            for layer_name, pair in layers.items():
+                seen.setdefault(layer_name, []).append(pair[0])
+        before = {layer_name: statistics.median(seconds) for layer_name, seconds in seen.items()}
         rows: list[dict[str, Any]] = []
         for target in self.targets:
             options = {}
             for name in (name for t, name in pairs if t is target):
-                timed = [times[name][n] for n in target.names if n in times[name]]
+                timed = [(before[n], times[name][n][1]) for n in target.names if n in times[name]]
                 layer = _describe(target, self.made[name][target.name])
                 options[name] = {
                     "loss": losses[target.name, name],
