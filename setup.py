@@ -30,6 +30,10 @@ CPU_OPS = [
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",
     "prune_to_csr",
+    "prune_to_semi_structured",
+    "semi_structured_int8_linear",
+    "semi_structured_linear",
+    "semi_structured_to_dense",
     "threshold_prune",
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
