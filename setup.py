@@ -20,6 +20,7 @@ CPU_OPS = [
     "bitmap_linear",
     "bitmap_to_dense",
     "block_int8_linear",
+    "block_linear",
     "block_to_dense",
     "csr_linear",
     "int8_dequantize",
