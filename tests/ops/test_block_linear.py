@@ -106,8 +106,8 @@ def test_errors():
     x, weight = torch.randn(3, 24), weights(5, 24)
     with pytest.raises(TypeError, match="x: expected a float32"):
         block_linear(x.double(), *weight)
-    with pytest.raises(ValueError, match=r"values|col_indices"):
-        block_linear(torch.randn(3, 2), *weight)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        block_linear(torch.tensor(1.0), *weight)
     with pytest.raises(ValueError, match="bias: expected shape"):
         block_linear(x, *weight, torch.randn(3))
 

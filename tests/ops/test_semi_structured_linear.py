@@ -106,7 +106,7 @@ def test_errors():
     x, weight = torch.randn(3, 24), weights(5, 24)
     with pytest.raises(TypeError, match="x: expected a float32"):
         semi_structured_linear(x.double(), *weight)
-    with pytest.raises(ValueError, match=r"values|col_indices"):
-        semi_structured_linear(torch.randn(3, 2), *weight)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        semi_structured_linear(torch.tensor(1.0), *weight)
     with pytest.raises(ValueError, match="bias: expected shape"):
         semi_structured_linear(x, *weight, torch.randn(3))
