@@ -24,6 +24,11 @@ constexpr int64_t kChunkBytes = 4 << 20;  // of activations that are quantised a
 // Copies of activations [column, column + count) of a row, zeros where they lie beyond its stride.
 template <class Q>
 ENGINE_INLINE void copy_stretch(const QuantizedRows<Q>& rows, int64_t row, int64_t column, int64_t count, Q* to) {
+    if (column + count <= rows.stride) {  // by moves of 16: a call of memcpy would cost more than the copy
+        const Q* from = rows.q + row * rows.stride + column;
+        for (int64_t i = 0; i < count; i += 16) std::memcpy(to + i, from + i, 16 * sizeof(Q));
+        return;
+    }
     const int64_t there = std::clamp<int64_t>(rows.stride - column, 0, count);
     std::memcpy(to, rows.q + row * rows.stride + column, there * sizeof(Q));
     if (there < count) std::memset(to + there, 0, (count - there) * sizeof(Q));
