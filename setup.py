@@ -19,6 +19,9 @@ CPU_OPS = [
     "bitmap_int8_linear",
     "bitmap_linear",
     "bitmap_to_dense",
+    "block_int8_linear",
+    "block_linear",
+    "block_to_dense",
     "csr_linear",
     "int8_dequantize",
     "int8_embedding",
@@ -29,8 +32,13 @@ CPU_OPS = [
     "magnitude_threshold",
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",
+    "prune_to_block",
     "prune_to_csr",
     "ring_codec",
+    "prune_to_semi_structured",
+    "semi_structured_int8_linear",
+    "semi_structured_linear",
+    "semi_structured_to_dense",
     "threshold_prune",
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]

@@ -5,6 +5,8 @@ One safetensors file. A weight `<m>.weight` is stored under the names that the c
 - DenseInt8: `<m>.weight` (int8) and `<m>.weight_scale`;
 - Bitmap: `<m>.weight.shape`, `.compressed`, `.bitmask`, `.row_offsets`, and `.scale` where the values are int8;
 - Csr: `<m>.weight.shape`, `.values`, `.crow_indices`, `.col_indices`;
+- SemiStructured: `<m>.weight.shape`, `.compressed`, `.metadata`, and `.scale` where the values are int8;
+- Block: `<m>.weight.shape`, `.values`, `.crow_indices`, `.col_indices`, and `.scale` where the values are int8;
 - `<m>.input_scale` where activations are quantised by a fixed scale (one number) or one for each channel (K of them).
 
 Everything else has its name in `model.state_dict()`. The header's metadata says which weight has which format.
@@ -20,11 +22,12 @@ import torch
 from torch import Tensor
 
 from engine._safetensors import CheckpointError, TensorFile, explained
-from engine.formats import Bitmap, Csr, DenseInt8, Format
+from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
 from engine.ops._check import FLOAT_DTYPES
 
 FORMAT_VERSION = "1"
-FORMATS: dict[str, type[Format]] = {"DenseInt8": DenseInt8, "Bitmap": Bitmap, "Csr": Csr}
+FORMATS: dict[str, type[Format]] = {kind.__name__: kind for kind in (DenseInt8, Bitmap, Csr, SemiStructured, Block)}
+WITH_OPTIONAL_SCALE = (Bitmap, SemiStructured, Block)  # there where values are int8
 DENSE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 INT8_OR_FLOAT = (torch.int8, *FLOAT_DTYPES)
 INDICES = (torch.int32, torch.int64)
@@ -53,6 +56,19 @@ PARTS: dict[type[Format], dict[str, Part]] = {
         "values": Part(".values", FLOAT_DTYPES, 1),
         "crow_indices": Part(".crow_indices", INDICES, 1),
         "col_indices": Part(".col_indices", INDICES, 1),
+    },
+    SemiStructured: {
+        "shape": Part(".shape", (torch.int64,), 1),
+        "values": Part(".compressed", INT8_OR_FLOAT, 2),
+        "metadata": Part(".metadata", (torch.uint8,), 2),
+        "scale": Part(".scale", (torch.float32,), 1),
+    },
+    Block: {
+        "shape": Part(".shape", (torch.int64,), 1),
+        "values": Part(".values", INT8_OR_FLOAT, 3),
+        "crow_indices": Part(".crow_indices", (torch.int32,), 1),
+        "col_indices": Part(".col_indices", (torch.int32,), 1),
+        "scale": Part(".scale", (torch.float32,), 1),
     },
 }
 
@@ -145,7 +161,7 @@ class CheckpointFile(TensorFile):
         found: dict[str, str] = {}
         for field, part in PARTS[info.format].items():
             entry = self.entries.get(name + part.suffix)
-            if entry is None and info.format is Bitmap and field == "scale":
+            if entry is None and info.format in WITH_OPTIONAL_SCALE and field == "scale":
                 continue
             if entry is None:
                 raise CheckpointError(f"{where}: {name + part.suffix} is missing")
@@ -188,7 +204,14 @@ def read_weight(file: CheckpointFile, name: str) -> Format:
     else:
         rows, columns = fields.pop("shape").tolist()
         fields["columns"] = columns
-        _check_shapes(where, rows, columns, fields)
+        if info.format is Block:
+            fields["rows"] = rows
+        if rows < 0 or columns < 0:
+            raise CheckpointError(f"{where}: shape: negative: [{rows}, {columns}]")
+        if info.format is SemiStructured and fields["values"].shape[0] != rows:
+            raise CheckpointError(f"{where}: shape: {rows} rows, but {fields['values'].shape[0]} of values")
+        if info.format in (Bitmap, Csr):
+            _check_shapes(where, rows, columns, fields)
     with explained(where):
         format = info.format(**fields)
         format.check()
@@ -197,8 +220,6 @@ def read_weight(file: CheckpointFile, name: str) -> Format:
 
 def _check_shapes(where: str, rows: int, columns: int, fields: dict[str, Any]) -> None:
     """Checks a sparse weight's shape against the shapes of its tensors."""
-    if rows < 0 or columns < 0:
-        raise CheckpointError(f"{where}: shape: negative: [{rows}, {columns}]")
     offsets = fields["row_offsets" if "row_offsets" in fields else "crow_indices"]
     if offsets.shape[0] != rows + 1:
         raise CheckpointError(f"{where}: shape: {rows} rows, but {offsets.shape[0]} row offsets")

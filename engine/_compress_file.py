@@ -20,10 +20,10 @@ from engine import ops
 from engine._checkpoint_file import FORMAT_VERSION, CheckpointFile, WeightInfo, header_metadata, weight_parts
 from engine._journal import Journal
 from engine._safetensors import CheckpointError, Entry, TensorWriter, explained, partial_path
-from engine.compress.importance import semi_structured
 from engine.compress.recipe import Recipe
 from engine.compress.targets import check_patterns, matches
-from engine.formats import Bitmap, DenseInt8, Format
+from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
+from engine.ops._block import BLOCK_SHAPE, block_norms
 from engine.ops._check import FLOAT_DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,13 +139,10 @@ def _files_by_tensor(folder: Path) -> Iterable[tuple[str, CheckpointFile]]:
 
 @dataclasses.dataclass
 class _Plan:
-    """What the first pass found for one weight: the threshold, or None to quantise only; the form it will have; and
-    whether two of every four weights go before the threshold is asked.
-    """
+    """What the first pass found for one weight: the threshold, or None where none is asked; the form it will have."""
 
     threshold: Tensor | float | None
     format: Format  # on the meta device
-    two_of_four: bool = False
 
 
 def compress_file(
@@ -269,6 +266,8 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
     if prune is None or prune.sparsity is None or prune.scope != "model":
         return None if prune is None else prune.threshold
     names = [name for name, kind in chosen.items() if kind == "Linear"]
+    if prune.pattern == "block":
+        return ops.magnitude_threshold([block_norms(source.read(name)) for name in names], prune.sparsity)
     rank = round(prune.sparsity * sum(math.prod(source.entry(name).shape) for name in names))
     if rank == 0:
         return 0.0
@@ -315,17 +314,26 @@ def _plan(
     """What will become of a weight."""
     found = journal.get(f"plan of {name}", lambda: _look(name, source.read(name), kind, recipe, threshold))
     rows, columns = source.entry(name).shape
-    meta = torch.empty(rows, columns, dtype=torch.int8, device="meta")
     scale = torch.empty(rows, dtype=torch.float32, device="meta")
     if found is None:
-        return _Plan(None, DenseInt8(meta, scale))
+        return _Plan(None, DenseInt8(torch.empty(rows, columns, dtype=torch.int8, device="meta"), scale))
     assert recipe.prune is not None
     dtype = torch.int8 if recipe.quantize else _dtype(source, name)
-    values = torch.empty(found["kept"], dtype=dtype, device="meta")
+    scales = scale if recipe.quantize else None
+    if recipe.prune.pattern == "2:4":
+        values = torch.empty(rows, 2 * -(-columns // 4), dtype=dtype, device="meta")
+        metadata = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device="meta")
+        return _Plan(None, SemiStructured(values, metadata, columns, scales))
+    limit, kept = _tensor(found["threshold"]), found["kept"]
+    if recipe.prune.pattern == "block":
+        values = torch.empty(kept, *BLOCK_SHAPE, dtype=dtype, device="meta")
+        crow_indices = torch.empty(-(-rows // BLOCK_SHAPE[0]) + 1, dtype=torch.int32, device="meta")
+        col_indices = torch.empty(kept, dtype=torch.int32, device="meta")
+        return _Plan(limit, Block(values, crow_indices, col_indices, rows, columns, scales))
+    values = torch.empty(kept, dtype=dtype, device="meta")
     bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
     row_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
-    format = Bitmap(values, bitmask, row_offsets, columns, scale if recipe.quantize else None)
-    return _Plan(_tensor(found["threshold"]), format, recipe.prune.pattern == "2:4")
+    return _Plan(limit, Bitmap(values, bitmask, row_offsets, columns, scales))
 
 
 def _look(
@@ -337,24 +345,27 @@ def _look(
     if kind == "Embedding" or recipe.prune is None:
         assert recipe.quantize is not None
         return None
+    if recipe.prune.pattern == "2:4":  # what is kept follows from the shape
+        return {"threshold": None, "kept": None}
     limit = threshold
-    if recipe.prune.pattern == "2:4":
-        weight, limit = semi_structured(weight, weight.abs()), 0.0
-    elif limit is None:
+    magnitudes = block_norms(weight) if recipe.prune.pattern == "block" else weight
+    if limit is None:
         assert recipe.prune.sparsity is not None
         scope = "row" if recipe.prune.scope == "row" else "tensor"
-        limit = ops.magnitude_threshold(weight, recipe.prune.sparsity, scope)
-    kept = _count_kept(weight, torch.as_tensor(limit, dtype=torch.float32))
+        limit = ops.magnitude_threshold(magnitudes, recipe.prune.sparsity, scope)
+    kept = _count_kept(magnitudes, torch.as_tensor(limit, dtype=torch.float32))
     return {"threshold": _plain(limit), "kept": kept}
 
 
 def _compress(weight: Tensor, plan: _Plan) -> Format:
-    if plan.threshold is None:
+    if isinstance(plan.format, DenseInt8):
         return DenseInt8.from_dense(weight)
-    if plan.two_of_four:
-        weight = semi_structured(weight, weight.abs())
     values = torch.int8 if plan.format.values.dtype == torch.int8 else None
-    return Bitmap.from_dense(weight, plan.threshold, values)
+    if isinstance(plan.format, SemiStructured):
+        return SemiStructured.from_dense(weight, values)
+    assert plan.threshold is not None
+    kind = Block if isinstance(plan.format, Block) else Bitmap
+    return kind.from_dense(weight, plan.threshold, values)
 
 
 def _chunks(weight: Tensor) -> Iterable[Tensor]:

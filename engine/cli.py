@@ -108,7 +108,9 @@ def compress(
     scope: Annotated[
         str, typer.Option(help="Where sparsity is reached: in each row, in each layer, or in the whole model.")
     ] = "layer",
-    pattern: Annotated[str, typer.Option(help="unstructured: any may go; 2:4: two of every four.")] = "unstructured",
+    pattern: Annotated[
+        str, typer.Option(help="unstructured: any may go; 2:4: two of every four; block: blocks of 32x32.")
+    ] = "unstructured",
     int8: Annotated[bool, typer.Option(help="Store what is kept as int8.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Module to leave alone: its name, or re:PATTERN.")] = None,
     target: Annotated[

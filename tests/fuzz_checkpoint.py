@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError, load_, save
-from engine.formats import Bitmap, Csr, DenseInt8
+from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
 from engine.nn import CompressedEmbedding, CompressedLinear
 
 EXTREMES = (0, 1, -1, 2, 7, 8, 9, 127, 255, 2**15, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63), -2)
@@ -52,6 +52,8 @@ JSON_VALUES = (
     {"a": 1},
     "Bitmap",
     "Csr",
+    "SemiStructured",
+    "Block",
     "DenseInt8",
     "bfloat16",
 )
@@ -98,6 +100,10 @@ def seeds() -> list[tuple[bytes, Callable[[], nn.Module], torch.Tensor]]:
         (compressed_linear(Bitmap, threshold=0.1, values=torch.int8), linear, x),
         (compressed_linear(Bitmap, threshold=0.1, values=torch.int8, input_scale=0.1), linear, x),
         (compressed_linear(Csr, threshold=0.1), linear, x),
+        (compressed_linear(SemiStructured), linear, x),
+        (compressed_linear(SemiStructured, values=torch.int8), linear, x),
+        (compressed_linear(Block, threshold=0.1), linear, x),
+        (compressed_linear(Block, threshold=0.1, values=torch.int8), linear, x),
         (tied(), Lm, tokens),
         (Lm(), Lm, tokens),
         (linear(), linear, x),

@@ -19,7 +19,7 @@ from engine._checkpoint_file import CheckpointFile, weight_parts
 from engine._safetensors import Entry, TensorWriter
 from engine.checkpoint import CheckpointError, load_, read_weight, save
 from engine.compress import Prune, Quantize, Recipe, compress_
-from engine.formats import Bitmap, Csr, DenseInt8
+from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
 from engine.nn import CompressedEmbedding, CompressedLinear
 
 X = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
@@ -398,7 +398,7 @@ def edit_tensor(format, part, index, value):
 
     def change(path):
         model = Mlp()
-        how = {"threshold": 0.03} if format is not DenseInt8 else {}
+        how = {"threshold": 0.03} if format not in (DenseInt8, SemiStructured) else {}
         if part.endswith("scale"):
             how = how | {"values": torch.int8} if format is Bitmap else how
         model.first = CompressedLinear.from_dense(model.first, format, **how)
@@ -430,6 +430,15 @@ HOSTILE = {
     "crow that wraps": (edit_tensor(Csr, ".crow_indices", slice(5, 7), torch.tensor([LARGE_32, -2])), "crow_indices: "),
     "col": (edit_tensor(Csr, ".col_indices", 5, 256), "col_indices: "),
     "col negative": (edit_tensor(Csr, ".col_indices", 5, -1), "col_indices: "),
+    "2:4 rows": (edit_tensor(SemiStructured, ".shape", 0, LARGE), "shape: "),
+    "2:4 negative columns": (edit_tensor(SemiStructured, ".shape", 1, -1), "shape: negative"),
+    "2:4 columns": (edit_tensor(SemiStructured, ".shape", 1, LARGE), "values: "),
+    "2:4 places": (edit_tensor(SemiStructured, ".metadata", 7, 0), "metadata: "),
+    "block rows": (edit_tensor(Block, ".shape", 0, LARGE), "crow_indices: "),
+    "block columns": (edit_tensor(Block, ".shape", 1, 32), "col_indices: "),
+    "block negative rows": (edit_tensor(Block, ".shape", 0, -1), "shape: negative"),
+    "block crow": (edit_tensor(Block, ".crow_indices", 2, LARGE_32), "crow_indices: "),
+    "block col": (edit_tensor(Block, ".col_indices", 5, -1), "col_indices: "),
     "csr columns": (edit_tensor(Csr, ".shape", 1, 2**20), "has shape"),
 }
 

@@ -81,6 +81,14 @@ RECIPES = {
         ["--sparsity", "0.5", "--pattern", "2:4", "--int8"],
         Recipe(prune=Prune(sparsity=0.5, pattern="2:4"), quantize=Quantize(), guard="size"),
     ),
+    "block": (
+        ["--sparsity", "0.6", "--pattern", "block"],
+        Recipe(prune=Prune(sparsity=0.6, pattern="block"), guard="size"),
+    ),
+    "blocks of the model, int8": (
+        ["--sparsity", "0.6", "--pattern", "block", "--scope", "model", "--int8"],
+        Recipe(prune=Prune(sparsity=0.6, pattern="block", scope="model"), quantize=Quantize(), guard="size"),
+    ),
     "model": (
         ["--sparsity", "0.6", "--scope", "model"],
         Recipe(prune=Prune(sparsity=0.6, scope="model"), guard="size"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.formats import Bitmap, Csr, DenseInt8
+from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
+from engine.ops._block import block_norms
 
 MAKERS = {
     "dense int8": lambda w: DenseInt8.from_dense(w),
@@ -17,6 +18,16 @@ MAKERS = {
     "csr": lambda w: Csr.from_dense(w, 0.5),
     "dense int8 by channel": lambda w: DenseInt8.from_dense(w, "static", torch.linspace(0.02, 0.05, w.shape[1])),
     "bitmap int8 by channel": lambda w: Bitmap.from_dense(w, 0.5, torch.int8, torch.linspace(0.02, 0.05, w.shape[1])),
+    "2:4": lambda w: SemiStructured.from_dense(w),
+    "2:4 bfloat16": lambda w: SemiStructured.from_dense(w, torch.bfloat16),
+    "2:4 int8": lambda w: SemiStructured.from_dense(w, torch.int8),
+    "2:4 int8 by channel": lambda w: SemiStructured.from_dense(w, torch.int8, torch.linspace(0.02, 0.05, w.shape[1])),
+    "block int8 by channel": lambda w: Block.from_dense(w, 1.0, torch.int8, torch.linspace(0.02, 0.05, w.shape[1])),
+    "2:4 int8 static": lambda w: SemiStructured.from_dense(w, torch.int8, input_scale=0.03),
+    "block": lambda w: Block.from_dense(w, 1.0),
+    "block bfloat16": lambda w: Block.from_dense(w, 1.0, torch.bfloat16, block_shape=(16, 48)),
+    "block int8": lambda w: Block.from_dense(w, 1.0, torch.int8),
+    "block int8 static": lambda w: Block.from_dense(w, 1.0, torch.int8, input_scale=0.03),
 }
 
 
@@ -57,8 +68,14 @@ def test_shape_bytes_sparsity(make):
     tensors = [getattr(format, name) for name in format.TENSORS]
     assert format.shape == (64, 200)
     assert format.nbytes == sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
-    pruned = not isinstance(format, DenseInt8)
-    assert format.sparsity == pytest.approx((weight.abs() <= 0.5).float().mean().item() if pruned else 0.0)
+    if isinstance(format, SemiStructured):
+        assert format.sparsity == 0.5
+    elif isinstance(format, Block):
+        norms = block_norms(weight, format.values.shape[1:])
+        assert format.sparsity == pytest.approx((norms <= 1.0).float().mean().item())
+    else:
+        pruned = not isinstance(format, DenseInt8)
+        assert format.sparsity == pytest.approx((weight.abs() <= 0.5).float().mean().item() if pruned else 0.0)
     format.check()
 
 
@@ -112,6 +129,57 @@ def test_check_refuses_damage(what, format):
         format.check()
 
 
+def test_semi_structured_keeps_the_two_largest_and_loses_nothing_of_them():
+    weight = torch.randn(31, 77)
+    groups = torch.nn.functional.pad(weight, (0, 3)).reshape(31, 20, 4)
+    keep = groups.abs() >= groups.abs().topk(2).values[..., 1:]
+    pruned = torch.where(keep, groups, 0.0).reshape(31, 80)[:, :77]
+    format = SemiStructured.from_dense(weight)
+    assert torch.equal(format.to_dense(), pruned)
+    assert torch.equal(SemiStructured.from_dense(pruned).to_dense(), pruned)
+    half_step = pruned.abs().amax(-1, keepdim=True) / 127 / 2 * 1.0001
+    assert ((SemiStructured.from_dense(weight, torch.int8).to_dense() - pruned).abs() <= half_step).all()
+
+
+def test_block_keeps_whole_blocks():
+    weight = torch.randn(70, 130)
+    keep = block_norms(weight) > 1.0
+    inside = keep.repeat_interleave(32, 0).repeat_interleave(32, 1)[:70, :130]
+    pruned = torch.where(inside, weight, 0.0)
+    assert torch.equal(Block.from_dense(weight, 1.0).to_dense(), pruned)
+    half_step = pruned.abs().amax(-1, keepdim=True) / 127 / 2 * 1.0001
+    assert ((Block.from_dense(weight, 1.0, torch.int8).to_dense() - pruned).abs() <= half_step).all()
+    whole = Block.from_dense(weight[:64, :128], 1.0)
+    bsr = torch.sparse_bsr_tensor(whole.crow_indices, whole.col_indices, whole.values, (64, 128))
+    assert torch.equal(bsr.to_dense(), whole.to_dense())
+
+
+DAMAGED = {
+    "2:4 places": (SemiStructured, "metadata", (3, 1), 0),
+    "2:4 padding": (SemiStructured, "metadata", (3, 2), 0xE4),
+    "2:4 value beyond K": (SemiStructured, "values", (3, -1), 5),
+    "2:4 scale": (SemiStructured, "scale", 2, torch.inf),
+    "block column": (Block, "col_indices", 0, 7),
+    "block column negative": (Block, "col_indices", 0, -1),
+    "block columns descend": (Block, "col_indices", 1, 0),
+    "block offset": (Block, "crow_indices", 1, 99),
+    "block first offset": (Block, "crow_indices", 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_check_refuses_other_damage(case):
+    kind, field, index, value = DAMAGED[case]
+    weight = torch.randn(40, 65 if kind is Block else 17)
+    how = {"threshold": 0.0} if kind is Block else {}
+    format = kind.from_dense(weight, values=torch.int8, **how)
+    damaged = getattr(format, field).clone()
+    damaged[index] = value
+    setattr(format, field, damaged)
+    with pytest.raises(ValueError, match=rf"engine\.formats\.{kind.__name__}: {field}"):
+        format.check()
+
+
 def test_check_refuses_damaged_csr():
     format = Csr.from_dense(torch.randn(9, 21), 0.5)
     for field, value in (("col_indices", 21), ("col_indices", -1), ("crow_indices", 10**6)):
@@ -132,14 +200,26 @@ def test_bad_arguments():
         Bitmap.from_dense(weight, 0.5, input_scale=0.1)
 
 
+def places(format, dim):
+    """Multiples of what a shard may begin at, and end at."""
+    if isinstance(format, Block):
+        return (format.values.shape[1 + dim],) * 2
+    return (8, 4) if isinstance(format, SemiStructured) and dim == 1 else (1, 1)
+
+
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-@pytest.mark.parametrize("shape", [(40, 65), (7, 384), (1, 1), (3, 16)])
+@pytest.mark.parametrize("shape", [(40, 65), (7, 384), (1, 1), (3, 16), (96, 160), (5, 24)])
 def test_a_shard_is_the_slice_of_the_weight(make, shape):
     format = make(torch.randn(shape))
     dense = format.to_dense()
     for dim in (0, 1):
         size = shape[dim]
         for begin, end in {(0, size), (0, size // 2), (size // 2, size), (size // 3, size // 3 + size // 2), (1, 1)}:
+            first, last = places(format, dim)
+            if begin % first or (end % last and end != size):
+                with pytest.raises(ValueError, match="begin, end: expected multiples of"):
+                    format.shard(dim, begin, end)
+                continue
             shard = format.shard(dim, begin, end)
             shard.check()
             assert type(shard) is type(format) and shard.label == format.label

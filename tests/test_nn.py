@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import engine
-from engine.formats import Bitmap, Csr, DenseInt8
+from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
 from engine.nn import CompressedEmbedding, CompressedLinear
 
 HOW = {
@@ -20,6 +20,10 @@ HOW = {
     "bitmap": (Bitmap, {"threshold": 0.03}),
     "bitmap int8": (Bitmap, {"threshold": 0.03, "values": torch.int8}),
     "csr": (Csr, {"threshold": 0.05}),
+    "2:4": (SemiStructured, {}),
+    "2:4 int8": (SemiStructured, {"values": torch.int8}),
+    "block": (Block, {"threshold": 0.059}),
+    "block int8": (Block, {"threshold": 0.059, "values": torch.int8}),
 }
 
 
@@ -36,7 +40,7 @@ def another(linear):
         if linear.input_scale is not None:
             how = {"activation": "static", "input_scale": 0.5}
     else:
-        how = {"threshold": 0.04}
+        how = {} if isinstance(linear.format, SemiStructured) else {"threshold": 0.04}
         if linear.values.dtype == torch.int8:
             how["values"] = torch.int8
     return CompressedLinear.from_dense(nn.Linear(96, 40), type(linear.format), **how)

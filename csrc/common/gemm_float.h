@@ -109,9 +109,15 @@ ENGINE_AVX512 void float_rows_avx512(const FloatLinear<T>& call, const FloatRows
 
 struct FloatRowsScratch;  // tag: the activations of a call, held by the calling thread
 
+struct AsTheyCome {
+    void operator()(const FloatRows&) const {}
+};
+
 // Runs dots(begin, end, rows) over all weight rows, on torch's threads; it writes y[:, begin:end). m ≤ kDotRows.
-template <class T, class Dots>
-void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, const Dots& dots) {
+// Before, arrange(rows) may put the activations into the order that it reads them in.
+template <class T, class Dots, class Arrange = AsTheyCome>
+void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, const Dots& dots,
+                      const Arrange& arrange = {}) {
     if (call.m == 0 || call.n == 0) return;
     const int64_t stride = FloatRows::stride_for(call.k);
     Scratch<FloatRowsScratch> scratch(Scratch<FloatRowsScratch>::template bytes_for<float>(call.m * stride) + 64);
@@ -123,6 +129,7 @@ void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, cons
     if (isa() == Isa::avx512) convert = float_rows_avx512<T>;
 #endif
     convert(call, rows, finite);
+    arrange(rows);
     parallel_rows(call.n, weight_row_bytes * (call.m + 3) / 4,
                   [&](int64_t begin, int64_t end) { dots(begin, end, rows); });
     for (int64_t row = 0; row < call.m; ++row) {

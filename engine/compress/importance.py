@@ -12,9 +12,12 @@ from torch import Tensor
 from engine import ops
 from engine.compress.calibrate import InputStatistics
 from engine.compress.recipe import Prune
+from engine.ops._block import BLOCK_SHAPE, block_norms
+from engine.ops._prune import as_threshold, keep_mask
+from engine.ops._semi_structured import spread
 from engine.ops.int8_quantize import SMALLEST_AMAX
 
-BLOCK = 128  # columns that are pruned before the rest of the layer is corrected, as in SparseGPT
+COLUMNS_AT_ONCE = 128  # columns that are pruned before the rest of the layer is corrected, as in SparseGPT
 DAMPING = 0.01  # share of the mean diagonal that is added to it
 DAMPING_TRIES = 6  # each ten times the last
 CLIP_FRACTIONS = torch.linspace(0.5, 1.0, 26)  # of a row's amax, tried as the clipping limit
@@ -36,14 +39,25 @@ def wanda_threshold(weight: Tensor, statistics: InputStatistics, prune: Prune) -
 
 
 def semi_structured(weight: Tensor, score: Tensor) -> Tensor:
-    """`weight` `[N, K]` with the two smallest scores of every four along K set to zero; a tail below four is kept."""
-    columns = weight.shape[1] // 4 * 4
-    groups = score[:, :columns].reshape(weight.shape[0], -1, 4)
-    drop = torch.zeros_like(groups, dtype=torch.bool)
-    drop.scatter_(-1, groups.topk(2, largest=False).indices, True)
-    pruned = weight.detach().clone(memory_format=torch.contiguous_format)
-    pruned[:, :columns].masked_fill_(drop.reshape(weight.shape[0], columns), 0)
-    return pruned
+    """`weight` `[N, K]` with all but the two largest scores of every four along K set to zero, as
+    :func:`engine.ops.prune_to_semi_structured` does by magnitude: of equals the lower column stays.
+    """
+    values, metadata = ops.prune_to_semi_structured(score)
+    keep = spread(torch.ones_like(values), metadata)[:, : weight.shape[1]] != 0
+    return torch.where(keep, weight.detach(), 0)
+
+
+def block(weight: Tensor, score: Tensor, prune: Prune, threshold: Tensor | float | None = None) -> Tensor:
+    """`weight` with the blocks set to zero whose scores' root mean square is at most the threshold; None: chosen by
+    the sparsity that `prune` wants.
+    """
+    norms = block_norms(score)
+    if threshold is None:
+        assert prune.sparsity is not None
+        threshold = ops.magnitude_threshold(norms, prune.sparsity, "row" if prune.scope == "row" else "tensor")
+    keep = keep_mask(norms, as_threshold("prune_to_block", norms, threshold))
+    inside = keep.repeat_interleave(BLOCK_SHAPE[0], 0).repeat_interleave(BLOCK_SHAPE[1], 1)
+    return torch.where(inside[: weight.shape[0], : weight.shape[1]], weight.detach(), 0)
 
 
 def clip_scales(weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
@@ -98,8 +112,8 @@ def obs_prune(
     upper = _inverse_factor(second_moment, dead, name)
     work = weight.detach().t().float().clone(memory_format=torch.contiguous_format)  # [K, N]: a column lies together
     work[dead] = 0
-    for begin in range(0, columns, BLOCK):
-        end = min(begin + BLOCK, columns)
+    for begin in range(0, columns, COLUMNS_AT_ONCE):
+        end = min(begin + COLUMNS_AT_ONCE, columns)
         block, factor = work[begin:end], upper[begin:end, begin:end]
         error = torch.empty_like(block)
         diagonal = factor.diagonal().unsqueeze(1)

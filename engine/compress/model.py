@@ -14,8 +14,9 @@ from engine.compress.calibrate import Calibration, InputStatistics, calibrate
 from engine.compress.recipe import Prune, Quantize, Recipe
 from engine.compress.report import Layer, Report
 from engine.compress.targets import Target, find_targets
-from engine.formats import Bitmap, DenseInt8, Format
+from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
 from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.ops._block import block_norms
 
 Compressed = CompressedLinear | CompressedEmbedding
 
@@ -199,17 +200,22 @@ def _thresholds(targets: list[Target], prune: Prune) -> dict[str, Tensor | float
     if prune.threshold is not None:
         return dict.fromkeys((target.name for target in targets), prune.threshold)
     assert prune.sparsity is not None
+    weights = [target.weight.detach() for target in targets]
+    if prune.pattern == "block":
+        weights = [block_norms(weight) for weight in weights]
     if prune.scope == "model":
-        weights = [target.weight.detach() for target in targets]
         shared = ops.magnitude_threshold(weights, prune.sparsity)
         return dict.fromkeys((target.name for target in targets), shared)
     scope = "row" if prune.scope == "row" else "tensor"
-    return {t.name: ops.magnitude_threshold(t.weight.detach(), prune.sparsity, scope) for t in targets}
+    return {
+        target.name: ops.magnitude_threshold(weight, prune.sparsity, scope)
+        for target, weight in zip(targets, weights, strict=True)
+    }
 
 
 def _is_plain(prune: Prune) -> bool:
     """Whether thresholds on magnitudes alone say what goes."""
-    return prune.importance == "magnitude" and prune.pattern == "unstructured"
+    return prune.importance == "magnitude" and prune.pattern != "2:4"
 
 
 def _needs_inputs(recipe: Recipe) -> str | None:
@@ -252,7 +258,13 @@ def _candidates(
                 limit = thresholds.get(target.name)
                 weight, threshold, scale = _pruned(target, prune, quantize, seen, limit, input_scale)
                 values = torch.int8 if quantize is not None else None
-                format: Format = Bitmap.from_dense(weight, threshold, values, scale=scale, **how)
+                format: Format
+                if prune.pattern == "2:4":
+                    format = SemiStructured.from_dense(weight, values, scale=scale, **how)
+                elif prune.pattern == "block":
+                    format = Block.from_dense(weight, threshold, values, scale=scale, **how)
+                else:
+                    format = Bitmap.from_dense(weight, threshold, values, scale=scale, **how)
             else:
                 assert quantize is not None
                 how["activation"] = quantize.activation if linear else "dynamic"
@@ -320,6 +332,12 @@ def _pruned(
             assert mean_square is not None
             score = score * mean_square.sqrt()
         weight, threshold = importance.semi_structured(weight, score), 0.0
+    elif prune.pattern == "block":
+        score = weight
+        if prune.importance == "wanda":
+            assert mean_square is not None
+            score = weight.float() * mean_square.sqrt()
+        weight, threshold = importance.block(weight, score, prune, threshold), 0.0
     elif prune.importance == "wanda":
         assert seen is not None
         threshold = importance.wanda_threshold(weight, seen, prune)

@@ -6,7 +6,7 @@ import numbers
 from typing import Any
 
 SCOPES = ("row", "layer", "model")
-PATTERNS = ("unstructured", "2:4")
+PATTERNS = ("unstructured", "2:4", "block")
 IMPORTANCES = ("magnitude", "wanda", "obs")
 ACTIVATIONS = ("dynamic", "static", "none")
 STATIC_SCALES = ("amax", "percentile", "least_squares")
@@ -34,7 +34,9 @@ class Prune:
         sparsity: fraction to drop, in [0, 1): the smallest magnitudes of each `scope`.
         threshold: drop where `|w| <= threshold`.
         scope: "row" (each output), "layer", or "model" (all layers against each other).
-        pattern: "unstructured": any weight may go; "2:4": two of every four along a row go (sparsity is 0.5).
+        pattern: "unstructured": any weight may go; "2:4": two of every four along a row go (sparsity is 0.5); "block":
+            blocks of 32x32 go as a whole, by their root mean square, to which `threshold` and `scope` then apply (a
+            "row" is one of blocks).
         importance: "magnitude": `|w|`; "wanda": `|w|` times the norm of its input; "obs": by the second moment of the
             inputs, with what is kept corrected for what is dropped (SparseGPT). The last two look at the inputs:
             `compress_` needs a calibration or example inputs, and a sparsity rather than a threshold.
@@ -64,6 +66,8 @@ class Prune:
         _one_of("Prune", "importance", self.importance, IMPORTANCES)
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise ValueError(f"engine.Prune: pattern '2:4' has sparsity 0.5, got {self.sparsity!r}")
+        if self.pattern == "block" and self.importance == "obs":
+            raise ValueError("engine.Prune: pattern 'block' has importance 'magnitude' or 'wanda', not 'obs'")
         if self.importance != "magnitude":
             if self.sparsity is None:
                 raise ValueError(f"engine.Prune: importance {self.importance!r} needs a sparsity, not a threshold")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.compress.recipe import Prune
-from engine.formats import Bitmap, Csr, DenseInt8, Format
+from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
 from engine.nn import CompressedLinear
 from engine.ops._bitmap import bitmap_mask
+from engine.ops._semi_structured import spread
 
 
 class TrainableLinear(nn.Module):
@@ -44,6 +45,12 @@ class TrainableLinear(nn.Module):
         elif isinstance(format, Csr):
             ones = Csr(torch.ones_like(format.values), format.crow_indices, format.col_indices, format.columns)
             mask = ones.to_dense() != 0
+        elif isinstance(format, SemiStructured):
+            mask = spread(torch.ones_like(format.values), format.metadata)[:, : format.columns] != 0
+        elif isinstance(format, Block):
+            blocks = format.crow_indices, format.col_indices, torch.ones_like(format.values)
+            mask = ops.block_to_dense(*blocks, *format.shape) != 0
+            self.block_shape = (format.values.shape[1], format.values.shape[2])
         start = format.to_dense() if weight is None else weight.detach().float().clone()
         self.weight = nn.Parameter(start if mask is None else start * mask, requires_grad=trained)
         self.register_buffer("mask", mask)
@@ -86,7 +93,7 @@ class TrainableLinear(nn.Module):
 
     @torch.no_grad()
     def compressed(self) -> CompressedLinear:
-        """The layer compressed again, in the same format, with exactly the mask's places kept."""
+        """The layer compressed again, in the same format, with the mask's places kept."""
         weight = self.weight.detach().to(self.dense_dtype)
         format: Format
         if self.mask is None:
@@ -97,6 +104,12 @@ class TrainableLinear(nn.Module):
             threshold = torch.where(self.mask, -1.0, torch.inf)
             if self.format_type is Csr:
                 format = Csr.from_dense(weight, threshold)
+            elif self.format_type is SemiStructured:
+                format = SemiStructured.from_dense(weight * self.mask, self.values_dtype, self.input_scale)
+            elif self.format_type is Block:
+                how: dict[str, Any] = {"input_scale": self.input_scale, "block_shape": self.block_shape}
+                # A block of which training has made every weight 0 is dropped: its norm is at most 0.
+                format = Block.from_dense(weight * self.mask, 0.0, self.values_dtype, **how)
             else:
                 format = Bitmap.from_dense(weight, threshold, self.values_dtype, self.input_scale)
         module = CompressedLinear(format, self.bias, self.dense_dtype).train(self.training)

@@ -6,9 +6,11 @@ included). One with int8 values has `scale` and `input_scale`, and multiplies as
 """
 
 from engine.formats.bitmap import Bitmap
+from engine.formats.block import Block
 from engine.formats.csr import Csr
 from engine.formats.dense_int8 import DenseInt8
+from engine.formats.semi_structured import SemiStructured
 
-Format = Bitmap | Csr | DenseInt8
+Format = Bitmap | Block | Csr | DenseInt8 | SemiStructured
 
-__all__ = ["Bitmap", "Csr", "DenseInt8", "Format"]
+__all__ = ["Bitmap", "Block", "Csr", "DenseInt8", "Format", "SemiStructured"]

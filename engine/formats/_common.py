@@ -72,3 +72,11 @@ def shard_input_scale(input_scale: Tensor | None, dim: int, begin: int, end: int
     """What a shard of the weight needs of its input's scales: its own columns', where each channel has one."""
     by_channel = dim == 1 and input_scale is not None and input_scale.dim() == 1
     return own(input_scale[begin:end]) if by_channel and input_scale is not None else own(input_scale)
+
+
+def quantize_values(where: str, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int8 values and the scale of each row of `[N, ...]`: of its amax, or `scale`, by which they are clipped."""
+    if scale is None:
+        return ops.int8_quantize(values)
+    _check.has_shape(where, "scale", scale, (values.shape[0],))
+    return (values.float() / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8), scale

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from engine import ops
 from engine.formats import DenseInt8, Format
 
-RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights
+RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights or blocks
 ALWAYS_FLOAT32 = ("scale", "input_scale")
 
 
@@ -63,7 +63,8 @@ class _Compressed(nn.Module):
         for name, tensor in found.items():
             mine: Any = self._parameters[name]
             resized = name in RESIZED_BY_LOADING and mine is not None and tensor is not None
-            if resized and mine.shape != tensor.shape and tensor.dim() == mine.dim() == 1:
+            alike = tensor is not None and mine is not None and tensor.shape[1:] == mine.shape[1:]
+            if resized and alike and mine.shape != tensor.shape and mine.dim() in (1, 3):  # 3: blocks
                 mine.data = torch.empty(
                     tensor.shape, dtype=mine.dtype, device=mine.device
                 )  # ties and optimizers keep it

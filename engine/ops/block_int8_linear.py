@@ -6,7 +6,7 @@ from torch import Tensor
 from engine.ops import _check
 from engine.ops._block import check_block, check_block_metadata, from_blocks
 from engine.ops._library import REFERENCES, define, explained_by
-from engine.ops.int8_linear import int8_linear  # noqa: F401  (defines the reference that this one builds on)
+from engine.ops.int8_linear import check_input_scale  # defines the reference that this one builds on, too
 
 OP = "block_int8_linear"
 
@@ -31,8 +31,7 @@ def _check_metadata(
         _check.is_float(OP, "bias", bias)
         _check.has_shape(OP, "bias", bias, (n,))
     if input_scale is not None and not isinstance(input_scale, float | int):
-        _check.is_dtype(OP, "input_scale", input_scale, torch.float32)
-        _check.expect(input_scale.numel() == 1, OP, "input_scale", "one element", list(input_scale.shape))
+        check_input_scale(OP, input_scale, x.shape[-1])
 
 
 def _check_arguments(
@@ -76,19 +75,21 @@ def _fake(
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    x, crow_indices, col_indices, values, scale, bias, _ = inputs
-    ctx.save_for_backward(crow_indices, col_indices, values, scale)
+    x, crow_indices, col_indices, values, scale, bias, input_scale = inputs
+    channels = [input_scale] if input_scale is not None and input_scale.numel() != 1 else []
+    ctx.save_for_backward(crow_indices, col_indices, values, scale, *channels)
     ctx.columns, ctx.dtype, ctx.bias_dtype = x.shape[-1], x.dtype, None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None, None]:
     """Straight through the quantisation: as if `x` had been multiplied by the dequantised weight."""
-    crow_indices, col_indices, values, scale = ctx.saved_tensors
+    crow_indices, col_indices, values, scale, *channels = ctx.saved_tensors
     grad = grad.float()
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         weight = from_blocks(crow_indices, col_indices, values, scale.shape[0], ctx.columns)
-        grad_x = (grad @ (weight * scale.unsqueeze(-1))).to(ctx.dtype)
+        grad_x = grad @ (weight * scale.unsqueeze(-1))
+        grad_x = (grad_x / channels[0] if channels else grad_x).to(ctx.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:  # left out, bias may have no place in the tuple
         grad_bias = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None
@@ -129,7 +130,7 @@ def block_int8_linear(
         values: int8 `[B, R, C]`; any value, -128 too. What a block holds beyond N and K does not count.
         scale: float32 `[N]`.
         bias: `[N]`, float32, float16 or bfloat16.
-        input_scale: one scale for all of `x` (static quantisation), a float32 tensor of one element or a float.
+        input_scale: as for :func:`engine.ops.int8_linear`.
 
     Returns:
         `[..., N]` of the dtype of `x`.

@@ -1,0 +1,300 @@
+// block_int8_linear: int8 activations, quantised here, times a weight of which only some blocks are kept.
+//
+// For many rows of activations the microkernels of common/gemm_int8.h, which know nothing of blocks: for a row of
+// blocks the activations that its kept blocks meet are gathered, tile by tile in L1, to lie side by side, and so are
+// the blocks themselves. What a gathered activation costs is shared by as many outputs as a block has rows. For a few
+// rows of activations, blocks are multiplied where they lie, in the order of memory.
+
+#include <cstring>
+
+#include "common/block.h"
+#include "common/gemm_int8.h"
+#if ENGINE_X86
+#include <immintrin.h>
+#endif
+
+namespace engine {
+namespace {
+
+constexpr int64_t kDotRows = 4;           // up to so many rows of activations dot products are the faster way
+constexpr int64_t kMaxBlock = 256;        // rows and columns of a block
+constexpr int64_t kBlockRows = 512;       // rows of activations to a task: sums of up to 128 KB
+constexpr int64_t kChunkBytes = 4 << 20;  // of activations that are quantised at a time
+
+// Copies of activations [column, column + count) of a row, zeros where they lie beyond its stride.
+template <class Q>
+ENGINE_INLINE void copy_stretch(const QuantizedRows<Q>& rows, int64_t row, int64_t column, int64_t count, Q* to) {
+    if (column + count <= rows.stride) {  // by moves of 16: a call of memcpy would cost more than the copy
+        const Q* from = rows.q + row * rows.stride + column;
+        for (int64_t i = 0; i < count; i += 16) std::memcpy(to + i, from + i, 16 * sizeof(Q));
+        return;
+    }
+    const int64_t there = std::clamp<int64_t>(rows.stride - column, 0, count);
+    std::memcpy(to, rows.q + row * rows.stride + column, there * sizeof(Q));
+    if (there < count) std::memset(to + there, 0, (count - there) * sizeof(Q));
+}
+
+// ---- panels -----------------------------------------------------------------------------------------------------
+
+struct BlockScratch;  // tag: what a thread packs, gathers and sums in
+struct PartScratch;   // tag: sums of activations by column of blocks, held by the calling thread
+
+template <class Kernel>
+struct BlockMemory {
+    using Q = typename Kernel::Q;
+    static constexpr int64_t kGroup = Kernel::kStrips * Kernel::kColumns;
+    int8_t* weights;  // [kGroup, kPanelDepth]
+    char* strips;     // [kStrips][kStripBytes]
+    Q* gathered;      // [kRows, kPanelDepth]
+    int32_t* sums;    // [rows, kGroup]
+    int64_t* wide;    // [rows, kGroup]
+
+    static int64_t bytes(int64_t rows) {
+        using S = Scratch<BlockScratch>;
+        return S::bytes_for<int8_t>(kGroup * kPanelDepth) + S::bytes_for<char>(Kernel::kStrips * Kernel::kStripBytes) +
+               S::bytes_for<Q>(Kernel::kRows * kPanelDepth) + S::bytes_for<int32_t>(rows * kGroup) +
+               S::bytes_for<int64_t>(rows * kGroup);
+    }
+    BlockMemory(Scratch<BlockScratch>& scratch, int64_t rows)
+        : weights(scratch.take<int8_t>(kGroup * kPanelDepth)),
+          strips(scratch.take<char>(Kernel::kStrips * Kernel::kStripBytes)),
+          gathered(scratch.take<Q>(Kernel::kRows * kPanelDepth)),
+          sums(scratch.take<int32_t>(rows * kGroup)),
+          wide(scratch.take<int64_t>(rows * kGroup)) {}
+};
+
+// Outputs of one row of blocks, at most kGroup, by rows [begin, end) of the quantised ones.
+template <class Kernel, class T>
+struct BlockTask {
+    using Q = typename Kernel::Q;
+    static constexpr int64_t kGroup = BlockMemory<Kernel>::kGroup;
+    const LinearCall<T>& call;
+    const Blocks& weight;
+    const QuantizedRows<Q>& rows;
+    const int32_t* parts;  // [rows.rows, wide]: QuantizedRows::sum of each column of blocks
+    BlockMemory<Kernel> memory;
+    int64_t chunk;  // the call's row that is row 0 of `rows`
+
+    // Kept blocks [first, last), of which `columns` rows from `inside` on are wanted, side by side and packed.
+    void pack(int64_t first, int64_t last, int64_t inside, int64_t columns) const {
+        const auto [high, wide] = weight.shape;
+        const int8_t* values = data<int8_t>(weight.values);
+        for (int64_t j = 0; j < columns; ++j) {
+            int8_t* to = memory.weights + j * kPanelDepth;
+            for (int64_t i = first; i < last; ++i, to += wide) {
+                std::memcpy(to, values + (i * high + inside + j) * wide, wide);
+            }
+        }
+        for (int64_t s = 0; s < columns; s += Kernel::kColumns) {
+            Kernel::pack(memory.weights + s * kPanelDepth, kPanelDepth, std::min(Kernel::kColumns, columns - s),
+                         (last - first) * wide, memory.strips + s / Kernel::kColumns * Kernel::kStripBytes);
+        }
+    }
+
+    void multiply(int64_t first, int64_t last, int64_t columns, int64_t begin, int64_t end, bool add) const {
+        const int64_t wide = weight.shape.columns, kc = (last - first) * wide;
+        for (int64_t row = begin; row < end; row += Kernel::kRows) {
+            const int64_t count = std::min<int64_t>(Kernel::kRows, end - row);
+            for (int64_t r = 0; r < count; ++r) {
+                Q* to = memory.gathered + r * kPanelDepth;
+                for (int64_t i = first; i < last; ++i, to += wide) {
+                    copy_stretch(rows, row + r, weight.columns()[i] * wide, wide, to);
+                }
+            }
+            for (int64_t s = 0; s < columns; s += Kernel::kColumns) {
+                Kernel::tile(count, std::min(Kernel::kColumns, columns - s), memory.gathered, kPanelDepth,
+                             memory.strips + s / Kernel::kColumns * Kernel::kStripBytes, kc, add,
+                             memory.sums + (row - begin) * kGroup + s, kGroup);
+            }
+        }
+    }
+
+    void run(int64_t line, int64_t inside, int64_t begin, int64_t end) const {
+        const auto [high, wide] = weight.shape;
+        const int64_t column = line * high + inside;
+        const int64_t columns = std::min({kGroup, high - inside, weight.n - column});
+        if (columns <= 0) return;
+        const int64_t first = weight.offsets()[line], last = weight.offsets()[line + 1];
+        const int64_t step = kPanelDepth / wide, longest = kExactDepth / (step * wide) * step;
+        const int64_t count = (end - begin) * kGroup;
+        const bool widens = last - first > longest;  // too many for sums in int32
+        if (widens) std::fill_n(memory.wide, count, int64_t{0});
+        if (first == last) std::fill_n(memory.sums, count, 0);
+        for (int64_t i = first; i < last; i += step) {
+            const int64_t stop = std::min(last, i + step);
+            pack(i, stop, inside, columns);
+            multiply(i, stop, columns, begin, end, (i - first) % longest != 0);
+            if (widens && (stop == last || (stop - first) % longest == 0)) {
+                for (int64_t j = 0; j < count; ++j) memory.wide[j] += memory.sums[j];
+            }
+        }
+        finish(first, last, column, columns, begin, end, widens);
+    }
+
+    void finish(int64_t first, int64_t last, int64_t column, int64_t columns, int64_t begin, int64_t end,
+                bool widens) const {
+        const int64_t across = pieces_of(weight.k, weight.shape.columns);
+        for (int64_t row = begin; row < end; ++row) {
+            int64_t sum = 0;
+            for (int64_t i = first; i < last; ++i) sum += parts[row * across + weight.columns()[i]];
+            const FinishRows<T> f{call, rows.scale + row, &sum, chunk + row, 1, column, columns};
+            if (widens) {
+                Kernel::finish(f, memory.wide + (row - begin) * kGroup, kGroup);
+            } else {
+                Kernel::finish(f, memory.sums + (row - begin) * kGroup, kGroup);
+            }
+        }
+    }
+};
+
+// QuantizedRows::sum for each column of blocks.
+template <class Q>
+void sum_parts(const QuantizedRows<Q>& rows, int64_t wide, int64_t across,
+               int32_t* parts) {  // [rows.rows, across]
+    parallel_rows(rows.rows, rows.stride, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t i = 0; i < across; ++i) {
+                const int64_t count = std::min(wide, rows.stride - i * wide);
+                parts[row * across + i] =
+                    static_cast<int32_t>(row_sum(rows.q + row * rows.stride + i * wide, std::max<int64_t>(0, count)));
+            }
+        }
+    });
+}
+
+template <class Kernel, class T>
+void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
+    using Q = typename Kernel::Q;
+    using Rows = QuantizedRows<Q>;
+    constexpr int64_t kGroup = BlockMemory<Kernel>::kGroup;
+    const auto [high, wide] = weight.shape;
+    const int64_t row_bytes = Rows::stride_for(call.k) * static_cast<int64_t>(sizeof(Q));
+    const int64_t chunk_rows = std::min(call.m, std::max<int64_t>(192, kChunkBytes / std::max<int64_t>(1, row_bytes)));
+    const int64_t across = pieces_of(call.k, wide), slices = pieces_of(high, kGroup);
+    ActivationScratch scratch(Rows::scratch_bytes(chunk_rows, call.k));
+    const Rows memory_rows(scratch, chunk_rows, call.k);
+    Scratch<PartScratch> parts_scratch(chunk_rows * across * static_cast<int64_t>(sizeof(int32_t)) + 64);
+    int32_t* parts = parts_scratch.take<int32_t>(chunk_rows * across);
+    for (int64_t chunk = 0; chunk < call.m; chunk += chunk_rows) {
+        Rows rows = memory_rows;
+        rows.rows = std::min(chunk_rows, call.m - chunk);
+        quantize_activations(call.x + chunk * call.k, call.input_scale, rows);
+        sum_parts(rows, wide, across, parts);
+        const int64_t tall = std::min(rows.rows, kBlockRows), bands = pieces_of(rows.rows, tall);
+        const auto tasks = [&, high = high](int64_t from, int64_t to) {
+            Scratch<BlockScratch> own(BlockMemory<Kernel>::bytes(tall));
+            const BlockTask<Kernel, T> task{call, weight, rows, parts, BlockMemory<Kernel>(own, tall), chunk};
+            for (int64_t i = from; i < to; ++i) {
+                const int64_t band = i % bands, slice = i / bands % slices, line = i / bands / slices;
+                task.run(line, slice * kGroup, band * tall, std::min(rows.rows, (band + 1) * tall));
+            }
+        };
+        parallel_rows(weight.high() * slices * bands, kGroup * call.k * tall / 32, tasks);
+    }
+}
+
+// ---- dot products -----------------------------------------------------------------------------------------------
+
+#if ENGINE_X86
+constexpr int64_t kLongestDot = 1 << 20;  // of K: a lane of 32 bits sums an eighth of it
+
+// A row of blocks by M rows of activations, for AVX-512 processors too: memory is what bounds it.
+template <int M, class T>
+ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Blocks& weight,
+                          int64_t line) {
+    const auto [high, wide] = weight.shape;
+    alignas(64) int32_t sums[kMaxBlock][M][8];
+    alignas(64) int8_t x[M][kMaxBlock + 16];
+    std::memset(sums, 0, high * sizeof sums[0]);
+    std::memset(x, 0, sizeof x);
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
+        const int8_t* w = data<int8_t>(weight.values) + i * high * wide;
+        for (int m = 0; m < M; ++m) copy_stretch(rows, m, weight.columns()[i] * wide, wide, x[m]);
+        for (int64_t r = 0; r < high; ++r, w += wide) {
+            __m256i acc[M];
+            for (int m = 0; m < M; ++m) acc[m] = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums[r][m]));
+            for (int64_t c = 0; c < wide; c += 32) {
+                const auto* from = reinterpret_cast<const __m128i*>(w + c);
+                // The last 16 of a block whose columns are an odd multiple of 16; the activations end in zeros.
+                const __m128i second = c + 16 < wide ? _mm_loadu_si128(from + 1) : _mm_setzero_si128();
+                const __m256i weights =
+                    _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(from)), second, 1);
+                const __m256i magnitude = _mm256_abs_epi8(weights);
+                for (int m = 0; m < M; ++m) {
+                    // |w| · (x with w's sign): exact, as pairs sum to at most 2 · 128 · 127.
+                    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[m] + c));
+                    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(q, weights));
+                    acc[m] = _mm256_add_epi32(acc[m], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+            for (int m = 0; m < M; ++m) _mm256_store_si256(reinterpret_cast<__m256i*>(sums[r][m]), acc[m]);
+        }
+    }
+    for (int64_t r = 0; r < high && line * high + r < weight.n; ++r) {
+        const int64_t column = line * high + r;
+        for (int m = 0; m < M; ++m) {
+            int64_t total = 0;
+            for (const int32_t lane : sums[r][m]) total += lane;
+            call.y[m * call.n + column] = linear_output(total, rows.scale[m], call, column);
+        }
+    }
+}
+
+template <class T>
+void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
+    using Rows = QuantizedRows<int8_t>;
+    static constexpr decltype(&dot_line<1, T>) kLines[kDotRows] = {dot_line<1, T>, dot_line<2, T>, dot_line<3, T>,
+                                                                   dot_line<4, T>};
+    ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
+    const Rows rows(scratch, call.m, call.k);
+    quantize_activations(call.x, call.input_scale, rows);
+    const int64_t lines = weight.high();
+    parallel_rows(lines, weight.values.numel() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
+        for (int64_t line = begin; line < end; ++line) kLines[call.m - 1](call, rows, weight, line);
+    });
+}
+#endif
+
+template <class T>
+void linear(const LinearCall<T>& call, const Blocks& weight) {
+    if (call.m == 0 || call.n == 0) return;
+#if ENGINE_X86
+    if (isa() != Isa::portable && call.m <= kDotRows && call.k <= kLongestDot) return dot_linear(call, weight);
+    if (isa() == Isa::avx512) return panel_linear<PanelAvx512>(call, weight);
+    if (isa() == Isa::avx2) return panel_linear<PanelAvx2>(call, weight);
+#endif
+    panel_linear<PanelPortable>(call, weight);
+}
+
+Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scale_in,
+                         std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
+    STD_TORCH_CHECK(x_in.dim() >= 1, "block_int8_linear: x: expected at least one dimension");
+    STD_TORCH_CHECK(scale_in.dim() == 1 && scale_in.scalar_type() == ScalarType::Float,
+                    "block_int8_linear: scale: expected float32 [N]");
+    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "block_int8_linear: values: expected int8");
+    const int64_t n = scale_in.size(0), k = x_in.size(-1);
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "block_int8_linear: bias: expected shape [N]");
+    check_input_scale("block_int8_linear", input_scale, k);
+    const Blocks weight("block_int8_linear", crow_indices, col_indices, values, n, k);
+    const Tensor x = as_contiguous(x_in), scale = as_contiguous(scale_in);
+    std::vector<int64_t> sizes = sizes_of(x);
+    sizes.back() = n;
+    int64_t m = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
+    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    const FloatBias as_float(bias);
+    if (input_scale) input_scale = as_contiguous(*input_scale);
+    dispatch_float(x.scalar_type(), "block_int8_linear: x", [&](auto zero) {
+        using T = decltype(zero);
+        linear<T>(
+            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
+            weight);
+    });
+    return y;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("block_int8_linear", TORCH_BOX(&engine::block_int8_linear)); }

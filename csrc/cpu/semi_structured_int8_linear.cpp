@@ -1,0 +1,320 @@
+// semi_structured_int8_linear: int8 activations, quantised here, times a 2:4 int8 weight as it lies.
+//
+// A few rows of activations meet the stored values alone: the two bits of each value become a shuffle that fetches the
+// activation it belongs to, once for all rows. Many go through the panels of common/gemm_int8.h, which the weights are
+// spread to.
+
+#include "common/gemm_int8.h"
+#include "common/semi_structured.h"
+#if ENGINE_X86
+#include <immintrin.h>
+#endif
+
+namespace engine {
+namespace {
+
+constexpr int64_t kDotRows = 16;  // up to so many rows of activations dot products are the faster way
+constexpr int64_t kBlock = 32;    // weight rows for which a stretch of the activations stays in L1
+constexpr int64_t kValuesAhead = 2 << 10, kMetadataAhead = 1 << 9;  // how far ahead memory is asked for
+
+using Weight = SemiStructured<int8_t>;
+
+// ---- panels -----------------------------------------------------------------------------------------------------
+
+using SpreadStretch = void (*)(const int8_t*, const uint8_t*, int64_t, int8_t*);
+void spread_portable(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
+    spread_int8(values, metadata, kc, out);
+}
+#if ENGINE_X86
+ENGINE_AVX2 void spread_avx2(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
+    spread_int8(values, metadata, kc, out);
+}
+#endif
+
+struct SemiProvider {
+    Weight weight;
+    SpreadStretch spread = spread_portable;
+
+    explicit SemiProvider(const Weight& weight) : weight(weight) {
+#if ENGINE_X86
+        if (isa() != Isa::portable) spread = spread_avx2;
+#endif
+    }
+    const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride) const {
+        *stride = kPanelDepth;
+        for (int64_t j = 0; j < rows; ++j) {
+            spread(weight.values_at(row + j, k0), weight.metadata_at(row + j, k0), kc, scratch + j * kPanelDepth);
+        }
+        return scratch;
+    }
+};
+
+// ---- dot products -----------------------------------------------------------------------------------------------
+
+// A kernel is a struct: Q, the type of the activations; kRows, how many rows of them a tile takes; arrange, which puts
+// a row into the order that the kernel reads; and tile<R>, R sums of one weight row over kc weights.
+struct DotPortable {
+    using Q = int16_t;
+    static constexpr int64_t kRows = 1;
+    static void arrange(int16_t*, int64_t) {}
+
+    template <int R>
+    static void tile(const int16_t* q,  // [R, stride]: kc, then zeros up to a multiple of 64
+                     int64_t, const int8_t* values, const uint8_t* metadata, int64_t kc,
+                     int32_t* sums) {  // [R]
+        constexpr int64_t kStep = 512;
+        alignas(64) int8_t w[kStep];
+        int32_t acc = 0;
+        for (int64_t k = 0; k < kc; k += kStep) {
+            const int64_t length = std::min(kStep, kc - k), whole = 4 * groups_of_four(length);
+            spread_int8(values + k / 2, metadata + k / 8, length, w);
+            for (int64_t i = 0; i < whole; ++i) acc += q[k + i] * static_cast<int16_t>(w[i]);
+        }
+        sums[0] = acc;
+    }
+};
+
+#if ENGINE_X86
+struct DotAvx2 {
+    using Q = int8_t;
+    static constexpr int64_t kRows = 4;
+
+    // Of 64 activations those that the lower halves of lanes fetch come first: 0 to 15 and 32 to 47, then the others.
+    ENGINE_AVX2 static void arrange(int8_t* q, int64_t stride) {
+        for (int64_t i = 0; i < stride; i += 64) {
+            auto* middle = reinterpret_cast<__m128i*>(q + i + 16);
+            const __m128i second = _mm_load_si128(middle), third = _mm_load_si128(middle + 1);
+            _mm_store_si128(middle, third);
+            _mm_store_si128(middle + 1, second);
+        }
+    }
+
+    // 64 weights: 32 values, and the shuffle that fetches the activation of each: values 0 to 7 of a lane from the
+    // lane's first 16 activations, the others from its second 16.
+    ENGINE_AVX2 ENGINE_INLINE static __m256i fetch_control(const uint8_t* metadata) {
+        int64_t word;
+        std::memcpy(&word, metadata, sizeof word);
+        // Each byte of metadata four times, for its four values.
+        const __m256i four_times = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
+                                                    4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
+        const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi64x(word), four_times);
+        // Two bits lie at bit 0, 2, 4, 6: those of the upper half are shifted by 4, the odd ones looked up.
+        const __m256i halves = _mm256_blend_epi16(bytes, _mm256_srli_epi16(bytes, 4), 0xaa);
+        const __m256i bits = _mm256_and_si256(halves, _mm256_set1_epi16(0x0c03));
+        const __m256i table =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0));
+        const __m256i place = _mm256_shuffle_epi8(table, bits);
+        return _mm256_or_si256(place, _mm256_set1_epi64x(0x0c0c080804040000));  // its group's first of 16
+    }
+
+    template <int R>
+    ENGINE_AVX2 ENGINE_INLINE static void step(const int8_t* values, const uint8_t* metadata, const int8_t* q,
+                                               int64_t stride, __m256i (&acc)[R]) {
+        const __m256i control = fetch_control(metadata);
+        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+        const __m256i magnitude = _mm256_abs_epi8(w);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const auto* x = reinterpret_cast<const __m256i*>(q + r * stride);
+            const __m256i low = _mm256_shuffle_epi8(_mm256_load_si256(x), control);
+            const __m256i high = _mm256_shuffle_epi8(_mm256_load_si256(x + 1), control);
+            const __m256i fetched = _mm256_blend_epi32(low, high, 0xcc);
+            // |w| · (x with w's sign): exact, as pairs sum to at most 2 · 128 · 127.
+            const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(fetched, w));
+            acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+    }
+
+    template <int R>
+    ENGINE_AVX2 static void tile(const int8_t* q, int64_t stride, const int8_t* values, const uint8_t* metadata,
+                                 int64_t kc, int32_t* sums) {
+        __m256i acc[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_si256();
+        const int64_t whole = kc / 64 * 64;
+        for (int64_t k = 0; k < whole; k += 64) {
+            __builtin_prefetch(values + k / 2 + kValuesAhead);
+            __builtin_prefetch(metadata + k / 8 + kMetadataAhead);
+            step<R>(values + k / 2, metadata + k / 8, q + k, stride, acc);
+        }
+        if (whole < kc) {
+            const SemiTail<int8_t, 64> tail(values + whole / 2, metadata + whole / 8, kc - whole);
+            step<R>(tail.values, tail.metadata, q + whole, stride, acc);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(acc[r]), _mm256_extracti128_si256(acc[r], 1));
+            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+            sums[r] = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+        }
+    }
+};
+
+struct DotAvx512 {
+    using Q = int8_t;
+    static constexpr int64_t kRows = 4;
+    static void arrange(int8_t*, int64_t) {}
+
+    // 128 weights: 64 values, and where among 128 activations that of each stands.
+    ENGINE_AVX512 ENGINE_INLINE static __m512i fetch_index(const uint8_t* metadata) {
+        alignas(64) static constexpr uint8_t kPairs[64] = {
+            0, 1, 0, 0, 0, 0, 0, 0, 2,  3,  0, 0, 0, 0, 0, 0, 4,  5,  0, 0, 0, 0, 0, 0, 6,  7,  0, 0, 0, 0, 0, 0,
+            8, 9, 0, 0, 0, 0, 0, 0, 10, 11, 0, 0, 0, 0, 0, 0, 12, 13, 0, 0, 0, 0, 0, 0, 14, 15, 0, 0, 0, 0, 0, 0};
+        alignas(64) static constexpr uint8_t kShifts[64] = {
+            0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14,
+            0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14};
+        alignas(64) static constexpr uint8_t kGroups[64] = {
+            0,  0,  4,  4,  8,  8,  12,  12,  16,  16,  20,  20,  24,  24,  28,  28,  32,  32,  36,  36, 40, 40,
+            44, 44, 48, 48, 52, 52, 56,  56,  60,  60,  64,  64,  68,  68,  72,  72,  76,  76,  80,  80, 84, 84,
+            88, 88, 92, 92, 96, 96, 100, 100, 104, 104, 108, 108, 112, 112, 116, 116, 120, 120, 124, 124};
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(metadata));
+        const __m512i pairs = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), _mm512_load_si512(kPairs));
+        const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_load_si512(kShifts), pairs);
+        return _mm512_or_si512(_mm512_and_si512(fields, _mm512_set1_epi8(3)), _mm512_load_si512(kGroups));
+    }
+
+    // vpdpbusd takes one side unsigned: the weights are shifted by 128, and the fetched activations summed to take it
+    // away again.
+    template <int R>
+    ENGINE_AVX512 ENGINE_INLINE static void step(const int8_t* values, const uint8_t* metadata, const int8_t* q,
+                                                 int64_t stride, bool both, __m512i (&acc)[R], __m512i (&excess)[R]) {
+        const __m512i index = fetch_index(metadata), shift = _mm512_set1_epi8(-128);
+        const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(values), shift);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const __m512i low = _mm512_load_si512(q + r * stride);
+            const __m512i high = both ? _mm512_load_si512(q + r * stride + 64) : _mm512_setzero_si512();
+            const __m512i fetched = _mm512_permutex2var_epi8(low, index, high);
+            acc[r] = _mm512_dpbusd_epi32(acc[r], w, fetched);
+            excess[r] = _mm512_dpbusd_epi32(excess[r], shift, fetched);
+        }
+    }
+
+    template <int R>
+    ENGINE_AVX512 static void tile(const int8_t* q, int64_t stride, const int8_t* values, const uint8_t* metadata,
+                                   int64_t kc, int32_t* sums) {
+        __m512i acc[R], excess[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r] = excess[r] = _mm512_setzero_si512();
+        const int64_t whole = kc / 128 * 128;
+        for (int64_t k = 0; k < whole; k += 128) {
+            __builtin_prefetch(values + k / 2 + kValuesAhead);
+            __builtin_prefetch(metadata + k / 8 + kMetadataAhead);
+            step<R>(values + k / 2, metadata + k / 8, q + k, stride, true, acc, excess);
+        }
+        if (whole < kc) {
+            const SemiTail<int8_t, 128> tail(values + whole / 2, metadata + whole / 8, kc - whole);
+            step<R>(tail.values, tail.metadata, q + whole, stride, kc - whole > 64, acc, excess);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_reduce_add_epi32(_mm512_sub_epi32(acc[r], excess[r]));
+    }
+};
+#endif
+
+template <class Kernel>
+void dot_tile(int64_t rows, const typename Kernel::Q* q, int64_t stride, const int8_t* values, const uint8_t* metadata,
+              int64_t kc, int32_t* sums) {
+    if constexpr (Kernel::kRows == 4) {
+        if (rows == 4) return Kernel::template tile<4>(q, stride, values, metadata, kc, sums);
+        if (rows == 3) return Kernel::template tile<3>(q, stride, values, metadata, kc, sums);
+        if (rows == 2) return Kernel::template tile<2>(q, stride, values, metadata, kc, sums);
+    }
+    Kernel::template tile<1>(q, stride, values, metadata, kc, sums);
+}
+
+// Outputs [begin, end) of every row of activations.
+template <class Kernel, class T>
+void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const Weight& weight,
+                 int64_t begin, int64_t end) {
+    // One tile's activations are read once for each weight row: whole rows, which memory sees as one stream. More stay
+    // in L1 by stretches.
+    const int64_t depth = call.m <= Kernel::kRows ? kExactDepth : 1024;
+    int64_t totals[kBlock][kDotRows];
+    for (int64_t first = begin; first < end; first += kBlock) {
+        const int64_t columns = std::min(kBlock, end - first);
+        for (int64_t j = 0; j < columns; ++j) std::fill_n(totals[j], call.m, int64_t{0});
+        for (int64_t k0 = 0; k0 < call.k; k0 += depth) {
+            const int64_t kc = std::min(depth, call.k - k0);
+            for (int64_t j = 0; j < columns; ++j) {
+                const int8_t* values = weight.values_at(first + j, k0);
+                const uint8_t* metadata = weight.metadata_at(first + j, k0);
+                for (int64_t row = 0; row < call.m; row += Kernel::kRows) {
+                    int32_t sums[4];
+                    const int64_t count = std::min(Kernel::kRows, call.m - row);
+                    dot_tile<Kernel>(count, rows.q + row * rows.stride + k0, rows.stride, values, metadata, kc, sums);
+                    for (int64_t r = 0; r < count; ++r) totals[j][row + r] += sums[r];
+                }
+            }
+        }
+        for (int64_t j = 0; j < columns; ++j) {
+            for (int64_t row = 0; row < call.m; ++row) {
+                call.y[row * call.n + first + j] = linear_output(totals[j][row], rows.scale[row], call, first + j);
+            }
+        }
+    }
+}
+
+template <class Kernel, class T>
+void dot_linear(const LinearCall<T>& call, const Weight& weight) {
+    using Rows = QuantizedRows<typename Kernel::Q>;
+    ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
+    const Rows rows(scratch, call.m, call.k);
+    quantize_activations(call.x, call.input_scale, rows);
+    for (int64_t row = 0; row < call.m; ++row) Kernel::arrange(rows.q + row * rows.stride, rows.stride);
+    parallel_rows(call.n, call.k / 2 * (1 + call.m / 4),
+                  [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end); });
+}
+
+template <class T>
+void linear(const LinearCall<T>& call, const Weight& weight) {
+    if (call.m == 0 || call.n == 0) return;
+    if (call.m > kDotRows) return int8_panel_linear(call, SemiProvider(weight));
+#if ENGINE_X86
+    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
+    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
+#endif
+    dot_linear<DotPortable>(call, weight);
+}
+
+void check(const Tensor& x, const Tensor& values, const Tensor& metadata, const Tensor& scale,
+           const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
+    STD_TORCH_CHECK(x.dim() >= 1, "semi_structured_int8_linear: x: expected at least one dimension");
+    check_semi_structured("semi_structured_int8_linear", values, metadata, x.size(-1));
+    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "semi_structured_int8_linear: values: expected int8");
+    const int64_t n = values.size(0);
+    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
+                    "semi_structured_int8_linear: scale: expected float32 [N]");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n),
+                    "semi_structured_int8_linear: bias: expected shape [N]");
+    check_input_scale("semi_structured_int8_linear", input_scale, x.size(-1));
+}
+
+Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadata_in, Tensor scale_in,
+                                   std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
+    check(x_in, values_in, metadata_in, scale_in, bias, input_scale);
+    const Tensor x = as_contiguous(x_in), values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
+    const Tensor scale = as_contiguous(scale_in);
+    const int64_t n = values.size(0), k = x.size(-1);
+    std::vector<int64_t> sizes = sizes_of(x);
+    sizes.back() = n;
+    int64_t m = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
+    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    const FloatBias as_float(bias);
+    if (input_scale) input_scale = as_contiguous(*input_scale);
+    dispatch_float(x.scalar_type(), "semi_structured_int8_linear: x", [&](auto zero) {
+        using T = decltype(zero);
+        linear<T>(
+            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
+            {data<int8_t>(values), data<uint8_t>(metadata), n, k});
+    });
+    return y;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) {
+    m.impl("semi_structured_int8_linear", TORCH_BOX(&engine::semi_structured_int8_linear));
+}

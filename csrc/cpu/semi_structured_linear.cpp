@@ -1,0 +1,252 @@
+// semi_structured_linear: float activations times a 2:4 weight of float values, in fp32, read as it lies. For a few
+// rows of activations the two bits of each value become a permutation that fetches the activation it belongs to, once
+// for all rows; many go through the panels of common/gemm_float.h, which the weights are spread to.
+
+#include "common/gemm_float.h"
+#include "common/semi_structured.h"
+
+namespace engine {
+namespace {
+
+constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the value being read memory is asked for
+
+template <class V>
+struct SemiProvider {
+    SemiStructured<V> weight;
+
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) const {
+        static_assert(kFloatDepth % 8 == 0);
+        for (int64_t r = 0; r < rows; ++r) {
+            spread_any(weight.values_at(row + r, k0), weight.metadata_at(row + r, k0), kc, panel + r * kFloatDepth,
+                       [](V value) { return to_float(value); });
+        }
+    }
+};
+
+// A kernel multiplies a row of weights by M of activations. Several sums each, so that additions need not wait for each
+// other.
+template <class V>
+using DotRow = void (*)(const V* values,          // [2 groups]
+                        const uint8_t* metadata,  // [ceil(groups/2)]
+                        int64_t k,
+                        const float* x,  // [M, stride]: k, then zeros
+                        int64_t stride,
+                        float* sums);  // [M]
+
+struct DotPortable {
+    static constexpr int64_t kLanes = 8;
+    static void arrange(const FloatRows&, int64_t) {}
+
+    template <class V>
+    static void add(const V* values, const uint8_t* metadata, const float* x, int64_t stride, int m,
+                    float (*acc)[kLanes]) {
+        float weight[kLanes];
+        spread_any(values, metadata, kLanes, weight, [](V value) { return to_float(value); });
+        for (int r = 0; r < m; ++r) {
+            for (int64_t j = 0; j < kLanes; ++j) acc[r][j] += x[r * stride + j] * weight[j];
+        }
+    }
+
+    template <int M, class V>
+    static void dot(const V* values, const uint8_t* metadata, int64_t k, const float* x, int64_t stride, float* sums) {
+        float acc[M][kLanes] = {};
+        int64_t i = 0;
+        for (; i + kLanes <= k; i += kLanes) add(values + i / 2, metadata + i / 8, x + i, stride, M, acc);
+        if (i < k) {
+            const SemiTail<V, kLanes> tail(values + i / 2, metadata + i / 8, k - i);
+            add(tail.values, tail.metadata, x + i, stride, M, acc);
+        }
+        for (int m = 0; m < M; ++m) {
+            const float* a = acc[m];
+            sums[m] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+        }
+    }
+};
+
+#if ENGINE_X86
+struct DotAvx2 {
+    // Of 16 activations groups 0, 2, 1, 3: vpermilps fetches within 128 bits, groups 0 and 2 for the lower halves of
+    // lanes.
+    ENGINE_AVX2 static void arrange(const FloatRows& rows, int64_t m) {
+        for (int64_t i = 0; i < m * rows.stride; i += 16) {
+            float* middle = rows.x + i + 4;
+            const __m128 second = _mm_load_ps(middle), third = _mm_load_ps(middle + 4);
+            _mm_store_ps(middle, third);
+            _mm_store_ps(middle + 4, second);
+        }
+    }
+
+    // 8 values of 16 weights; the lowest two bits of each lane of `places` say where the value stands in its group.
+    template <int M, class V>
+    ENGINE_AVX2 ENGINE_INLINE static void step(const V* values, __m256i places, const float* x, int64_t stride,
+                                               __m256 (&acc)[M]) {
+        const __m256 w = floats_8_avx2(values);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const __m256 even = _mm256_permutevar_ps(_mm256_load_ps(x + m * stride), places);
+            const __m256 odd = _mm256_permutevar_ps(_mm256_load_ps(x + m * stride + 8), places);
+            acc[m] = _mm256_fmadd_ps(w, _mm256_blend_ps(even, odd, 0xcc), acc[m]);
+        }
+    }
+
+    template <int M, class V>
+    ENGINE_AVX2 ENGINE_INLINE static void step_32(const V* values, const uint8_t* metadata, const float* x,
+                                                  int64_t stride, __m256 (&low)[M], __m256 (&high)[M]) {
+        int32_t word;
+        std::memcpy(&word, metadata, sizeof word);
+        const __m256i fields = _mm256_set1_epi32(word);
+        const __m256i first = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+        const __m256i second = _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30);
+        step<M>(values, _mm256_srlv_epi32(fields, first), x, stride, low);
+        step<M>(values + 8, _mm256_srlv_epi32(fields, second), x + 16, stride, high);
+    }
+
+    template <int M, class V>
+    ENGINE_AVX2 static void dot(const V* values, const uint8_t* metadata, int64_t k, const float* x, int64_t stride,
+                                float* sums) {
+        constexpr int U = M == 1 ? 4 : 2;  // M of 5 and more spill a few sums
+        __m256 acc[U][M];
+#pragma GCC unroll 16
+        for (int i = 0; i < U * M; ++i) acc[i / M][i % M] = _mm256_setzero_ps();
+        int64_t i = 0;
+        for (; i + 64 <= k; i += 64) {
+#pragma GCC unroll 2
+            for (int p = 0; p < 32 * static_cast<int>(sizeof(V)); p += 64) {
+                __builtin_prefetch(reinterpret_cast<const char*>(values + i / 2) + kPrefetchBytes + p);
+            }
+            __builtin_prefetch(metadata + i / 8 + kPrefetchBytes / 4);
+            step_32<M>(values + i / 2, metadata + i / 8, x + i, stride, acc[0], acc[1]);
+            step_32<M>(values + i / 2 + 16, metadata + i / 8 + 4, x + i + 32, stride, acc[U - 2], acc[U - 1]);
+        }
+        if (i < k) {
+            const SemiTail<V, 64> tail(values + i / 2, metadata + i / 8, k - i);
+            step_32<M>(tail.values, tail.metadata, x + i, stride, acc[0], acc[1]);
+            step_32<M>(tail.values + 16, tail.metadata + 4, x + i + 32, stride, acc[0], acc[1]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+            for (int u = 1; u < U; ++u) acc[0][m] = _mm256_add_ps(acc[0][m], acc[u][m]);
+            sums[m] = sum_8_avx2(acc[0][m]);
+        }
+    }
+};
+
+ENGINE_AVX512 ENGINE_INLINE __m512 floats_16_avx512(const float* x) { return _mm512_loadu_ps(x); }
+ENGINE_AVX512 ENGINE_INLINE __m512 floats_16_avx512(const Half* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+ENGINE_AVX512 ENGINE_INLINE __m512 floats_16_avx512(const BFloat16* x) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+struct DotAvx512 {
+    static void arrange(const FloatRows&, int64_t) {}
+
+    // 16 values of 32 weights.
+    template <int M, class V>
+    ENGINE_AVX512 ENGINE_INLINE static void step(const V* values, const uint8_t* metadata, const float* x,
+                                                 int64_t stride, __m512 (&acc)[M]) {
+        int32_t word;
+        std::memcpy(&word, metadata, sizeof word);
+        const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+        const __m512i places =
+            _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), _mm512_set1_epi32(3));
+        const __m512i index = _mm512_or_si512(places, groups);
+        const __m512 w = floats_16_avx512(values);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const __m512i low = _mm512_castps_si512(_mm512_loadu_ps(x + m * stride));
+            const __m512i high = _mm512_castps_si512(_mm512_loadu_ps(x + m * stride + 16));
+            const __m512 fetched = _mm512_castsi512_ps(_mm512_permutex2var_epi32(low, index, high));
+            acc[m] = _mm512_fmadd_ps(w, fetched, acc[m]);
+        }
+    }
+
+    template <int M, class V>
+    ENGINE_AVX512 static void dot(const V* values, const uint8_t* metadata, int64_t k, const float* x, int64_t stride,
+                                  float* sums) {
+        constexpr int U = 2;
+        __m512 acc[U][M];
+#pragma GCC unroll 16
+        for (int i = 0; i < U * M; ++i) acc[i / M][i % M] = _mm512_setzero_ps();
+        int64_t i = 0;
+        for (; i + 64 <= k; i += 64) {
+#pragma GCC unroll 2
+            for (int p = 0; p < 32 * static_cast<int>(sizeof(V)); p += 64) {
+                __builtin_prefetch(reinterpret_cast<const char*>(values + i / 2) + kPrefetchBytes + p);
+            }
+            __builtin_prefetch(metadata + i / 8 + kPrefetchBytes / 4);
+            step<M>(values + i / 2, metadata + i / 8, x + i, stride, acc[0]);
+            step<M>(values + i / 2 + 16, metadata + i / 8 + 4, x + i + 32, stride, acc[1]);
+        }
+        if (i < k) {
+            const SemiTail<V, 64> tail(values + i / 2, metadata + i / 8, k - i);
+            step<M>(tail.values, tail.metadata, x + i, stride, acc[0]);
+            step<M>(tail.values + 16, tail.metadata + 4, x + i + 32, stride, acc[1]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) sums[m] = _mm512_reduce_add_ps(_mm512_add_ps(acc[0][m], acc[1][m]));
+    }
+};
+#endif
+
+template <class Kernel, class T, class V>
+void dot_linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
+    static constexpr DotRow<V> kDots[kDotRows] = {
+        Kernel::template dot<1, V>, Kernel::template dot<2, V>, Kernel::template dot<3, V>, Kernel::template dot<4, V>,
+        Kernel::template dot<5, V>, Kernel::template dot<6, V>, Kernel::template dot<7, V>, Kernel::template dot<8, V>};
+    const DotRow<V> dot = kDots[call.m - 1];
+    const auto dots = [&](int64_t begin, int64_t end, const FloatRows& rows) {
+        for (int64_t column = begin; column < end; ++column) {
+            float sums[kDotRows];
+            dot(weight.values_at(column, 0), weight.metadata_at(column, 0), call.k, rows.x, rows.stride, sums);
+            for (int64_t m = 0; m < call.m; ++m) call.y[m * call.n + column] = float_output(sums[m], call, column);
+        }
+    };
+    float_dot_linear(call, call.k / 2 * static_cast<int64_t>(sizeof(V)), dots,
+                     [&](const FloatRows& rows) { Kernel::arrange(rows, call.m); });
+}
+
+template <class T, class V>
+void linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
+    if (call.m == 0 || call.n == 0) return;
+    if (call.m > kDotRows) return float_panel_linear(call, SemiProvider<V>{weight});
+#if ENGINE_X86
+    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
+    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
+#endif
+    dot_linear<DotPortable>(call, weight);
+}
+
+Tensor semi_structured_linear(Tensor x_in, Tensor values_in, Tensor metadata_in, std::optional<Tensor> bias) {
+    STD_TORCH_CHECK(x_in.dim() >= 1, "semi_structured_linear: x: expected at least one dimension");
+    check_semi_structured("semi_structured_linear", values_in, metadata_in, x_in.size(-1));
+    const int64_t n = values_in.size(0), k = x_in.size(-1);
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n),
+                    "semi_structured_linear: bias: expected shape [N]");
+    const Tensor x = as_contiguous(x_in), values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
+    std::vector<int64_t> sizes = sizes_of(x);
+    sizes.back() = n;
+    const int64_t m = rows_of(sizes);
+    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    const FloatBias as_float(bias);
+    dispatch_float(x.scalar_type(), "semi_structured_linear: x", [&](auto x_zero) {
+        using T = decltype(x_zero);
+        const FloatLinear<T> call{data<T>(x), nullptr, as_float.data(), mutable_data<T>(y), m, n, k};
+        dispatch_float(values.scalar_type(), "semi_structured_linear: values", [&](auto zero) {
+            using V = decltype(zero);
+            linear<T, V>(call, {data<V>(values), data<uint8_t>(metadata), n, k});
+        });
+    });
+    return y;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) {
+    m.impl("semi_structured_linear", TORCH_BOX(&engine::semi_structured_linear));
+}
