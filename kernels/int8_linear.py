@@ -191,8 +191,8 @@ def int8_linear(
         expect(bias.dtype in FLOAT_DTYPES and bias.shape == (n,), op, "expected a float bias of shape [n]")
         bias = bias.contiguous()
     if input_scale is not None:
-        fits = input_scale.dtype == torch.float32 and input_scale.numel() == 1
-        expect(fits, op, "expected a float32 input_scale of one element")
+        fits = input_scale.dtype == torch.float32 and (input_scale.numel() == 1 or input_scale.shape == (k,))
+        expect(fits, op, "expected a float32 input_scale of one element or shape [k]")
     same_device(op, x, weight, scale, bias, input_scale)
 
     flat, weight = x.reshape(x.shape[:-1].numel(), k).contiguous(), weight.contiguous()

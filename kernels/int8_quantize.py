@@ -61,23 +61,39 @@ def row_scale(bits):
 
 
 @triton.jit
-def given_scale(bits, input_scale):
-    """The same three where the scale is given, for every row alike."""
-    one = tl.full(bits.shape, 1.0, tl.float32)
-    scale = one * input_scale
-    inverse = tl.div_rn(one, scale)
+def reciprocal(scale):
+    """1 / scale, and whether it can be multiplied by: of a scale that is positive, both finite."""
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     infinity = float("inf")
-    usable = (bits < INFINITY_BITS) & (scale > 0) & (scale < infinity) & (inverse < infinity)
+    return inverse, (scale > 0) & (scale < infinity) & (inverse < infinity)
+
+
+@triton.jit
+def given_scale(bits, input_scale):
+    """The same three as of :func:`row_scale` where the scale is given, for every row alike."""
+    scale = tl.full(bits.shape, 1.0, tl.float32) * input_scale
+    inverse, usable = reciprocal(scale)
+    usable &= bits < INFINITY_BITS
     return tl.where(usable, scale, float("nan")), tl.where(usable, inverse, 0.0), usable
 
 
 @triton.jit
+def channel_inverses(input_scale, column, inside):
+    """Reciprocals of the channels' scales, [BLOCK], and the bits of infinity where one can't be used, 0 otherwise.
+
+    The latter joins the rows' largest |x|: such a scale is then as bad for a row as an infinity in it.
+    """
+    inverse, usable = reciprocal(tl.load(input_scale + column, mask=inside, other=1.0))
+    return inverse, tl.max(tl.where(usable, 0, INFINITY_BITS), axis=0)
+
+
+@triton.jit
 def quantize(x, inverse, finite):
-    """[ROWS, BLOCK] by its rows' inverse scales to int8; 0 where the row is not finite.
+    """[ROWS, BLOCK] by inverse scales, [ROWS, 1] or [1, BLOCK], to int8; 0 where the row is not finite.
 
     Adding 1.5 · 2^23 rounds half to even and leaves the integer in the low bits.
     """
-    v = tl.where(finite[:, None], x.to(tl.float32), 0.0) * inverse[:, None]
+    v = tl.where(finite[:, None], x.to(tl.float32), 0.0) * inverse
     v = tl.minimum(tl.maximum(v, -127.0), 127.0)
     return (v + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
@@ -85,7 +101,7 @@ def quantize(x, inverse, finite):
 @triton.jit(do_not_specialize=["m", "counter_count"])
 def int8_quantize_kernel(
     x,  # [m, k], float32, float16 or bfloat16
-    input_scale,  # float32, one element; None: each row has its own scale
+    input_scale,  # float32, one element, or [k] where BY_CHANNEL; None: each row has its own scale
     q,  # int8 [m, k], a row every q_stride bytes
     scale,  # float32 [m]
     counters,  # int32 [counter_count], to be set to 0 for the kernel that follows; None: nothing to set
@@ -96,6 +112,7 @@ def int8_quantize_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # k <= BLOCK: the row stays in registers
+    BY_CHANNEL: tl.constexpr,  # the weights hold the channels' scales already: a row's own is 1
 ):
     """Each row's scale, then its int8 values; a row that fits one block is read once."""
     program = tl.program_id(0).to(tl.int64)
@@ -112,24 +129,37 @@ def int8_quantize_kernel(
         inside = in_rows[:, None] & (column < k)[None, :]
         values = tl.load(x_row + column[None, :], mask=inside, other=0.0)
         bits = amax_bits(values)
+        if BY_CHANNEL:
+            inverses, unusable = channel_inverses(input_scale, column, column < k)
+            bits = tl.maximum(bits, unusable)
     else:
         bits = tl.zeros([ROWS], tl.int32)
         for start in range(0, k, BLOCK):
             inside = in_rows[:, None] & (start + column < k)[None, :]
             block = tl.load(x_row + (start + column)[None, :], mask=inside, other=0.0)
             bits = tl.maximum(bits, amax_bits(block))
+            if BY_CHANNEL:
+                _, unusable = channel_inverses(input_scale, start + column, start + column < k)
+                bits = tl.maximum(bits, unusable)
     if input_scale is None:
         s, inverse, finite = row_scale(bits)
+    elif BY_CHANNEL:
+        s, inverse, finite = given_scale(bits, 1.0)
     else:
         s, inverse, finite = given_scale(bits, tl.load(input_scale))
     tl.store(scale + row, s, mask=in_rows)
     if ONE_BLOCK:
-        tl.store(q_row + column[None, :], quantize(values, inverse, finite), mask=inside)
+        factor = inverses[None, :] if BY_CHANNEL else inverse[:, None]
+        tl.store(q_row + column[None, :], quantize(values, factor, finite), mask=inside)
     else:
         for start in range(0, k, BLOCK):
             inside = in_rows[:, None] & (start + column < k)[None, :]
             block = tl.load(x_row + (start + column)[None, :], mask=inside, other=0.0)
-            tl.store(q_row + (start + column)[None, :], quantize(block, inverse, finite), mask=inside)
+            factor = inverse[:, None]
+            if BY_CHANNEL:
+                inverses, _ = channel_inverses(input_scale, start + column, start + column < k)
+                factor = inverses[None, :]
+            tl.store(q_row + (start + column)[None, :], quantize(block, factor, finite), mask=inside)
 
 
 def quantize_rows(
@@ -144,7 +174,7 @@ def quantize_rows(
     Args:
         x: contiguous `[m, k]`.
         multiprocessors: of the card.
-        input_scale: one scale for all, a float32 of one element, or None: by row.
+        input_scale: float32, one scale for all, or `[k]`, one for each channel; or None: by row.
         align: a row of `q` begins at a multiple of so many bytes.
         counters: int32, set to 0 on the way: saves the next kernel a launch.
     """
@@ -158,7 +188,7 @@ def quantize_rows(
     with torch.cuda.device_of(x):
         int8_quantize_kernel[(triton.cdiv(m, config.rows),)](
             x,
-            input_scale,
+            None if input_scale is None else input_scale.contiguous(),
             q,
             scale,
             counters,
@@ -169,6 +199,7 @@ def quantize_rows(
             ROWS=config.rows,
             BLOCK=config.block,
             ONE_BLOCK=k <= config.block,
+            BY_CHANNEL=input_scale is not None and input_scale.numel() != 1,
             num_warps=config.warps,
             enable_fp_fusion=False,
         )

@@ -21,11 +21,12 @@ void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, co
 }
 
 Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale_in,
-                          std::optional<Tensor> bias_in, std::optional<Tensor> input_scale) {
-    check(x_in, bitmask_in, row_offsets_in, values_in, scale_in, bias_in, input_scale);
+                          std::optional<Tensor> bias_in, std::optional<Tensor> input_scale_in) {
+    check(x_in, bitmask_in, row_offsets_in, values_in, scale_in, bias_in, input_scale_in);
     const Tensor x = as_contiguous(x_in), bitmask = as_contiguous(bitmask_in), scale = as_contiguous(scale_in);
     const Tensor row_offsets = as_contiguous(row_offsets_in), values = as_contiguous(values_in);
     const std::optional<Tensor> bias = contiguous_bias(bias_in, "bitmap_int8_linear: bias");
+    const auto input_scale = input_scale_in ? std::optional<Tensor>(as_contiguous(*input_scale_in)) : std::nullopt;
     const int64_t n = bitmask.size(0);
     const Rows rows = rows_of(x);
     Tensor y = new_tensor(x, output_sizes(x, n), x.scalar_type());

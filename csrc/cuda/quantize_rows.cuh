@@ -41,8 +41,11 @@ inline void check_scales(const char* op, const Tensor& x, const Tensor& values, 
     const int64_t n = scale.dim() == 1 ? scale.size(0) : -1;
     STD_TORCH_CHECK(n >= 0 && scale.scalar_type() == ScalarType::Float, op, ": scale: expected float32 [N]");
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), op, ": bias: expected [N]");
-    STD_TORCH_CHECK(!input_scale || (input_scale->numel() == 1 && input_scale->scalar_type() == ScalarType::Float), op,
-                    ": input_scale: expected one float32");
+    const auto fits = [&] {
+        return input_scale->numel() == 1 || (input_scale->dim() == 1 && input_scale->size(0) == x.size(-1));
+    };
+    STD_TORCH_CHECK(!input_scale || (input_scale->scalar_type() == ScalarType::Float && fits()), op,
+                    ": input_scale: expected float32, one element or [K]");
     STD_TORCH_CHECK(values.device() == x.device() && scale.device() == x.device() &&
                         (!bias || bias->device() == x.device()) &&
                         (!input_scale || input_scale->device() == x.device()),
@@ -51,13 +54,19 @@ inline void check_scales(const char* op, const Tensor& x, const Tensor& values, 
 
 constexpr int kRowThreads = 256;
 
-// The largest |x| of a row, as bits (quantize.h), for all threads of a block.
+// The largest |x| of a row, as bits (quantize.h), for all threads of a block. Where channels have scales, one that
+// can't be used counts as an infinity.
 template <class T>
-__device__ inline uint32_t row_amax(const T* row, int64_t k) {
+__device__ inline uint32_t row_amax(const T* row, int64_t k,
+                                    const float* channels = nullptr) {  // [k], or null
     ENGINE_SHARED(warps, uint32_t[kRowThreads / kWarp]);
     uint32_t amax = 0;
     for (int64_t i = threadIdx.x; i < k; i += kRowThreads)
         amax = std::max(amax, std::bit_cast<uint32_t>(to_float(row[i])) & 0x7fffffffu);
+    if (channels != nullptr) {
+        for (int64_t i = threadIdx.x; i < k; i += kRowThreads)
+            if (!static_scale(channels[i], 0).finite) amax = std::max(amax, 0x7f800000u);
+    }
     for (unsigned by = 1; by < kWarp; by *= 2) amax = std::max(amax, __shfl_xor_sync(kAllLanes, amax, by));
     if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = amax;
     __syncthreads();
@@ -65,19 +74,26 @@ __device__ inline uint32_t row_amax(const T* row, int64_t k) {
     return amax;
 }
 
+// Where channels have scales, the weights hold them already, and a row's own scale is 1.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) quantize_kernel(const T* x,                // [m, k]
                                                                const float* input_scale,  // [1], or null: by row
+                                                               const float* channels,     // [k], or null
                                                                int8_t* q,                 // [m, stride]
                                                                float* scale,              // [m]
                                                                int64_t k, int64_t stride) {
     const int64_t row = blockIdx.x;
     const T* from = x + row * k;
-    const uint32_t amax = row_amax(from, k);
-    const RowScale s = input_scale != nullptr ? static_scale(*input_scale, amax) : row_scale(amax);
+    const uint32_t amax = row_amax(from, k, channels);
+    RowScale s = row_scale(amax);
+    if (input_scale != nullptr) s = static_scale(*input_scale, amax);
+    if (channels != nullptr) s = static_scale(1.0f, amax);
     if (threadIdx.x == 0) scale[row] = s.scale;
-    for (int64_t i = threadIdx.x; i < stride; i += kRowThreads)
-        q[row * stride + i] = i < k && s.inverse != 0.0f ? quantize_one(to_float(from[i]), s.inverse) : int8_t{0};
+    for (int64_t i = threadIdx.x; i < stride; i += kRowThreads) {
+        const bool zero = i >= k || s.inverse == 0.0f;
+        const float inverse = zero || channels == nullptr ? s.inverse : 1.0f / channels[i];
+        q[row * stride + i] = zero ? int8_t{0} : quantize_one(to_float(from[i]), inverse);
+    }
 }
 
 // Rows of x as int8, zeros up to a multiple of `multiple`, and the scale of each: NaN for a row that is not finite.
@@ -87,6 +103,7 @@ struct QuantizedRows {
     float* scale;  // [m]
     int64_t stride;
 
+    // `input_scale` contiguous: one, one for each channel, or none: by row.
     QuantizedRows(const Tensor& x, Rows rows, const std::optional<Tensor>& input_scale, int64_t multiple,
                   const char* what, const OnDeviceOf& device)
         : q_memory(new_tensor(x, {rows.m, (rows.k + multiple - 1) / multiple * multiple}, ScalarType::Char)),
@@ -94,10 +111,13 @@ struct QuantizedRows {
           q(mutable_data<int8_t>(q_memory)),
           scale(mutable_data<float>(scale_memory)),
           stride(q_memory.size(1)) {
-        const float* one = input_scale ? data<float>(*input_scale) : nullptr;
+        const float* given = input_scale ? data<float>(*input_scale) : nullptr;
+        const bool by_channel = input_scale && input_scale->numel() != 1;
+        const float *one = by_channel ? nullptr : given, *channels = by_channel ? given : nullptr;
         dispatch_float(x.scalar_type(), what, [&](auto zero) {
             using T = decltype(zero);
-            launch(quantize_kernel<T>, what, rows.m, kRowThreads, device, data<T>(x), one, q, scale, rows.k, stride);
+            launch(quantize_kernel<T>, what, rows.m, kRowThreads, device, data<T>(x), one, channels, q, scale, rows.k,
+                   stride);
         });
     }
 };

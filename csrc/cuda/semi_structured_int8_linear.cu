@@ -17,6 +17,8 @@ void check(const Tensor& x, const Tensor& values, const Tensor& metadata, const 
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == values.size(0), kSemiStructuredInt8Linear,
                     ": scale: expected float32 [N]");
     check_scales(kSemiStructuredInt8Linear, x, values, scale, bias, input_scale);
+    STD_TORCH_CHECK(!input_scale || input_scale->numel() == 1, kSemiStructuredInt8Linear,
+                    ": input_scale: expected one float32");
 }
 
 Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadata_in, Tensor scale_in,

@@ -54,6 +54,25 @@ def test_static_scale_and_leading_dimensions():
         check(activations(2, 3, 70), bitmap, None, torch.tensor(scale))
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_scale_for_each_channel(dtype):
+    for m, k in ((3, 70), (17, 700)):
+        bitmap, channels = int8_bitmap(mask_of(9, k)), torch.rand(2 * k)[::2] / 20 + 1e-3  # not contiguous
+        x = activations(m, k).to(dtype)
+        check(x, bitmap, torch.randn(9), channels)
+        x[1, 3], x[2, 5] = torch.nan, -torch.inf
+        check(x, bitmap, None, channels)
+        for scale in (1e-30, 3e38, 0.0, -1.0, torch.nan, torch.inf, 1e-45):  # from the third on, one is enough for NaN
+            check(x, bitmap, None, channels.index_fill(0, torch.tensor(k - 1), scale))
+
+
+def test_refuses_scales_that_fit_no_channels():
+    bitmap, x = on(*int8_bitmap(mask_of(9, 70))), torch.randn(3, 70).to(DEVICE)
+    for bad in (torch.ones(69), torch.ones(1, 70), torch.ones(70).half()):
+        with pytest.raises(RuntimeError, match="bitmap_int8_linear: input_scale: expected float32"):
+            torch.ops.engine.bitmap_int8_linear(x, *bitmap, None, bad.to(DEVICE))
+
+
 @pytest.mark.parametrize("m", [4, 40])
 def test_rows_that_are_not_finite(m):
     x = activations(m, 70)

@@ -73,6 +73,8 @@ def test_rows_that_are_not_numbers_do_not_leak():
         assert module.int8_linear(*args).isnan().all(1).nonzero().flatten().tolist() == [1, 3]
         for bad in (0.0, torch.nan, torch.inf):
             check([*args[:4], torch.tensor([bad])])
+            check([*args[:4], torch.full((48,), 0.02).index_fill(0, torch.tensor(40), bad)])
+        check([*args[:4], torch.rand(48) / 20 + 1e-3])
 
 
 @interpreted
@@ -110,6 +112,8 @@ def test_refuses():
         (x, weight, scale, bias[:3]),
         (x, weight, scale, bias.double()),
         (x, weight, scale, bias, torch.ones(2)),
+        (x, weight, scale, bias, torch.ones(1, 5)),
+        (x, weight, scale, bias, torch.ones(5).double()),
         (x, weight, scale.to("meta")),
     ):
         with pytest.raises(RuntimeError, match="int8_linear: expected"):
@@ -158,6 +162,7 @@ def test_on_a_gpu_is_reference_to_the_bit():
         for dtype in FLOAT_DTYPES:
             check(arguments(*shape, dtype, torch.float32), "cuda")
         check(arguments(*shape, torch.bfloat16, torch.bfloat16, torch.tensor(0.01)), "cuda")
+        check(arguments(*shape, torch.float16, None, torch.rand(shape[-1]) / 20 + 1e-3), "cuda")
 
 
 @needs_gpu

@@ -56,6 +56,20 @@ def test_a_given_scale_and_aligned_rows():
 
 
 @interpreted
+def test_a_scale_for_each_channel():
+    for shape in ((5, 31), (3, 0), WIDE):
+        x, channels = torch.randn(shape), torch.rand(shape[1] * 2)[::2] / 20 + 1e-3
+        x[1, 3:4], x[2, 30:31] = torch.inf, torch.nan
+        worst = (0.0,) if shape == WIDE else (1e-30, 3e38, 0.0, -1.0, torch.nan, torch.inf, 1e-39)
+        for s in (0.01, *worst):
+            channels[-1:] = s
+            q, scale = module.quantize_rows(x, 3, channels, align=16)
+            want, want_scale = _quantize_by(x, channels)
+            same_bits(q, want.to(torch.int8))
+            same_bits(scale, want_scale)
+
+
+@interpreted
 def test_refuses():
     with pytest.raises(RuntimeError, match="expected floats"):
         module.int8_quantize(torch.zeros(3, dtype=torch.float64))
@@ -89,9 +103,25 @@ def test_compiles_to_vectors_without_spills(card, case):
     assert "div.rn.f32" in binary.ptx and "div.full" not in binary.ptx and "fma.rn.f32" not in binary.ptx
 
 
+@compiled
+@hopper_first
+@pytest.mark.parametrize("k", slow_but(16384, [384, 16384, 40000]))
+def test_a_scale_for_each_channel_compiles_without_spills(card, k):
+    x, channels = meta((8192, k), torch.bfloat16), meta((k,))
+    (binary,) = compile_launches(card, module.quantize_rows, x, card.multiprocessors, channels, 16)
+    assert binary.count("LDG.E.128") and binary.count("STG.E.128" if k > 384 else "STG")
+    assert "div.rn.f32" in binary.ptx and "div.full" not in binary.ptx and "fma.rn.f32" not in binary.ptx
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_on_a_gpu_is_reference_to_the_bit(dtype):
     for shape in (*MATRICES, WIDE):
         check(torch.randn(shape).to(dtype), lambda x: module.int8_quantize(x.cuda()))
     check(special(dtype), lambda x: module.int8_quantize(x.cuda()))
+    for m, k in (*MATRICES, WIDE):
+        x, channels = torch.randn(m, k).to(dtype), torch.rand(k) / 20 + 1e-3
+        q, scale = module.quantize_rows(x.cuda(), 132, channels.cuda())
+        want, want_scale = _quantize_by(x, channels)
+        same_bits(q.cpu(), want.to(torch.int8))
+        same_bits(scale.cpu(), want_scale)
