@@ -21,6 +21,8 @@ needs_native = pytest.mark.skipif(not backends.cpu_variants(), reason="needs the
 
 def test_every_public_op_has_a_benchmark():
     public = {name for name in vars(ops) if not name.startswith("_") and name in REFERENCES}
+    codec = {"ring_encode", "ring_prune_encode", "ring_decode"}  # one file, as they are one thing
+    public = public - codec | {"ring_codec"} if codec <= public else public
     assert len(public) >= 14 and public <= set(OPS)
 
 
