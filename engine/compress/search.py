@@ -414,18 +414,22 @@ class _Bench:
         return self._settle(points, budget, dense), points, frontier
 
     def _settle(self, points: list[Point], budget: dict[str, float], dense: float) -> Point:
-        """The best point. Where speed decides, it and the best uniform recipe are timed in one loop first: they were
-        measured minutes apart.
+        """The best point. Where speed decides, it and the uniform recipes within the budget are timed in one loop, as
+        they were measured minutes apart.
         """
-        best, uniform = _best(points, budget), _best([point for point in points if point.uniform], budget)
-        if "loss" not in budget or best.uniform:
+        best = _best(points, budget)
+        if "loss" not in budget:
             return best
-        variants = [{}, self.modules_of(uniform.options), self.modules_of(best.options)]
-        key = hashlib.sha256(json.dumps([uniform.options, best.options], sort_keys=True).encode()).hexdigest()[:16]
-        make = functools.partial(measure.time_variants, self.model, self.inputs, variants)
-        before, *after = self.notes.get(f"times of pair {key}", make)
-        uniform.seconds, best.seconds = (dense * seconds / before for seconds in after)
-        return min(uniform, best, key=lambda point: point.seconds)
+        uniform = [point for point in points[1:] if point.uniform and point.loss <= budget["loss"]]  # first is dense
+        together = uniform if best in (points[0], *uniform) else [best, *uniform]
+        if len(together) > 1:
+            key = hashlib.sha256(json.dumps([p.options for p in together], sort_keys=True).encode()).hexdigest()[:16]
+            variants = [{}, *(self.modules_of(point.options) for point in together)]
+            make = functools.partial(measure.time_variants, self.model, self.inputs, variants)
+            before, *after = self.notes.get(f"times together {key}", make)
+            for point, seconds in zip(together, after, strict=True):
+                point.seconds = dense * seconds / before
+        return min(points[0], *together, key=lambda point: point.seconds) if together else points[0]
 
 
 def _add(points: list[Point], point: Point) -> None:
