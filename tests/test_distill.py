@@ -52,7 +52,8 @@ def test_trains_the_compressed_model_itself(recipe):
     for i in (0, 3):
         assert student[i].format.label == at_once[i].format.label
         if recipe.prune is not None:  # the same places, and obs's own
-            assert torch.equal(student[i].bitmask, at_once[i].bitmask)
+            places = "metadata" if recipe.prune.pattern == "2:4" else "bitmask"
+            assert torch.equal(getattr(student[i], places), getattr(at_once[i], places))
             assert done.sparsity[str(i)] == pytest.approx(student[i].format.sparsity, abs=1e-6)
     assert error(student, teacher, batches) < (0.8 if recipe.prune else 1.05) * error(at_once, teacher, batches)
     assert type(student[2]) is nn.LayerNorm
