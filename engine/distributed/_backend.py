@@ -32,6 +32,46 @@ class EngineProcessGroup(dist.ProcessGroup):
             nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
             self._register_backend(torch.device("cuda"), backend_type.NCCL, nccl)
 
+    # What C++ may call (DDP compares its parameters so) is passed on here, and not left to the base class. That would
+    # call gloo with the interpreter's lock held, while a thread of gloo, whose queue is locked, waits for it to let go
+    # of a tensor: both for ever.
+
+    def allgather(self, outputs: Any, inputs: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Of the inner group."""
+        return self._of(inputs).allgather(outputs, inputs, *rest, **named)
+
+    def allreduce_coalesced(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Of the inner group."""
+        return self._of(tensors).allreduce_coalesced(tensors, *rest, **named)
+
+    def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Any:  # type: ignore[override]
+        """Of the inner group."""
+        opts = dist.BarrierOptions() if opts is None else opts
+        if timeout is not None:
+            opts.timeout = timeout
+        device = opts.device if getattr(opts, "device", None) is not None else torch.device("cpu")
+        return self._get_backend(device).barrier(opts)  # type: ignore[attr-defined]
+
+    def broadcast(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Of the inner group."""
+        return self._of(tensors).broadcast(tensors, *rest, **named)
+
+    def reduce_scatter(self, outputs: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Of the inner group."""
+        return self._of(outputs).reduce_scatter(outputs, *rest, **named)
+
+    def send(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Of the inner group."""
+        return self._of(tensors).send(tensors, *rest, **named)
+
+    def recv(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Of the inner group."""
+        return self._of(tensors).recv(tensors, *rest, **named)
+
+    def _of(self, tensors: Any) -> Any:
+        """The inner group for a tensor's device, or that of the first of some."""
+        return self._get_backend((tensors if isinstance(tensors, torch.Tensor) else tensors[0]).device)
+
     def getBackendName(self) -> str:
         """What `dist.get_backend` and log lines show."""
         return NAME

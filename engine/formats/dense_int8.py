@@ -13,6 +13,7 @@ from engine.formats._common import (
     dequantized,
     nbytes_of,
     own,
+    quantize_values,
     shard_input_scale,
     taking_over,
 )
@@ -60,11 +61,7 @@ class DenseInt8:
             raise ValueError("engine.formats.DenseInt8: input_scale goes with activation='static', and only with it")
         if input_scale is not None:
             weight, input_scale = taking_over("formats.DenseInt8", weight.detach(), input_scale)
-        if scale is None:
-            values, scale = ops.int8_quantize(weight.detach())
-        else:
-            _check.has_shape("formats.DenseInt8", "scale", scale, (weight.shape[0],))
-            values = (weight.detach().float() / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+        values, scale = quantize_values("formats.DenseInt8", weight.detach(), scale)
         return cls(values, scale, input_scale, activation != "none")
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -38,23 +37,11 @@ class Hung(Exception):
 
 
 def launch(names, world_size, folder, backend="gloo", seconds=120):
-    """Runs functions of worker.py on so many ranks; returns what each prints, and its exit code.
-
-    Two ranks were once seen to wait for each other for ever, and it is not known why yet. What hangs is told as a
-    warning, with the stack of every thread, and tried once more; hanging twice fails.
-    """
-    try:
-        return launch_once(names, world_size, folder / "store", backend, seconds)
-    except Hung as hung:
-        warnings.warn(f"{names} on {world_size} ranks hung:\n{hung}", stacklevel=2)
-    return launch_once(names, world_size, folder / "second_store", backend, seconds)
-
-
-def launch_once(names, world_size, store, backend, seconds):
+    """Runs functions of worker.py on so many ranks; returns what each prints, and its exit code."""
     arguments = [sys.executable, "-X", "faulthandler", str(WORKER), ",".join(names)]
     ranks = [
         subprocess.Popen(
-            [*arguments, str(rank), str(world_size), str(store), backend],
+            [*arguments, str(rank), str(world_size), str(folder / "store"), backend],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -464,6 +464,17 @@ def backend():
     dist.all_gather_object(objects, rank)
     assert flag.tolist() == [False, True] and product[0] > rank and objects == list(RANKS)
     dist.broadcast(product, 0)
+    received = torch.empty(3)
+    if rank == 0:
+        dist.send(torch.arange(3.0), 1)
+    elif rank == 1:
+        dist.recv(received, 0)
+        assert received.tolist() == [0, 1, 2]
+    every = [torch.empty(2) for _ in RANKS]
+    dist.all_gather(every, torch.full((2,), float(rank)))
+    part = torch.empty(2)
+    dist.reduce_scatter(part, [torch.full((2,), float(of)) for of in RANKS])
+    assert [t[0] for t in every] == list(RANKS) and part.tolist() == [rank * world_size] * 2
     assert _member.member_of(dist.group.WORLD).communicator._number == number
     torch.manual_seed(0)
     model = torch.nn.Linear(64, 64)
