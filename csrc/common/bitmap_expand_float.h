@@ -7,6 +7,7 @@
 
 #include "common/bitmap.h"
 #include "common/dtype.h"
+#include "common/expand_avx512.h"
 
 #if ENGINE_X86
 namespace engine {
@@ -57,7 +58,7 @@ ENGINE_AVX2 ENGINE_INLINE __m256 expand_8_avx2(const BFloat16* values, uint32_t 
 
 // 16 weights of the mask's bits from the kept ones at `values`, of which 16 are loaded.
 ENGINE_AVX512 ENGINE_INLINE __m512 expand_16_avx512(const float* values, __mmask16 m) {
-    return _mm512_maskz_expand_ps(m, _mm512_loadu_ps(values));
+    return _mm512_castsi512_ps(expand_lanes_avx512<float>(m, _mm512_loadu_si512(values)));
 }
 ENGINE_AVX512 ENGINE_INLINE __m512 expand_16_avx512(const Half* values, __mmask16 m) {
     const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/bitmap.h"
+#include "common/expand_avx512.h"
 #include "common/gemm_int8.h"
 
 namespace engine {
@@ -102,7 +103,7 @@ ENGINE_AVX512 inline int64_t expand_stretch_avx512(const uint8_t* mask, const in
     const int8_t* from = values;
     for (int64_t i = 0; i < kc; i += 64) {
         const uint64_t bits = mask_bits(mask, i, kc);
-        _mm512_storeu_si512(out + i, _mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(from)));
+        _mm512_storeu_si512(out + i, expand_lanes_avx512<int8_t>(bits, _mm512_loadu_si512(from)));
         from += popcount64(bits);
     }
     return from - values;

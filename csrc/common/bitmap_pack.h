@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/bitmap.h"
+#include "common/expand_avx512.h"
 
 namespace engine {
 
@@ -107,12 +108,12 @@ ENGINE_AVX512 void pack_row_avx512(const uint8_t* mask, const W* row, int64_t k,
             const auto fits = done + kLanes <= length ? ~uint64_t{0} : ~(~uint64_t{0} << count);
             if constexpr (sizeof(W) == 2) {
                 const __m512i all = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(inside), row + j);
-                const __m512i packed = _mm512_maskz_compress_epi16(static_cast<__mmask32>(bits), all);
+                const __m512i packed = compress_lanes_avx512<W>(bits, all);
                 _mm512_mask_storeu_epi16(out + done, static_cast<__mmask32>(fits), packed);
             } else {
                 static_assert(sizeof(W) == 4);
                 const __m512i all = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(inside), row + j);
-                const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), all);
+                const __m512i packed = compress_lanes_avx512<W>(bits, all);
                 _mm512_mask_storeu_epi32(out + done, static_cast<__mmask16>(fits), packed);
             }
             done += count;

@@ -221,9 +221,10 @@ struct MatrixAvx2 {
 
 // 64 weights, shifted to unsigned.
 ENGINE_AVX512 ENGINE_INLINE __m512i expand_shifted_avx512(const int8_t*& values, uint64_t bits) {
-    const __m512i w = _mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(values));
+    const __m512i shift = _mm512_set1_epi8(-128);  // which is what 0 becomes
+    const __m512i packed = _mm512_xor_si512(_mm512_loadu_si512(values), shift);
     values += popcount64(bits);
-    return _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+    return _mm512_mask_expand_epi8(opaque_avx512(shift), bits, packed);
 }
 
 // One row of activations: four sums, as one would wait for itself.

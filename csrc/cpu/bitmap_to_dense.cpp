@@ -4,6 +4,7 @@
 #include "common/bitmap.h"
 #include "common/bitmap_pack.h"
 #include "common/dtype.h"
+#include "common/expand_avx512.h"
 #include "common/huge_pages.h"
 #include "common/tensor.h"
 
@@ -64,16 +65,12 @@ ENGINE_AVX512 int64_t expand_row_avx512(const uint8_t* mask, const W* values, in
         uint64_t bits = mask_bits(mask, i, k);
         uint64_t inside = k - i >= 64 ? ~uint64_t{0} : ~uint64_t{0} >> (64 - (k - i));
         for (int64_t j = i; j < i + 64 && j < k; j += kLanes, bits >>= kLanes % 64, inside >>= kLanes % 64) {
-            const __m512i packed = _mm512_loadu_si512(values + taken);
+            const __m512i all = expand_lanes_avx512<W>(bits, _mm512_loadu_si512(values + taken));
             if constexpr (sizeof(W) == 1) {
-                _mm512_mask_storeu_epi8(out + j, inside, _mm512_maskz_expand_epi8(bits, packed));
+                _mm512_mask_storeu_epi8(out + j, inside, all);
             } else if constexpr (sizeof(W) == 2) {
-                const auto lanes = static_cast<__mmask32>(bits);
-                const __m512i all = _mm512_maskz_expand_epi16(lanes, packed);
                 _mm512_mask_storeu_epi16(out + j, static_cast<__mmask32>(inside), all);
             } else {
-                const auto lanes = static_cast<__mmask16>(bits);
-                const __m512i all = _mm512_maskz_expand_epi32(lanes, packed);
                 _mm512_mask_storeu_epi32(out + j, static_cast<__mmask16>(inside), all);
             }
             taken += popcount64(bits << (64 - kLanes));  // of these lanes alone

@@ -4,6 +4,7 @@
 
 #include "common/bitmap_mask.h"
 #include "common/bitmap_pack.h"
+#include "common/expand_avx512.h"
 #include "common/huge_pages.h"
 #include "common/quantize.h"
 
@@ -90,7 +91,7 @@ ENGINE_AVX512 void quantize_row_avx512(const uint8_t* mask, const T* row, int64_
         const uint64_t bits = mask_bits(mask, i, k);
         const int count = popcount64(bits);
         const uint64_t fits = done + 64 <= length ? ~uint64_t{0} : _bzhi_u64(~uint64_t{0}, count);
-        _mm512_mask_storeu_epi8(out + done, fits, _mm512_maskz_compress_epi8(bits, q));
+        _mm512_mask_storeu_epi8(out + done, fits, compress_lanes_avx512<int8_t>(bits, q));
         done += count;
     }
     quantize_rest(mask, row, i, k, inverse, out, done);
