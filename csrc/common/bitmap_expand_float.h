@@ -7,7 +7,7 @@
 
 #include "common/bitmap.h"
 #include "common/dtype.h"
-#include "common/expand_avx512.h"
+#include "common/registers_avx512.h"
 
 #if ENGINE_X86
 namespace engine {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "common/bitmap.h"
-#include "common/expand_avx512.h"
 #include "common/gemm_int8.h"
+#include "common/registers_avx512.h"
 
 namespace engine {
 

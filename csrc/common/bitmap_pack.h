@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common/bitmap.h"
-#include "common/expand_avx512.h"
+#include "common/registers_avx512.h"
 
 namespace engine {
 

@@ -26,6 +26,7 @@ constexpr int64_t kValuesAhead = 2 << 10, kMaskAhead = 1 << 9;
 struct Column {
     const uint8_t* mask;   // of the stretch
     const int8_t* values;  // of the stretch, kc + kReadAhead readable; a kernel leaves it where it ended
+    int64_t values_ahead;  // how far on memory may be asked for
 };
 
 // A kernel multiplies a stretch of kColumns weight rows by all rows of activations, in int32:
@@ -33,10 +34,11 @@ struct Column {
 //   Q         the type of activations that it multiplies; for int8_t weights are shifted by 128, see QuantizedRows::sum
 //   stretch   sums [m, kColumns] of one stretch
 //   depth(m)  how long a stretch may be, a multiple of 64; at most kExactDepth
+//   kReadsAhead  whether it asks memory for what comes next itself
 struct MatrixPortable {
     using Q = int16_t;
     static constexpr int kColumns = 1;
-    static constexpr bool kShifted = false;
+    static constexpr bool kShifted = false, kReadsAhead = false;
     static int64_t depth(int64_t) { return 512; }
 
     static void stretch(const int16_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
@@ -71,7 +73,7 @@ ENGINE_AVX2 ENGINE_INLINE int32_t horizontal_sum_avx2(__m256i v) {
 struct VectorAvx2 {
     using Q = int8_t;
     static constexpr int kColumns = 1;
-    static constexpr bool kShifted = false;
+    static constexpr bool kShifted = false, kReadsAhead = true;
     static int64_t depth(int64_t) { return kExactDepth; }
 
     ENGINE_AVX2 ENGINE_INLINE static void half(const __m128i* part, const int8_t* q, __m256i& acc) {
@@ -111,7 +113,7 @@ struct VectorAvx2 {
 struct MatrixAvx2 {
     using Q = int16_t;
     static constexpr int kColumns = 4, kDirect = 4, kTileRows = 3;
-    static constexpr bool kShifted = false;
+    static constexpr bool kShifted = false, kReadsAhead = false;
     static constexpr int64_t kDepth = 512;  // of a stretch that is spread to L1
     static int64_t depth(int64_t m) {       // 16 KB of activations
         if (m > kDirect) return kDepth;
@@ -223,6 +225,7 @@ struct MatrixAvx2 {
 ENGINE_AVX512 ENGINE_INLINE __m512i expand_shifted_avx512(const int8_t*& values, uint64_t bits) {
     const __m512i shift = _mm512_set1_epi8(-128);  // which is what 0 becomes
     const __m512i packed = _mm512_xor_si512(_mm512_loadu_si512(values), shift);
+    bits = integer_bits(bits);
     values += popcount64(bits);
     return _mm512_mask_expand_epi8(opaque_avx512(shift), bits, packed);
 }
@@ -231,7 +234,7 @@ ENGINE_AVX512 ENGINE_INLINE __m512i expand_shifted_avx512(const int8_t*& values,
 struct VectorAvx512 {
     using Q = int8_t;
     static constexpr int kColumns = 1;
-    static constexpr bool kShifted = true;
+    static constexpr bool kShifted = true, kReadsAhead = true;
     static int64_t depth(int64_t) { return kExactDepth; }
 
     ENGINE_AVX512 static void stretch(const int8_t* q, int64_t, int64_t, Column* columns, int64_t kc, int32_t* sums) {
@@ -261,47 +264,94 @@ struct VectorAvx512 {
     }
 };
 
-// A few rows of activations: to spread 64 weights costs as much as two or three products, and is done again for each
-// eight rows.
+ENGINE_AVX512 ENGINE_INLINE __m256i add_halves_avx512(__m512i v) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+}
+ENGINE_AVX512 ENGINE_INLINE __m128i horizontal_sums_avx512(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m256i low = _mm256_hadd_epi32(add_halves_avx512(a), add_halves_avx512(b));
+    const __m256i high = _mm256_hadd_epi32(add_halves_avx512(c), add_halves_avx512(d));
+    const __m256i all = _mm256_hadd_epi32(low, high);
+    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+// A few rows of activations. To spread 64 weights takes as long as two or three products: what was spread serves up to
+// kTileRows rows while it is in registers, and activations that were loaded serve several columns.
 struct MatrixAvx512 {
     using Q = int8_t;
-    static constexpr int kColumns = 2, kTileRows = 8;
-    static constexpr bool kShifted = true;
-    static int64_t depth(int64_t) { return 1024; }
+    static constexpr int kColumns = 4;
+    static constexpr int64_t kFour = 6, kTwo = 12;  // rows of activations up to which a tile takes 4 columns, and 2
+    static constexpr bool kShifted = true, kReadsAhead = true;
+    static int64_t depth(int64_t m) { return std::min(kExactDepth, (128 << 10) / m / 64 * 64); }  // activations in L2
 
-    // R rows of activations by kColumns rows of weights.
-    template <int R>
-    ENGINE_AVX512 static void tile(const int8_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
-        __m512i acc[R][kColumns];
-        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
-        const int8_t *values0 = columns[0].values, *values1 = columns[1].values;
-        for (int64_t k = 0; k < kc; k += 64) {
-            const __m512i w0 = expand_shifted_avx512(values0, mask_bits(columns[0].mask, k, kc));
-            const __m512i w1 = expand_shifted_avx512(values1, mask_bits(columns[1].mask, k, kc));
-            for (int r = 0; r < R; ++r) {
-                const __m512i x = _mm512_load_si512(q + r * q_stride + k);
-                acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, x);
-                acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, x);
-            }
+    // 64 weights of C rows by R rows of activations. Unrolled by force, else GCC keeps the sums in memory.
+    template <int R, int C>
+    ENGINE_AVX512 ENGINE_INLINE static void step(const uint64_t (&bits)[C], const int64_t (&ahead)[C],
+                                                 const int8_t* (&values)[C], const int8_t* q, int64_t q_stride,
+                                                 __m512i (&acc)[R * C]) {
+        __m512i w[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            __builtin_prefetch(values[c] + ahead[c]);
+            w[c] = expand_shifted_avx512(values[c], bits[c]);
         }
-        columns[0].values = values0;
-        columns[1].values = values1;
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < kColumns; ++c) sums[r * kColumns + c] = _mm512_reduce_add_epi32(acc[r][c]);
+            const __m512i x = _mm512_load_si512(q + r * q_stride);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) accumulate_avx512(acc[r * C + c], w[c], x);
         }
     }
 
-    static void tile_of(int64_t rows, const int8_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
-        constexpr decltype(&tile<1>) kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,
-                                                 tile<5>, tile<6>, tile<7>, tile<8>};
-        kTiles[rows - 1](q, q_stride, columns, kc, sums);
+    template <int R, int C>
+    ENGINE_AVX512 __attribute__((noinline)) static void tile(const int8_t* q, int64_t q_stride, Column* columns,
+                                                             int64_t kc, int32_t* sums) {  // [R, kColumns]
+        __m512i acc[R * C];
+#pragma GCC unroll 24
+        for (auto& a : acc) a = _mm512_setzero_si512();
+        const int8_t* values[C];
+        const uint8_t* mask[C];
+        int64_t ahead[C];
+        uint64_t bits[C], rest[C];
+        const int64_t whole = kc / 64 * 64;
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            values[c] = columns[c].values, mask[c] = columns[c].mask, ahead[c] = columns[c].values_ahead;
+            rest[c] = mask_bits(mask[c], whole, kc);
+        }
+        for (int64_t k = 0; k < whole; k += 64, q += 64) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) std::memcpy(&bits[c], mask[c] + k / 8, 8);
+            step<R, C>(bits, ahead, values, q, q_stride, acc);
+        }
+        if (whole < kc) step<R, C>(rest, ahead, values, q, q_stride, acc);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) columns[c].values = values[c];
+        alignas(16) int32_t flat[(R * C + 3) / 4 * 4];
+#pragma GCC unroll 6
+        for (int i = 0; i < R * C; i += 4) {
+            constexpr int last = R * C - 1;
+            const __m128i sum = horizontal_sums_avx512(acc[i], acc[std::min(i + 1, last)], acc[std::min(i + 2, last)],
+                                                       acc[std::min(i + 3, last)]);
+            _mm_store_si128(reinterpret_cast<__m128i*>(flat + i), sum);
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < C; ++c) sums[r * kColumns + c] = flat[r * C + c];
+        }
     }
 
     static void stretch(const int8_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
-        const Column start[] = {columns[0], columns[1]};
-        for (int64_t r = 0; r < m; r += kTileRows) {
-            std::copy_n(start, kColumns, columns);
-            tile_of(std::min<int64_t>(kTileRows, m - r), q + r * q_stride, q_stride, columns, kc, sums + r * kColumns);
+        constexpr decltype(&tile<1, 4>) kTiles[] = {tile<1, 4>, tile<2, 4>,  tile<3, 4>,  tile<4, 4>,
+                                                    tile<5, 4>, tile<6, 4>,  tile<7, 2>,  tile<8, 2>,
+                                                    tile<9, 2>, tile<10, 2>, tile<11, 2>, tile<12, 2>};
+        if (m <= kFour) return kTiles[m - 1](q, q_stride, columns, kc, sums);
+        for (int c = 0; c < kColumns; c += 2) {
+            const Column start[] = {columns[c], columns[c + 1]};
+            const int64_t rows = m > kTwo ? (m + 1) / 2 : m;  // two tiles of one size; of 13 rows they share one
+            for (int64_t row = 0;; row = m - rows) {
+                std::copy_n(start, 2, columns + c);
+                kTiles[rows - 1](q + row * q_stride, q_stride, columns + c, kc, sums + row * kColumns + c);
+                if (row + rows >= m) break;
+            }
         }
     }
 };
@@ -317,6 +367,15 @@ inline void prefetch_stretch(const Int8Bitmap& weight, const uint8_t* mask, int6
     for (int64_t i = position; i < end; i += 64) __builtin_prefetch(weight.values + i);
 }
 
+// Sums [f.rows, kGroupRows] to outputs.
+template <class Kernel, class T>
+void finish(const FinishRows<T>& f, const int64_t* sums) {
+#if ENGINE_X86
+    if constexpr (Kernel::kShifted) return PanelAvx512::finish(f, sums, kGroupRows);
+#endif
+    finish_rows<0>(f, sums, kGroupRows);
+}
+
 // Outputs [begin, end) of every row of activations.
 template <class Kernel, class T>
 void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const Int8Bitmap& weight,
@@ -329,11 +388,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 
     for (int64_t first = begin; first < end; first += kGroupRows) {
         const int64_t group = std::min(kGroupRows, end - first);
-        int64_t position[kGroupRows], sums[kGroupRows][kDotRows];
-        for (int64_t j = 0; j < group; ++j) {
-            position[j] = weight.row_offsets[first + j];
-            for (int64_t r = 0; r < call.m; ++r) sums[j][r] = Kernel::kShifted ? -128 * rows.sum[r] : 0;
-        }
+        int64_t position[kGroupRows], sums[kDotRows][kGroupRows] = {};
+        std::copy_n(weight.row_offsets + first, group, position);
         for (int64_t k0 = 0; k0 < call.k; k0 += depth) {
             const int64_t kc = std::min(depth, call.k - k0);
             for (int64_t j = 0; j < group; j += kColumns) {
@@ -343,15 +399,17 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
                     // In the place of a row that is missing the first is read once more.
                     const int64_t row = j + c < group ? j + c : j;
                     start[c] = weight.readable(position[row], kc, buffers[c]);
-                    columns[c] = {weight.row_mask(first + row) + k0 / 8, start[c]};
+                    const int64_t next = std::min(first + row + kColumns, weight.n);
+                    columns[c] = {weight.row_mask(first + row) + k0 / 8, start[c],
+                                  weight.row_offsets[next] - weight.row_offsets[first + row]};
                 }
                 int32_t part[kDotRows * kColumns];
                 Kernel::stretch(rows.q + k0, rows.stride, call.m, columns, kc, part);
                 for (int c = 0; c < kColumns && j + c < group; ++c) {
                     const int64_t taken = columns[c].values - start[c];
                     position[j + c] += taken;
-                    for (int64_t r = 0; r < call.m; ++r) sums[j + c][r] += part[r * kColumns + c];
-                    if (depth == kExactDepth) continue;  // whole rows, which memory sees as one stream
+                    for (int64_t r = 0; r < call.m; ++r) sums[r][j + c] += part[r * kColumns + c];
+                    if constexpr (Kernel::kReadsAhead) continue;
                     if (k0 + kc < call.k) {
                         prefetch_stretch(weight, columns[c].mask + depth / 8, position[j + c], kc, taken);
                     } else if (first + kGroupRows + j + c < end) {
@@ -363,10 +421,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
         }
         for (int64_t j = 0; j < group; ++j) {
             if (!weight.ends_well(first + j, position[j])) bad.record(first + j);
-            for (int64_t r = 0; r < call.m; ++r) {
-                call.y[r * call.n + first + j] = linear_output(sums[j][r], rows.scale[r], call, first + j);
-            }
         }
+        finish<Kernel>(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, first, group}, sums[0]);
     }
 }
 

@@ -4,8 +4,8 @@
 #include "common/bitmap.h"
 #include "common/bitmap_pack.h"
 #include "common/dtype.h"
-#include "common/expand_avx512.h"
 #include "common/huge_pages.h"
+#include "common/registers_avx512.h"
 #include "common/tensor.h"
 
 namespace engine {

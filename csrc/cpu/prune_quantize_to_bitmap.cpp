@@ -4,9 +4,9 @@
 
 #include "common/bitmap_mask.h"
 #include "common/bitmap_pack.h"
-#include "common/expand_avx512.h"
 #include "common/huge_pages.h"
 #include "common/quantize.h"
+#include "common/registers_avx512.h"
 
 namespace engine {
 namespace {

@@ -1,8 +1,9 @@
-// vpexpand and vpcompress, which wait for what their destination held before.
+// What GCC has to be told about AVX-512.
 //
-// On Zen 4 they do so even where zero masking makes its old value worthless: with one destination for all, a loop takes
-// 4.8 cycles an instruction instead of 1.3 (registers alone). Given a background whose value the compiler doesn't know,
-// it must copy that into the destination first, and a copy between registers costs nothing: it is done by renaming.
+// vpexpand and vpcompress wait for what their destination held before. On Zen 4 they do so even where zero masking
+// makes its old value worthless: with one destination for all, a loop takes 4.8 cycles an instruction instead of 1.3
+// (registers alone). Given a background whose value the compiler doesn't know, it must copy that into the destination
+// first, and a copy between registers costs nothing: it is done by renaming.
 #pragma once
 
 #include "common/isa.h"
@@ -21,6 +22,25 @@ ENGINE_AVX512 ENGINE_INLINE __m512i opaque_avx512(__m512i background) {
     return background;
 }
 ENGINE_AVX512 ENGINE_INLINE __m512i zeros_avx512() { return opaque_avx512(_mm512_setzero_si512()); }
+
+// Bits that are counted, and used as a mask too, in an integer register: GCC would load them into a mask register and
+// fetch them back from there, which takes long.
+ENGINE_AVX512 ENGINE_INLINE uint64_t integer_bits(uint64_t bits) {
+#if !defined(ENGINE_EMULATE_AVX512)
+    asm("" : "+r"(bits));
+#endif
+    return bits;
+}
+
+// acc += unsigned bytes by signed ones, by fours. GCC copies every sum to another register before the intrinsic and
+// back behind it, and runs out of registers over it.
+ENGINE_AVX512 ENGINE_INLINE void accumulate_avx512(__m512i& acc, __m512i unsigned_bytes, __m512i signed_bytes) {
+#if defined(ENGINE_EMULATE_AVX512)
+    acc = _mm512_dpbusd_epi32(acc, unsigned_bytes, signed_bytes);
+#else
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_bytes), "v"(signed_bytes));
+#endif
+}
 
 // The lowest lanes of `packed`, one a set bit, spread over the lanes whose bits are set; zeros elsewhere. Lanes have
 // the size of W.
