@@ -7,9 +7,12 @@ from engine.bench.common import Row, copies, print_rows, time_interleaved
 from engine.bench.peers import int8_linears
 from engine.ops import int8_linear, int8_quantize
 
+WEIGHTS = ((384, 384), (1536, 384), (384, 1536), (4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192))  # N, K
 SHAPES = [  # M, N, K
-    *((1024, n, k) for n, k in ((384, 384), (1536, 384), (384, 1536), (4096, 4096))),
-    *((m, n, n) for n in (384, 4096, 8192) for m in (1, 2, 4, 8, 16, 32)),
+    *((1024, n, k) for n, k in WEIGHTS[:4]),
+    *((128, n, k) for n, k in WEIGHTS[:6]),
+    *((m, n, k) for n, k in WEIGHTS for m in (1, 4, 16)),
+    *((m, 4096, 4096) for m in (2, 8, 32, 64)),
 ]
 
 
@@ -33,7 +36,7 @@ def measure(m: int, n: int, k: int, repeats: int) -> Row:
 
 def main() -> None:
     torch.manual_seed(0)
-    rows = [measure(m, n, k, max(9, min(101, int(1e9 / (m * n * k + 1e6))))) for m, n, k in SHAPES]
+    rows = [measure(m, n, k, max(7, min(101, int(1e9 / (m * n * k + 1e6))))) for m, n, k in SHAPES]
     print_rows("int8_linear", rows, own="int8_linear")
 
 

@@ -60,6 +60,8 @@ def _has(package: str) -> bool:
 
 
 def _torch_ao(engine: str, linear: nn.Linear, rows: int) -> Linear:
+    if engine == "qnnpack" and rows > 64:
+        raise ValueError("made for Arm, and slow beyond 64 rows")
     torch.backends.quantized.engine = engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from engine import backends, ops
-from engine.bench import OPS, common, run
+from engine.bench import OPS, common, run, tables
 from engine.bench.common import Row, Timing
 from engine.bench.limits import Limits, measure_limits
 from engine.bench.peers import int8_linears
@@ -99,3 +99,22 @@ def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
 def test_bad_arguments(arguments, message):
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2 and message in result.output
+
+
+def test_tables_hold_what_was_measured():
+    def row(op, case, **medians):
+        timings = {name: {"p10": 1e-6, "median": t * 1e-6, "p90": 9e-6} for name, t in medians.items()}
+        return {"op": op, "note": "", "own": op, "fraction_of_limit": 0.5, "case": case, "timings": timings}
+
+    limits = {"read_gbps": 30.0, "int8_gops": 900.0, "fp32_gops": 230.0}
+    machine = {"processor": "P", "instruction_set": "avx2", "threads": 2, "torch": "2.13", "date": "2026-11-26"}
+    rows = [
+        row("bitmap_int8_linear", "M 1, 8192x8192, 50%", bitmap_int8_linear=4, int8_linear=3, a=8, b=6, fp32=40),
+        row("int8_linear", "M 3, N 5, K 7", int8_linear=2, fp32=4),
+    ]
+    results = {**machine, "limits": limits, "rows": rows}
+    _, _, chosen, _, where = tables.chosen_rows(results)
+    assert chosen == "| `bitmap_int8_linear`, M 1, 8192 × 8192, 50% | 4 | 50% | 1.50 (b) | 10.0 |"
+    assert "900 GOP/s" in where
+    every = "\n".join(tables.every_row(results))
+    assert "| M 3, N 5, K 7 | 2 (1 to 9) | 50% | 2.00 |" in every and "| 0.75 | 2.00 | 1.50 | 10.00 |" in every
