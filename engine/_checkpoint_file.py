@@ -7,6 +7,8 @@ One safetensors file. A weight `<m>.weight` is stored under the names that the c
 - Csr: `<m>.weight.shape`, `.values`, `.crow_indices`, `.col_indices`;
 - SemiStructured: `<m>.weight.shape`, `.compressed`, `.metadata`, and `.scale` where the values are int8;
 - Block: `<m>.weight.shape`, `.values`, `.crow_indices`, `.col_indices`, and `.scale` where the values are int8;
+- a convolution's weight `[O, C, kh, kw]` as the matrix `[O, kh * kw * C]` (its columns by kernel row, kernel column and
+  channel), with its kernel's size in the metadata;
 - `<m>.input_scale` where activations are quantised by a fixed scale (one number) or one for each channel (K of them).
 
 Everything else has its name in `model.state_dict()`. The header's metadata says which weight has which format.
@@ -14,6 +16,7 @@ Everything else has its name in `model.state_dict()`. The header's metadata says
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -75,20 +78,32 @@ PARTS: dict[type[Format], dict[str, Part]] = {
 
 @dataclasses.dataclass(frozen=True)
 class WeightInfo:
-    """What the metadata says of a compressed weight: its format, and the dtype that the dense weight has."""
+    """What the metadata says of a compressed weight: its format, the dtype that the dense weight has, and the kernel's
+    size where it is a convolution's.
+    """
 
     format: type[Format]
     dtype: torch.dtype = torch.float32
     quantize_input: bool = True
+    kernel_size: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, format: Format, dtype: torch.dtype) -> "WeightInfo":
+    def of(cls, format: Format, dtype: torch.dtype, kernel_size: tuple[int, ...] | None = None) -> "WeightInfo":
         """The description of `format`."""
-        return cls(type(format), dtype, getattr(format, "quantize_input", True))
+        return cls(type(format), dtype, getattr(format, "quantize_input", True), kernel_size)
+
+    def dense_shape(self, format: Format) -> tuple[int, ...]:
+        """The shape of the dense weight that `format` stands for."""
+        rows, columns = format.shape
+        if self.kernel_size is None:
+            return (rows, columns)
+        return (rows, columns // math.prod(self.kernel_size), *self.kernel_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the header."""
         values: dict[str, Any] = {"format": self.format.__name__, "dtype": str(self.dtype).removeprefix("torch.")}
+        if self.kernel_size is not None:
+            values["kernel_size"] = list(self.kernel_size)
         return {**values, "quantize_input": self.quantize_input} if self.format is DenseInt8 else values
 
     @classmethod
@@ -103,7 +118,16 @@ class WeightInfo:
             raise ValueError(f"unknown dtype {dtype!r:.80}")
         if FORMATS[kind] is DenseInt8 and not isinstance(quantize_input, bool):
             raise ValueError(f"quantize_input: expected true or false, got {quantize_input!r:.80}")
-        return cls(FORMATS[kind], DENSE_DTYPES[dtype], quantize_input is not False)
+        return cls(FORMATS[kind], DENSE_DTYPES[dtype], quantize_input is not False, _kernel_size(values))
+
+
+def _kernel_size(values: dict[str, Any]) -> tuple[int, ...] | None:
+    found = values.get("kernel_size")
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != 2 or not all(type(k) is int and 0 < k < 2**31 for k in found):
+        raise ValueError(f"kernel_size: expected two numbers above 0, got {found!r:.80}")
+    return tuple(found)
 
 
 class CheckpointFile(TensorFile):
@@ -215,6 +239,8 @@ def read_weight(file: CheckpointFile, name: str) -> Format:
     with explained(where):
         format = info.format(**fields)
         format.check()
+        if info.kernel_size is not None and format.shape[1] % math.prod(info.kernel_size):
+            raise ValueError(f"{format.shape[1]} columns are not of kernels {list(info.kernel_size)}")
     return format
 
 

@@ -20,9 +20,10 @@ from engine import ops
 from engine._checkpoint_file import FORMAT_VERSION, CheckpointFile, WeightInfo, header_metadata, weight_parts
 from engine._journal import Journal
 from engine._safetensors import CheckpointError, Entry, TensorWriter, explained, partial_path
-from engine.compress.recipe import Recipe
+from engine.compress.recipe import DEFAULT_TARGETS, Recipe
 from engine.compress.targets import check_patterns, matches
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
+from engine.nn.conv2d import as_matrix
 from engine.ops._block import BLOCK_SHAPE, block_norms
 from engine.ops._check import FLOAT_DTYPES
 
@@ -150,7 +151,9 @@ def compress_file(
 ) -> Result:
     """Writes `source`, compressed as `recipe` says, to the safetensors file `out`.
 
-    Two-dimensional float tensors named `<module>.weight` count as Linear, or as Embedding where the name says so.
+    Two-dimensional float tensors named `<module>.weight` count as Linear, or as Embedding where the name says so, and
+    four-dimensional ones as Conv2d. What turns out to be of a transposed convolution, or of one with groups, is loaded
+    as the dense weight that it stands for.
     With `resume`, what is done when the work ends early stays beside `out`, and another call goes on from there to the
     same file, bit by bit.
 
@@ -173,7 +176,7 @@ def compress_file(
             if recipe.guard == "size" and after >= before:
                 left[name] = f"not smaller: {before:,} → {after:,} bytes as {plan.format.label}"
             else:
-                shape, label, sparsity = plan.format.shape, plan.format.label, plan.format.sparsity
+                shape, label, sparsity = source.entry(name).shape, plan.format.label, plan.format.sparsity
                 plans[name] = plan
                 outcomes.append(Outcome(name, shape, label, sparsity, before, after))
         tick(name, source.entry(name).nbytes)
@@ -184,7 +187,10 @@ def compress_file(
         if taken := entries.keys() & described.keys():
             raise CheckpointError(f"{source.path}: {min(taken)}: a compressed weight's tensor would have the same name")
         entries |= described
-    weights = {name: WeightInfo.of(plan.format, _dtype(source, name)) for name, plan in plans.items()}
+    weights = {
+        name: WeightInfo.of(plan.format, _dtype(source, name), tuple(source.entry(name).shape[2:]) or None)
+        for name, plan in plans.items()
+    }
     metadata = {**source.metadata, **header_metadata(weights, {}, recipe.to_dict())}
     there = {name for name in source.files if f"written {name}" in journal and partial_path(out).exists()}
     parts_there: list[str] = []
@@ -195,7 +201,9 @@ def compress_file(
         for name in source.files:
             if name not in there:
                 weight = source.read(name)
-                written = weight_parts(name, _compress(weight, plans[name])) if name in plans else {name: weight}
+                written = (
+                    weight_parts(name, _compress(as_matrix(weight), plans[name])) if name in plans else {name: weight}
+                )
                 for part, tensor in written.items():
                     writer.write(part, tensor)
                 unsaid.append(name)
@@ -226,9 +234,9 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
     for name in source.files:
         module, _, last = name.rpartition(".")
         entry = source.entry(name)
-        if last != "weight" or len(entry.shape) != 2:
+        if last != "weight" or len(entry.shape) not in (2, 4):
             continue
-        kind = "Embedding" if EMBEDDING.search(module) else "Linear"
+        kind = "Conv2d" if len(entry.shape) == 4 else "Embedding" if EMBEDDING.search(module) else "Linear"
         hits = [pattern for pattern in recipe.targets if _means(pattern, module, kind)]
         used.update(hits)
         ignored = next((pattern for pattern in recipe.ignore if _means(pattern, module, kind)), None)
@@ -240,12 +248,14 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
             left[name] = f"its dtype is {str(entry.dtype).removeprefix('torch.')}"
         elif math.prod(entry.shape) == 0:
             left[name] = "empty"
+        elif kind == "Conv2d" and entry.shape[1] == 1 and entry.shape[0] > 1:
+            left[name] = "of one input channel: it may be depthwise, and such stay dense"
         elif kind == "Embedding" and recipe.quantize is None:
             left[name] = "embeddings are quantised but never pruned"
         else:
             chosen[name] = kind
     unused = [pattern for pattern in recipe.targets if pattern not in used]
-    if unused and (len(unused) == len(recipe.targets) or set(unused) - {"Linear", "Embedding"}):
+    if unused and (len(unused) == len(recipe.targets) or set(unused) - set(DEFAULT_TARGETS)):
         raise ValueError(f"target {unused[0]!r} matches no weight")
     return chosen, left
 
@@ -265,9 +275,9 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
     prune = recipe.prune
     if prune is None or prune.sparsity is None or prune.scope != "model":
         return None if prune is None else prune.threshold
-    names = [name for name, kind in chosen.items() if kind == "Linear"]
+    names = [name for name, kind in chosen.items() if kind != "Embedding"]
     if prune.pattern == "block":
-        return ops.magnitude_threshold([block_norms(source.read(name)) for name in names], prune.sparsity)
+        return ops.magnitude_threshold([block_norms(as_matrix(source.read(name))) for name in names], prune.sparsity)
     rank = round(prune.sparsity * sum(math.prod(source.entry(name).shape) for name in names))
     if rank == 0:
         return 0.0
@@ -275,7 +285,7 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
     for level in (0, 1):
         counts = torch.zeros(1 << HALF, dtype=torch.int64)
         for name in names:
-            for chunk in _chunks(source.read(name)):
+            for chunk in _chunks(as_matrix(source.read(name))):
                 bits = chunk.float().abs().reshape(-1).view(torch.int32)
                 digits = bits >> HALF if level == 0 else bits[bits >> HALF == prefix] & ((1 << HALF) - 1)
                 counts += torch.bincount(digits, minlength=1 << HALF)
@@ -312,8 +322,8 @@ def _plan(
     name: str, source: Source, kind: str, recipe: Recipe, threshold: Tensor | float | None, journal: Journal
 ) -> _Plan:
     """What will become of a weight."""
-    found = journal.get(f"plan of {name}", lambda: _look(name, source.read(name), kind, recipe, threshold))
-    rows, columns = source.entry(name).shape
+    found = journal.get(f"plan of {name}", lambda: _look(name, as_matrix(source.read(name)), kind, recipe, threshold))
+    rows, columns = source.entry(name).shape[0], math.prod(source.entry(name).shape[1:])
     scale = torch.empty(rows, dtype=torch.float32, device="meta")
     if found is None:
         return _Plan(None, DenseInt8(torch.empty(rows, columns, dtype=torch.int8, device="meta"), scale))

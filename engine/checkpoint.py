@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, read_weight, weight_parts
 from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
-from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn._replace import has_hooks, switches_of_fused_paths
 from engine.nn.compressed import _Compressed
+from engine.nn.conv2d import as_weight
 
 __all__ = ["CheckpointError", "CheckpointFile", "load_", "read_weight", "save"]
 
 MOST_PREFIX_PARTS = 16
 NAMES_SHOWN = 5
+REPLACED = (nn.Linear, nn.Embedding, nn.Conv2d, CompressedLinear, CompressedEmbedding, CompressedConv2d)
 
 
 def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
@@ -55,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
         if seen.setdefault(key, name) != name:
             aliases[name] = seen[key]
             continue
-        weights[name] = WeightInfo.of(format, _dense_dtype(module))
+        weights[name] = WeightInfo.of(format, _dense_dtype(module), getattr(module, "kernel_size", None))
         _add(tensors, weight_parts(name, format))
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
@@ -81,10 +83,10 @@ def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Loads a file written by :func:`save` or `engine compress`, or a plain safetensors file, into `model`.
 
-    Every compressed weight replaces the nn.Linear or nn.Embedding that stands at its name; all other tensors are copied
-    into the model's own. What was tied when the file was written is tied again. Names that differ from the model's by
-    one prefix common to all of them ("bert.") are taken as the same. The whole file is checked before the model changes
-    at all, and after an error or an interrupt the model is as it was. The file is closed on return.
+    Every compressed weight replaces the nn.Linear, nn.Embedding or nn.Conv2d that stands at its name; all other tensors
+    are copied into the model's own. What was tied when the file was written is tied again. Names that differ from the
+    model's by one prefix common to all of them ("bert.") are taken as the same. The whole file is checked before the
+    model changes at all, and after an error or an interrupt the model is as it was. The file is closed on return.
 
     Args:
         model: freshly constructed, or compressed in the same places.
@@ -187,8 +189,9 @@ def _replacements(file: CheckpointFile, slots: _Slots, names: Mapping[str, str])
         twins: dict[int, nn.Module] = {}
         for name in weight_names:
             module, where = slots.modules[name], f"{file.path}: {source}"
-            if format.shape != (expected := _dense_shape(module)):
-                raise CheckpointError(f"{where}: has shape {list(format.shape)}, the model {list(expected)}")
+            shape, expected = file.weights[source].dense_shape(format), _dense_shape(module)
+            if shape != expected:
+                raise CheckpointError(f"{where}: has shape {list(shape)}, the model {list(expected)}")
             if id(module) not in twins:
                 twin = twins[id(module)] = _twin(where, module, format, file.weights[source].dtype)
                 format = twin.format  # the next one shares these parameters
@@ -200,13 +203,15 @@ def _stays_dense(file: CheckpointFile, slots: _Slots, name: str, source: str) ->
     """Whether a compressed weight is for a layer that can't be replaced, and so is loaded as the dense weight it means.
 
     A file that was compressed by the names of its tensors may hold such: the weight of a convolution that transformers
-    spells as a matrix, of a subclass of Linear, of a pruned embedding.
+    spells as a matrix, of one with groups, of a subclass of Linear, of a pruned embedding.
     """
     module = slots.modules.get(name)
     if isinstance(module, _Compressed) or not isinstance(slots.tensors.get(name), Tensor):
         return False
     if type(module) is nn.Embedding:
         return file.weights[source].format is not DenseInt8
+    if type(module) is nn.Conv2d:
+        return module.groups != 1
     return type(module) is not nn.Linear
 
 
@@ -218,8 +223,10 @@ def _check_home(file: CheckpointFile, slots: _Slots, name: str, source: str) -> 
         raise CheckpointError(
             f"{where}: the model is this one layer, which can't be replaced in place: put it in a module"
         )
-    if module is None or kind not in (nn.Linear, nn.Embedding, CompressedLinear, CompressedEmbedding):
-        raise CheckpointError(f"{where}: compressed, but the model has no Linear or Embedding there: {kind.__name__}")
+    if module is None or kind not in REPLACED:
+        raise CheckpointError(
+            f"{where}: compressed, but the model has no Linear, Embedding or Conv2d there: {kind.__name__}"
+        )
     embeds = kind in (nn.Embedding, CompressedEmbedding)
     if embeds and file.weights[source].format is not DenseInt8:
         raise CheckpointError(f"{where}: is {file.weights[source].format.__name__}, an embedding takes DenseInt8")
@@ -242,7 +249,10 @@ def _dense_dtype(module: Any) -> torch.dtype:
 
 
 def _dense_shape(module: Any) -> tuple[int, ...]:
-    return tuple(module.format.shape if isinstance(module, _Compressed) else module.weight.shape)
+    if not isinstance(module, _Compressed):
+        return tuple(module.weight.shape)
+    rows, columns = module.format.shape
+    return (rows, module.in_channels, *module.kernel_size) if isinstance(module, CompressedConv2d) else (rows, columns)
 
 
 def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
@@ -258,6 +268,8 @@ def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
         if not isinstance(format, DenseInt8):
             raise CheckpointError(f"{where}: an embedding takes DenseInt8")
         module = CompressedEmbedding(format, dense.padding_idx, dtype)
+    elif isinstance(dense, (nn.Conv2d, CompressedConv2d)):
+        module = CompressedConv2d.over(format, dense, dtype)
     else:
         module = CompressedLinear(format, dense.bias, dtype)
     module._dtype_marker = module._dtype_marker.to(module.values.device)
@@ -298,7 +310,8 @@ def _check_tensor(file: CheckpointFile, slots: _Slots, name: str, source: str) -
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     if source in file.weights:
-        shape, dtype = read_weight(file, source).shape, file.weights[source].dtype
+        info = file.weights[source]
+        shape, dtype = info.dense_shape(read_weight(file, source)), info.dtype
     else:
         shape, dtype = file.entries[source].shape, file.entries[source].dtype
     if not isinstance(tensor, Tensor):
@@ -331,7 +344,8 @@ def _commit(
         for tensor, source in copies:
             undo.append(functools.partial(_copy, tensor, tensor.detach().clone()))
             if source in file.weights:
-                _copy(tensor, read_weight(file, source).to_dense(tensor.dtype))
+                dense = read_weight(file, source).to_dense(tensor.dtype)
+                _copy(tensor, as_weight(dense, file.weights[source].kernel_size))
             else:
                 file.read_into(source, tensor)
         for path, module in replacements.items():

@@ -114,7 +114,7 @@ def compress(
     int8: Annotated[bool, typer.Option(help="Store what is kept as int8.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Module to leave alone: its name, or re:PATTERN.")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Module to compress: Linear, Embedding, its name, or re:PATTERN.")
+        list[str] | None, typer.Option(help="Module to compress: Linear, Embedding, Conv2d, its name, or re:PATTERN.")
     ] = None,
     guard: Annotated[
         str, typer.Option(help="size: leave alone what wouldn't get smaller. none: compress all.")
@@ -419,7 +419,7 @@ def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:
             {
                 "name": name,
                 "format": format.label,
-                "shape": tuple(format.shape),
+                "shape": info.dense_shape(format),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "sparsity": format.sparsity,
                 "bytes": format.nbytes,

@@ -1,4 +1,4 @@
-"""calibrate: what each Linear's input looks like, gathered in one streaming pass over batches."""
+"""calibrate: what the input of each Linear and Conv2d looks like, gathered in one streaming pass over batches."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sized
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.compress import measure
 from engine.compress.targets import find_targets
+from engine.nn.conv2d import in_parts, patch_row_bytes, patches
 from engine.ops.int8_quantize import SMALLEST_AMAX
 
 METHODS = ("amax", "percentile", "least_squares")
@@ -22,10 +23,10 @@ LEAST_FRACTION, FRACTIONS = 0.2, 81  # least-squares scales that are tried: from
 
 @dataclasses.dataclass(eq=False)
 class InputStatistics:
-    """What was seen of one Linear's input `[..., K]`.
+    """What was seen of a Linear's input `[..., K]`, or of the patches of a Conv2d's (engine.nn.conv2d).
 
     Attributes:
-        rows: how many rows (tokens).
+        rows: how many rows (tokens, patches).
         channel_amax: float32 `[K]`, the largest magnitude in each channel.
         channel_sum_squares: float64 `[K]`.
         counts: float64 `[BINS]`, a histogram of |x| over [0, top].
@@ -176,7 +177,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    targets: tuple[str, ...] = ("Linear",),
+    targets: tuple[str, ...] = ("Linear", "Conv2d"),
     ignore: tuple[str, ...] = (),
     second_moment: bool = False,
     progress: bool = True,
@@ -190,7 +191,7 @@ def calibrate(
         model: any module, not yet compressed.
         batches: tensors, tuples or lists of arguments, or mappings of keyword arguments. What a padding token gives
             counts as any other: leave padding out where there is much of it.
-        targets: as in Recipe; only Linear layers have statistics.
+        targets: as in Recipe; embeddings have no statistics.
         ignore: as in Recipe.
         second_moment: also gather `x^T x`, `[K, K]` in fp32, which `Prune(importance="obs")` needs.
         progress: show a progress bar on standard error, if that is a terminal.
@@ -205,15 +206,16 @@ def calibrate(
     for target in found:
         distinct: dict[int, str] = {}
         for name, module in zip(target.names, target.modules, strict=True):
-            if type(module) is nn.Linear and distinct.setdefault(id(module), name) == name:
+            if type(module) is not nn.Embedding and distinct.setdefault(id(module), name) == name:
                 modules[name], owner[name] = module, target.name
         if distinct:
-            weight = target.weight
-            seen[target.name] = InputStatistics.empty(weight.shape[1], weight.device, second_moment)
+            matrix = target.matrix
+            seen[target.name] = InputStatistics.empty(matrix.shape[1], matrix.device, second_moment)
 
     def see(name: str, args: tuple, kwargs: dict, output: Any) -> None:
         try:
-            seen[owner[name]].see(args[0] if args else next(iter(kwargs.values())))
+            for x in _rows(modules[name], args[0] if args else next(iter(kwargs.values()))):
+                seen[owner[name]].see(x)
         except ValueError as error:
             raise ValueError(f"engine.calibrate: {name}: its input {error}") from None
 
@@ -226,6 +228,16 @@ def calibrate(
         raise ValueError("engine.calibrate: batches: expected at least one, got none")
     layers = {n: seen[t.name] for t in found if t.name in seen and seen[t.name].rows for n in t.names}
     return Calibration(layers, count)
+
+
+def _rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """What `module` multiplies by its matrix `[N, K]`, `[..., K]`; a convolution's patches in parts."""
+    if not isinstance(module, nn.Conv2d):
+        yield x
+        return
+    view = patches(x if x.dim() == 4 else x.unsqueeze(0), module)
+    for part in in_parts(view, patch_row_bytes(view)):
+        yield part.flatten(3)
 
 
 def progressing(items: Iterable[Any], what: str, wanted: bool) -> Iterator[Any]:

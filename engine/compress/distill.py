@@ -22,8 +22,8 @@ from engine.compress.losses import Loss, make_loss
 from engine.compress.model import _candidates, _needs_inputs
 from engine.compress.recipe import Recipe
 from engine.compress.targets import find_targets
-from engine.compress.trainable import TrainableLinear, trainable_layers, twins
-from engine.nn import CompressedLinear
+from engine.compress.trainable import TrainableLinear, trainable, trainable_layers, twins
+from engine.nn import CompressedConv2d, CompressedLinear
 from engine.nn.compressed import _Compressed
 
 MASK_UPDATES = 50  # that gradual pruning takes, at most
@@ -89,7 +89,7 @@ def distill(
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     progress: bool = True,
 ) -> Distillation:
-    """Trains `student` in place, its Linear layers computing as they will when compressed, and leaves it compressed.
+    """Trains `student` in place, its Linear and Conv2d layers computing as they will when compressed, and leaves it so.
 
     What a mask drops stays dropped, and nothing else is. int8 is trained through by rounding in the forward pass
     (:func:`engine.ops.int8_fake_quantize`). Embeddings, and what is tied to one, are quantised at once and not trained.
@@ -180,10 +180,11 @@ def _prepare(
     """What stands in the student's layers while it trains, by qualified name."""
     if recipe is None:
         modules = dict(student.named_modules(remove_duplicate=False))
-        compressed = {name: module for name, module in modules.items() if isinstance(module, CompressedLinear)}
+        multiplied = (CompressedLinear, CompressedConv2d)
+        compressed = {name: module for name, module in modules.items() if isinstance(module, multiplied)}
         tied = _tied_values(student)
         compressed = {name: module for name, module in compressed.items() if id(module.values) not in tied}
-        return twins(compressed, lambda name, module: TrainableLinear(module))
+        return twins(compressed, lambda name, module: trainable(module))
     if _needs_inputs(recipe) and calibration is None:
         moments = recipe.prune is not None and recipe.prune.importance == "obs"
         calibration = calibrate(student, [stream.first()], second_moment=moments, progress=False)
@@ -195,18 +196,18 @@ def _prepare(
     made: dict[str, nn.Module] = {}
     for target in targets:
         names = {name: candidates[name] for name in target.names if name in candidates}
-        if target.kinds != {nn.Linear}:
+        if not target.prunable:
             made |= names
             continue
-        start = None if corrected else target.weight
+        start = None if corrected else target.matrix
         trained = target.weight.requires_grad
-        made |= twins(names, lambda name, module, s=start, t=trained: TrainableLinear(module, s, t))
+        made |= twins(names, lambda name, module, s=start, t=trained: trainable(module, s, t))
         layers = [made[name] for name in names]
         for layer in layers if gradual else ():
             assert isinstance(layer, TrainableLinear) and layer.mask is not None
             layer.mask.fill_(True)
             with torch.no_grad():
-                layer.weight.copy_(target.weight)
+                layer.weight.copy_(target.matrix)
     return made
 
 

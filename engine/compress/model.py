@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from engine import ops
 from engine.compress import importance, measure
 from engine.compress.calibrate import Calibration, InputStatistics, calibrate
-from engine.compress.recipe import Prune, Quantize, Recipe
+from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 from engine.compress.report import Layer, Report
 from engine.compress.targets import Target, find_targets
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
-from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
+from engine.nn.conv2d import as_weight
 from engine.ops._block import block_norms
 
-Compressed = CompressedLinear | CompressedEmbedding
+Compressed = CompressedLinear | CompressedEmbedding | CompressedConv2d
 
 # A layer that costs this share of a forward pass more than before, or less, can't be told from one that costs the same:
 # then its bytes decide. Without it an embedding, whose look-up takes microseconds, would never be compressed.
@@ -38,7 +39,7 @@ def compress_(
     an interrupt leaves the model as it was. Weights that are tied stay tied, or are left alone together.
 
     Args:
-        model: any module; its Linear and Embedding layers are what can be compressed.
+        model: any module; its Linear, Embedding and Conv2d layers are what can be compressed.
         recipe: what to do, to which layers, and the guard. Or a recipe for each layer by its qualified name (of
             :func:`engine.search`, say), whose own targets and ignore are not read; all others are left alone.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`. Needed for the speed
@@ -72,7 +73,7 @@ def compress_(
     names, ignore = (recipes[0].targets, recipes[0].ignore) if by_layer is None else (tuple(by_layer), ())
     targets, left = find_targets(model, names, ignore, "compress_")
     groups = [(recipes[0], targets)] if by_layer is None else _by_recipe(targets, by_layer)
-    if needs and calibration is None and any(nn.Linear in target.kinds for target in targets):
+    if needs and calibration is None and any(target.multiplied for target in targets):
         moments = any(each.prune is not None and each.prune.importance == "obs" for each in recipes)
         how: dict[str, Any] = {"targets": names, "ignore": ignore, "second_moment": moments}
         calibration = calibrate(model, [example_inputs], progress=False, **how)
@@ -122,7 +123,7 @@ def quantize_(
     model: nn.Module,
     quantize: Quantize | None = None,
     *,
-    targets: tuple[str, ...] = ("Linear", "Embedding"),
+    targets: tuple[str, ...] = DEFAULT_TARGETS,
     ignore: tuple[str, ...] = (),
     guard: str = "none",
     example_inputs: Any = None,
@@ -139,7 +140,7 @@ def prune_(
     threshold: float | None = None,
     sparsity: float | None = None,
     scope: str = "layer",
-    targets: tuple[str, ...] = ("Linear",),
+    targets: tuple[str, ...] = ("Linear", "Conv2d"),
     ignore: tuple[str, ...] = (),
     calibration: Calibration | None = None,
 ) -> dict[str, float]:
@@ -151,7 +152,7 @@ def prune_(
         threshold: drop where `|w| <= threshold`.
         sparsity: fraction to drop, in [0, 1).
         scope: "row", "layer" or "model".
-        targets: as in Recipe. Only Linear layers are pruned.
+        targets: as in Recipe. Embeddings are never pruned.
         ignore: as in Recipe.
         calibration: of :func:`engine.calibrate`, for an importance that looks at the inputs.
 
@@ -166,9 +167,9 @@ def prune_(
     elif threshold is not None or sparsity is not None:
         raise ValueError("engine.prune_: give either a Prune or threshold and sparsity")
     found, _ = find_targets(model, targets, ignore, "prune_")
-    found = [target for target in found if target.kinds == {nn.Linear}]
+    found = [target for target in found if target.prunable]
     if not found:
-        raise ValueError(f"engine.prune_: targets {targets!r} match no Linear layer")
+        raise ValueError(f"engine.prune_: targets {targets!r} match no Linear and no Conv2d layer")
     seen = {n: s for t in found for n in t.names if calibration and (s := calibration.layers.get(n))}
     unseen = [target.name for target in found if prune.importance != "magnitude" and target.name not in seen]
     if unseen:
@@ -184,7 +185,7 @@ def prune_(
                 packed, limit, _ = _pruned(target, prune, None, seen.get(target.name), thresholds.get(target.name))
                 zeroed = ops.threshold_prune(packed, limit)
                 before.append((target.weight, target.weight.detach().clone()))
-                target.weight.copy_(zeroed)
+                target.weight.copy_(as_weight(zeroed, _kernel_size(target)))
                 share = 1 - zeroed.count_nonzero().item() / zeroed.numel()
                 pruned |= dict.fromkeys(target.names, share)
     except BaseException:
@@ -195,12 +196,16 @@ def prune_(
     return pruned
 
 
+def _kernel_size(target: Target) -> tuple[int, ...] | None:
+    return tuple(target.weight.shape[2:]) or None
+
+
 def _thresholds(targets: list[Target], prune: Prune) -> dict[str, Tensor | float]:
     """The threshold for each target, by name."""
     if prune.threshold is not None:
         return dict.fromkeys((target.name for target in targets), prune.threshold)
     assert prune.sparsity is not None
-    weights = [target.weight.detach() for target in targets]
+    weights = [target.matrix for target in targets]
     if prune.pattern == "block":
         weights = [block_norms(weight) for weight in weights]
     if prune.scope == "model":
@@ -232,7 +237,7 @@ def _candidates(
 ) -> dict[str, Compressed]:
     """The compressed module for every name; a target without one goes to `left` with the reason."""
     quantize, prune, needs = recipe.quantize, recipe.prune, _needs_inputs(recipe)
-    prunable = [t for t in targets if t.kinds == {nn.Linear}] if prune else []
+    prunable = [t for t in targets if t.prunable] if prune else []
     thresholds = _thresholds(prunable, prune) if prune and _is_plain(prune) and prunable else {}
     prunes = {target.name for target in prunable}
     made: dict[str, Compressed] = {}
@@ -240,13 +245,12 @@ def _candidates(
         if quantize is None and target.name not in prunes:
             left |= dict.fromkeys(target.names, "embeddings, and what is tied to one, are quantised but never pruned")
             continue
-        linear = nn.Linear in target.kinds
         seen = (
             next((calibration.layers[n] for n in target.names if n in calibration.layers), None)
             if calibration
             else None
         )
-        static = quantize is not None and quantize.activation == "static" and linear
+        static = quantize is not None and quantize.activation == "static" and target.multiplied
         if needs and seen is None and (static or target.name in prunes):
             left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
             continue
@@ -267,11 +271,11 @@ def _candidates(
                     format = Bitmap.from_dense(weight, threshold, values, scale=scale, **how)
             else:
                 assert quantize is not None
-                how["activation"] = quantize.activation if linear else "dynamic"
-                if quantize.weight_clip and linear:
+                how["activation"] = quantize.activation if target.multiplied else "dynamic"
+                if quantize.weight_clip and target.multiplied:
                     mean_square = seen.channel_mean_square if seen else None
-                    how["scale"] = importance.clip_scales(*_smoothed(target.weight.detach(), mean_square, input_scale))
-                format = DenseInt8.from_dense(target.weight, **how)
+                    how["scale"] = importance.clip_scales(*_smoothed(target.matrix, mean_square, input_scale))
+                format = DenseInt8.from_dense(target.matrix, **how)
         twins: dict[int, Compressed] = {}
         for name, module in zip(target.names, target.modules, strict=True):
             if id(module) not in twins:
@@ -284,8 +288,8 @@ def _candidates(
 def _input_scale(target: Target, quantize: Quantize | None, seen: InputStatistics | None) -> Tensor | float:
     """The static scale of the target's input, or one for each channel."""
     assert quantize is not None and seen is not None
-    if quantize.smooth is not None and target.weight.shape[1] > 1:
-        return seen.channel_scales(target.weight, quantize.smooth)
+    if quantize.smooth is not None and target.matrix.shape[1] > 1:
+        return seen.channel_scales(target.matrix, quantize.smooth)
     return seen.input_scale(quantize.input_scale)
 
 
@@ -309,7 +313,7 @@ def _pruned(
     input_scale: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """A weight, the threshold to pack it at, and the scales of its rows where they are not those of its amax."""
-    weight = target.weight.detach()
+    weight = target.matrix
     mean_square = seen.channel_mean_square if seen is not None else None
     if prune.importance == "obs":
         assert seen is not None
@@ -354,8 +358,11 @@ def _module_over(format: Any, dense: nn.Module) -> Compressed:
     if isinstance(dense, nn.Embedding):
         module = CompressedEmbedding(format, dense.padding_idx, dense.weight.dtype)
     else:
-        assert isinstance(dense, nn.Linear)
-        module = CompressedLinear(format, dense.bias, dense.weight.dtype)
+        assert isinstance(dense, (nn.Linear, nn.Conv2d))
+        if isinstance(dense, nn.Conv2d):
+            module = CompressedConv2d.over(format, dense, dense.weight.dtype)
+        else:
+            module = CompressedLinear(format, dense.bias, dense.weight.dtype)
         if module.values.is_floating_point():
             module.values.requires_grad_(dense.weight.requires_grad)
     return module.train(dense.training)
@@ -366,7 +373,7 @@ def _describe(target: Target, module: Compressed) -> Layer:
     return Layer(
         name=target.name,
         names=target.names,
-        shape=format.shape,
+        shape=tuple(target.weight.shape),
         format=format.label,
         sparsity=format.sparsity,
         bytes_before=target.weight.numel() * target.weight.element_size(),
@@ -374,9 +381,9 @@ def _describe(target: Target, module: Compressed) -> Layer:
     )
 
 
-def _weight_error(weight: Tensor, module: Compressed) -> float:
+def _weight_error(target: Target, module: Compressed) -> float:
     """Relative error of the weight, Frobenius."""
-    exact = weight.detach().float()
+    exact = target.matrix.float()
     return _relative(module.format.to_dense().float() - exact, exact)
 
 
@@ -414,9 +421,9 @@ def _try_recipe(
     candidates = _candidates(targets, recipe, calibration, report.left_alone)
     rows = [_describe(target, candidates[target.name]) for target in targets if target.name in candidates]
     if inputs is None:
-        weights = {target.name: target.weight for target in targets}
+        by_name = {target.name: target for target in targets}
         for row in rows:
-            row.error = _weight_error(weights[row.name], candidates[row.name])
+            row.error = _weight_error(by_name[row.name], candidates[row.name])
     else:
         _measure_errors(model, inputs, candidates, rows)
     passed = _guard(model, recipe, inputs, candidates, rows, chosen, report)
@@ -430,7 +437,7 @@ def _try_unpruned(
     """Quantises without pruning what was left alone because, pruned, it wasn't faster: there sparsity buys nothing."""
     mine = {name for target in targets for name in target.names}
     lost = {name: why for name, why in report.left_alone.items() if name in mine and why.startswith(NOT_FASTER)}
-    again = [target for target in targets if target.name in lost and target.kinds == {nn.Linear}]
+    again = [target for target in targets if target.name in lost and target.prunable]
     if not again:
         return
     for target in again:

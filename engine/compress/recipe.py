@@ -11,7 +11,7 @@ IMPORTANCES = ("magnitude", "wanda", "obs")
 ACTIVATIONS = ("dynamic", "static", "none")
 STATIC_SCALES = ("amax", "percentile", "least_squares")
 GUARDS = ("speed", "size", "none")
-DEFAULT_TARGETS = ("Linear", "Embedding")
+DEFAULT_TARGETS = ("Linear", "Embedding", "Conv2d")
 
 
 def _one_of(owner: str, field: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ class Quantize:
         activation: "dynamic": each row of activations to int8 by its own maximum; "static": by one scale a layer,
             calibrated on the example inputs; "none": activations stay float (not together with pruning).
         input_scale: how a static scale is chosen: "amax" (nothing is clipped), "percentile" (99.99) or "least_squares".
-        weight_clip: None: a row's scale is its amax / 127; "least_squares": large weights of a Linear are clipped where
+        weight_clip: None: a row's scale is its amax / 127; "least_squares": large weights of a layer are clipped where
             the finer steps for all others gain more.
         smooth: with "static" and "amax", a scale for each channel of the input instead of one for all, so that a few
             channels with outliers no longer cost all others their precision; the weight takes over what a channel is
@@ -137,7 +137,7 @@ class Recipe:
     """How to compress a model.
 
     Attributes:
-        prune: weights to drop in Linear layers, or None. Embeddings are never pruned.
+        prune: weights to drop in Linear and Conv2d layers, or None. Embeddings are never pruned.
         quantize: int8 for what is kept, or None.
         targets: modules to compress, each by class name ("Linear"), qualified name ("encoder.layer.0") or "re:" and a
             pattern that matches from the beginning of the qualified name.

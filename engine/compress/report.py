@@ -29,7 +29,7 @@ class Layer:
 
     name: str
     names: tuple[str, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     format: str
     sparsity: float
     bytes_before: int

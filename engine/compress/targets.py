@@ -11,10 +11,11 @@ from torch import nn
 from engine.compress.recipe import DEFAULT_TARGETS
 from engine.nn._replace import has_hooks
 from engine.nn.compressed import _Compressed
+from engine.nn.conv2d import as_matrix
 from engine.ops._check import FLOAT_DTYPES
 
 LOG = logging.getLogger("engine")
-COMPRESSIBLE = (nn.Linear, nn.Embedding)  # exactly these: a subclass may read its weight in ways of its own
+COMPRESSIBLE = (nn.Linear, nn.Embedding, nn.Conv2d)  # exactly these: a subclass may read its weight in ways of its own
 
 
 def matches(pattern: str, name: str, class_name: str = "") -> bool:
@@ -52,9 +53,24 @@ class Target:
         return self.modules[0].weight  # type: ignore[return-value]
 
     @property
+    def matrix(self) -> torch.Tensor:
+        """The dense weight as the matrix `[N, K]` that is compressed."""
+        return as_matrix(self.weight.detach())
+
+    @property
     def kinds(self) -> set[type[nn.Module]]:
         """Types of the modules."""
         return {type(module) for module in self.modules}
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether inputs are multiplied by the weight anywhere; else it is only looked up."""
+        return self.kinds != {nn.Embedding}
+
+    @property
+    def prunable(self) -> bool:
+        """Whether the weight may be pruned: no embedding has it."""
+        return nn.Embedding not in self.kinds
 
 
 def find_targets(
@@ -97,7 +113,7 @@ def find_targets(
             elif inside is None:
                 chosen |= _compressible_below(name, module, pattern, owner)
     missed = [pattern for pattern, count in matched_by.items() if count == 0]
-    if missed and (targets != DEFAULT_TARGETS or len(missed) == len(targets)):
+    if missed and (not {*missed} <= {*DEFAULT_TARGETS} or len(missed) == len(targets)):
         raise ValueError(f"engine.{owner}: target {missed[0]!r} matches no module that can be compressed")
     for pattern in ignore:
         if not any(_ignores(pattern, name, type(module).__name__) for name, module in modules.items()):
@@ -166,6 +182,8 @@ def _why_not(target: Target, others: set[str]) -> str | None:
         return "its weight is empty"
     if any(isinstance(module, nn.Embedding) and module.max_norm is not None for module in target.modules):
         return "max_norm changes its weight as it runs"
+    if any(isinstance(module, nn.Conv2d) and module.groups != 1 for module in target.modules):
+        return "it has groups"
     if any(has_hooks(module) for module in target.modules):
         return "it has hooks, which a replacement would lose"
     return None

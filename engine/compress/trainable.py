@@ -1,4 +1,4 @@
-"""TrainableLinear: a compressed layer while it is trained, and the way into and out of it.
+"""TrainableLinear and TrainableConv2d: a compressed layer while it is trained, and the way into and out of it.
 
 The weight is trained as a dense matrix under a mask, not as a bitmap's values. The gradient of either is a dense
 product of matrices, but a bitmap's would be expanded and gathered again at every step, and int8 rounding by rows needs
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from engine import ops
 from engine.compress.recipe import Prune
 from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
-from engine.nn import CompressedLinear
+from engine.nn import CompressedConv2d, CompressedLinear
+from engine.nn.conv2d import patches
 from engine.ops._bitmap import bitmap_mask
 from engine.ops._semi_structured import spread
 
@@ -31,12 +32,13 @@ class TrainableLinear(nn.Module):
     mask: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, compressed: CompressedLinear, weight: Tensor | None = None, trained: bool = True) -> None:
+    def __init__(
+        self, compressed: CompressedLinear | CompressedConv2d, weight: Tensor | None = None, trained: bool = True
+    ) -> None:
         super().__init__()
         format = compressed.format
         self.format_type, self.values_dtype = type(format), format.values.dtype
         self.dense_dtype = compressed._dtype_marker.dtype
-        self.in_features, self.out_features = compressed.in_features, compressed.out_features
         self.rounds_weight = self.values_dtype == torch.int8
         self.rounds_input = self.rounds_weight and getattr(format, "quantize_input", True)
         mask = None
@@ -92,7 +94,7 @@ class TrainableLinear(nn.Module):
         self.weight.mul_(self.mask)
 
     @torch.no_grad()
-    def compressed(self) -> CompressedLinear:
+    def compressed(self) -> CompressedLinear | CompressedConv2d:
         """The layer compressed again, in the same format, with the mask's places kept."""
         weight = self.weight.detach().to(self.dense_dtype)
         format: Format
@@ -112,10 +114,37 @@ class TrainableLinear(nn.Module):
                 format = Block.from_dense(weight * self.mask, 0.0, self.values_dtype, **how)
             else:
                 format = Bitmap.from_dense(weight, threshold, self.values_dtype, self.input_scale)
-        module = CompressedLinear(format, self.bias, self.dense_dtype).train(self.training)
+        module = self._over(format).train(self.training)
         if module.values.is_floating_point():
             module.values.requires_grad_(self.weight.requires_grad)
         return module
+
+    def _over(self, format: Format) -> CompressedLinear | CompressedConv2d:
+        return CompressedLinear(format, self.bias, self.dense_dtype)
+
+
+class TrainableConv2d(TrainableLinear):
+    """TrainableLinear over the patches of an image; all of a batch's are in memory at once."""
+
+    def __init__(self, compressed: CompressedConv2d, weight: Tensor | None = None, trained: bool = True) -> None:
+        super().__init__(compressed, weight, trained)
+        for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
+            setattr(self, name, getattr(compressed, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[B, C, H, W]` or `[C, H, W]` as nn.Conv2d takes it."""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return super().forward(patches(x, self).flatten(3)).permute(0, 3, 1, 2)
+
+    def _over(self, format: Format) -> CompressedConv2d:
+        return CompressedConv2d.over(format, self, self.dense_dtype)
+
+
+def trainable(compressed: Any, weight: Tensor | None = None, trained: bool = True) -> TrainableLinear:
+    """The trainable twin of a compressed layer."""
+    kind = TrainableConv2d if isinstance(compressed, CompressedConv2d) else TrainableLinear
+    return kind(compressed, weight, trained)
 
 
 def trainable_layers(model: nn.Module) -> dict[str, TrainableLinear]:

@@ -1,5 +1,6 @@
 """Drop-in modules over compressed weights."""
 
 from engine.nn.compressed import CompressedEmbedding, CompressedLinear
+from engine.nn.conv2d import CompressedConv2d
 
-__all__ = ["CompressedEmbedding", "CompressedLinear"]
+__all__ = ["CompressedConv2d", "CompressedEmbedding", "CompressedLinear"]
