@@ -24,7 +24,7 @@ from torch import nn
 
 from engine.checkpoint import CheckpointError, load_, save
 from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
-from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 
 EXTREMES = (0, 1, -1, 2, 7, 8, 9, 127, 255, 2**15, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63), -2)
 KEYS = (
@@ -33,6 +33,7 @@ KEYS = (
     "data_offsets",
     "format",
     "quantize_input",
+    "kernel_size",
     "__metadata__",
     "engine_weights",
     "engine_aliases",
@@ -49,6 +50,8 @@ JSON_VALUES = (
     [],
     {},
     [0, 0],
+    [1, 2],
+    [2, 2],
     {"a": 1},
     "Bitmap",
     "Csr",
@@ -81,6 +84,10 @@ def compressed_linear(format_type: type, **how) -> nn.Module:
     return nn.Sequential(CompressedLinear(format_type.from_dense(dense.weight, **how), dense.bias))
 
 
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 5, (2, 1)))
+
+
 def tied() -> nn.Module:
     model = Lm()
     model.embed = CompressedEmbedding(DenseInt8.from_dense(model.embed.weight))
@@ -88,10 +95,14 @@ def tied() -> nn.Module:
     return model
 
 
+def compressed_conv(format_type: type, **how) -> nn.Module:
+    return nn.Sequential(CompressedConv2d.from_dense(conv()[0], format_type, **how))
+
+
 def seeds() -> list[tuple[bytes, Callable[[], nn.Module], torch.Tensor]]:
     """Valid files, each with what it loads into and an input for that."""
     torch.manual_seed(0)
-    x, tokens = torch.randn(3, 19), torch.arange(6)
+    x, tokens, image = torch.randn(3, 19), torch.arange(6), torch.randn(2, 4, 3, 3)
     models = [
         (compressed_linear(DenseInt8), linear, x),
         (compressed_linear(DenseInt8, activation="static", input_scale=0.1), linear, x),
@@ -104,6 +115,8 @@ def seeds() -> list[tuple[bytes, Callable[[], nn.Module], torch.Tensor]]:
         (compressed_linear(SemiStructured, values=torch.int8), linear, x),
         (compressed_linear(Block, threshold=0.1), linear, x),
         (compressed_linear(Block, threshold=0.1, values=torch.int8), linear, x),
+        (compressed_conv(DenseInt8), conv, image),
+        (compressed_conv(Bitmap, threshold=0.1), conv, image),
         (tied(), Lm, tokens),
         (Lm(), Lm, tokens),
         (linear(), linear, x),
@@ -230,7 +243,9 @@ def metadata_values(rng: random.Random, raw: bytes) -> bytes:
         elif rng.random() < 0.2:
             weights[weight] = rng.choice(JSON_VALUES)
         else:
-            weights[weight][rng.choice(("format", "dtype", "quantize_input", "x"))] = rng.choice(JSON_VALUES)
+            weights[weight][rng.choice(("format", "dtype", "quantize_input", "kernel_size", "x"))] = rng.choice(
+                JSON_VALUES
+            )
         metadata["engine_weights"] = json.dumps(weights)
     else:
         name = rng.choice(["0.weight", "0.bias", "head.weight", "embed.weight", "", *header])

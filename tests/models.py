@@ -34,6 +34,25 @@ class TinyLm(nn.Module):
         return self.lm_head(self.norm(hidden + self.block(hidden)))
 
 
+class ConvNet(nn.Module):
+    """Convolutions of every kind: padded, strided, 1x1, with groups, depthwise; and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.wide = nn.Conv2d(32, 64, 3, stride=2, padding="valid", padding_mode="zeros")
+        self.grouped = nn.Conv2d(64, 64, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64)
+        self.point = nn.Conv2d(64, 48, 1)
+        self.up = nn.ConvTranspose2d(48, 32, 2, stride=2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        for layer in (self.stem, self.wide, self.grouped, self.depthwise, self.point, self.up):
+            x = torch.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
 def state_of(model: nn.Module) -> dict:
     """Everything that must not change when a verb fails: modules by identity, and tensors by value."""
     modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}

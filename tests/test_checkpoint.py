@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz_checkpoint import fuzz
-from models import Mlp, TinyLm, assert_unchanged, state_of
+from models import ConvNet, Mlp, TinyLm, assert_unchanged, state_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from engine import checkpoint
 from engine._checkpoint_file import CheckpointFile, weight_parts
+from engine._compress_file import Source, compress_file
 from engine._safetensors import Entry, TensorWriter
 from engine.checkpoint import CheckpointError, load_, read_weight, save
 from engine.compress import Prune, Quantize, Recipe, compress_
 from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
-from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 
 X = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(100).reshape(4, 25)
@@ -594,3 +595,65 @@ def test_memory(path):
 
     assert run("save") < 1.5 * layer
     assert run("load") < (count + 1.5) * layer
+
+
+IMAGES = torch.randn(2, 3, 15, 15, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8 static", "bitmap", "bitmap int8"])
+def test_convolutions(recipe, path):
+    model = ConvNet().eval()
+    compress_(model, RECIPES[recipe], IMAGES if "static" in recipe else None)
+    save(model, path)
+    for fresh in (load_(ConvNet().eval(), path), load_(load_(ConvNet().eval(), path), path)):
+        assert torch.equal(fresh(IMAGES), model(IMAGES)) and repr(fresh) == repr(model)
+    weights = json.loads(CheckpointFile(path).metadata["engine_weights"])
+    assert weights["wide.weight"]["kernel_size"] == [3, 3] and "kernel_size" not in weights["head.weight"]
+
+
+def test_a_convolution_that_does_not_fit(path):
+    model = ConvNet()
+    compress_(model, RECIPES["bitmap"])
+    save(model, path)
+
+    class Other(ConvNet):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Conv2d(32, 64, (9, 1))
+
+    with pytest.raises(CheckpointError, match=r"wide.weight: has shape \[64, 32, 3, 3\], the model \[64, 32, 9, 1\]"):
+        load_(Other(), path)
+    for size in ([3], [3, 0], [3, -3], "x", [3, 3.0], [3, 5], [2**62, 2**62]):
+
+        def change(header, data, size=size):
+            weights = json.loads(header["__metadata__"]["engine_weights"])
+            weights["wide.weight"]["kernel_size"] = size
+            header["__metadata__"]["engine_weights"] = json.dumps(weights)
+
+        rewrite(path, change)
+        with pytest.raises(CheckpointError, match=r"wide\.weight: "):
+            load_(ConvNet(), path)
+    rewrite(path, lambda header, data: change(header, data, None))  # a matrix where the model has a convolution
+    with pytest.raises(CheckpointError, match=r"wide.weight: has shape \[64, 288\]"):
+        load_(ConvNet(), path)
+
+
+def test_convolutions_by_name_alone(path, tmp_path):
+    """A file that was compressed without the model: what has groups or is transposed is loaded dense."""
+    model = ConvNet().eval()
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    recipe = Recipe(prune=Prune(sparsity=0.5), quantize=Quantize(), guard="none")
+    done = compress_file(Source(tmp_path / "plain.safetensors"), path, recipe)
+    assert "may be depthwise" in done.left_alone["depthwise.weight"]
+    shapes = {outcome.name: outcome.shape for outcome in done.compressed}
+    assert shapes["wide.weight"] == (64, 32, 3, 3) and {"grouped.weight", "up.weight"} <= shapes.keys()
+    fresh = load_(ConvNet().eval(), path)
+    assert [type(m) for m in (fresh.wide, fresh.grouped, fresh.up)] == [CompressedConv2d, nn.Conv2d, nn.ConvTranspose2d]
+    for name in ("grouped", "up"):
+        got, dense = fresh.get_submodule(name).weight, model.get_submodule(name).weight
+        kept = got != 0
+        assert kept.float().mean().item() == pytest.approx(0.5, abs=0.02)
+        torch.testing.assert_close(got[kept], dense[kept], rtol=0, atol=dense.abs().max().item() / 250)
+    compress_(model, Recipe(prune=Prune(sparsity=0.5), quantize=Quantize(), guard="none"))
+    for name in ("stem", "wide", "point"):
+        assert torch.equal(fresh.get_submodule(name).weight, model.get_submodule(name).weight)

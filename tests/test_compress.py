@@ -7,14 +7,15 @@ import struct
 import numpy as np
 import pytest
 import torch
-from models import Mlp, TinyLm, assert_unchanged, state_of
+from models import ConvNet, Mlp, TinyLm, assert_unchanged, state_of
 from torch import nn
 
 import engine
 from engine import Prune, Quantize, Recipe
 from engine.compress import measure
 from engine.compress.report import Layer, Report
-from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
+from engine.nn.conv2d import as_matrix
 
 BOTH = {"prune": Prune(sparsity=0.5), "quantize": Quantize(), "guard": "none"}
 
@@ -499,3 +500,57 @@ def test_report_of_what_is_slower_not_finite_or_large(tmp_path):
     report.save(tmp_path / "report.png")
     width, height = struct.unpack(">II", (tmp_path / "report.png").read_bytes()[16:24])
     assert 500 < height < 2500 and width > 500
+
+
+CONVOLUTIONS = ("stem", "wide", "point")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "label", "error"),
+    [
+        (Recipe(quantize=Quantize(), guard="none"), "int8", 0.05),
+        (Recipe(quantize=Quantize("none"), guard="none"), "int8", 0.05),
+        (Recipe(quantize=Quantize("static", smooth=0.5, weight_clip="least_squares"), guard="none"), "int8", 0.1),
+        (Recipe(Prune(sparsity=0.6, scope="model"), guard="none"), "bitmap float32", 1),
+        (Recipe(Prune(sparsity=0.6, scope="row"), Quantize("static"), guard="none"), "bitmap int8", 1),
+        (Recipe(Prune(sparsity=0.6, importance="obs"), Quantize(), guard="none"), "bitmap int8", 1),
+        (Recipe(Prune(sparsity=0.5, pattern="2:4", importance="wanda"), Quantize(), guard="none"), "2:4 int8", 1),
+        (Recipe(Prune(sparsity=0.3, pattern="block"), Quantize(), guard="none"), "block 32x32 int8", 1),
+    ],
+)
+def test_convolutions(recipe, label, error):
+    torch.manual_seed(0)
+    model, x = ConvNet().eval(), torch.randn(2, 3, 15, 15)
+    before, weights = model(x), {name: model.get_submodule(name).weight for name in CONVOLUTIONS}
+    report = engine.compress_(model, recipe, x)
+    rows = {layer.name: layer for layer in report.layers}
+    assert set(rows) == {*CONVOLUTIONS, "head"} and rows["wide"].shape == (64, 32, 3, 3)
+    for name in CONVOLUTIONS:
+        module = model.get_submodule(name)
+        assert type(module) is CompressedConv2d and module.format.label == label and rows[name].error < 0.8
+        assert module.weight.shape == weights[name].shape and module.kernel_size == weights[name].shape[2:]
+    assert report.left_alone == dict.fromkeys(("grouped", "depthwise"), "it has groups")
+    assert (model(x) - before).norm() < error * before.norm()
+
+
+def test_convolutions_by_targets():
+    model = ConvNet()
+    weight = model.wide.weight.detach().clone()
+    shares = engine.prune_(model, sparsity=0.75, scope="row")
+    assert set(shares) == {*CONVOLUTIONS, "head"} and shares["wide"] == pytest.approx(0.75)
+    kept = as_matrix(model.wide.weight) != 0
+    assert (kept.sum(1) == 72).all() and torch.equal(model.wide.weight, torch.where(model.wide.weight != 0, weight, 0))
+    engine.quantize_(model, targets=("Linear",), guard="none")
+    assert type(model.stem) is nn.Conv2d and type(model.head) is CompressedLinear
+    with pytest.raises(ValueError, match=r"itself a Conv2d.*CompressedConv2d\.from_dense"):
+        engine.compress_(nn.Conv2d(3, 4, 1), Recipe(**BOTH))
+
+
+def test_calibration_sees_patches():
+    model, x = ConvNet(), torch.randn(3, 3, 15, 15)
+    seen = engine.calibrate(model, [x, x[:1]], second_moment=True, progress=False)
+    assert set(seen.layers) == {*CONVOLUTIONS, "head"}
+    cut = nn.functional.unfold(torch.cat([x, x[:1]]), 3, padding=1).unflatten(1, (3, 9)).permute(0, 3, 2, 1)
+    cut, stem = cut.reshape(-1, 27), seen.layers["stem"]
+    assert stem.rows == len(cut) and torch.equal(stem.channel_amax, cut.abs().amax(0))
+    torch.testing.assert_close(stem.second_moment, cut.t() @ cut / len(cut))

@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from models import TinyLm, assert_unchanged, state_of
+from models import ConvNet, TinyLm, assert_unchanged, state_of
 from torch import nn
 
 import engine
 from engine import Prune, Quantize, Recipe
-from engine.compress.trainable import TrainableLinear
+from engine.compress.trainable import TrainableLinear, trainable
 from engine.formats import Bitmap, Csr, DenseInt8
-from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 
 HOW = {"guard": "none"}
 BOTH = Recipe(Prune(sparsity=0.7), Quantize(), **HOW)
@@ -81,6 +81,39 @@ def test_what_trains_is_what_comes_out():
             mine, theirs = getattr(again.format, name), getattr(format, name)
             same = mine is theirs if mine is None else torch.allclose(mine.float(), theirs.float(), rtol=1e-6)
             assert same, name
+
+
+def test_a_convolution_that_trains_is_what_comes_out():
+    dense, x = nn.Conv2d(5, 8, 3, stride=2, padding=1), torch.randn(2, 5, 9, 7)
+    for format_type, how in (
+        (Bitmap, {"threshold": 0.08, "values": torch.int8}),
+        (DenseInt8, {}),
+        (Csr, {"threshold": 0.08}),
+    ):
+        compressed = CompressedConv2d.from_dense(dense, format_type, **how)
+        layer = trainable(compressed)
+        torch.testing.assert_close(layer(x), compressed(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(x[0]), compressed(x[0]), rtol=1e-5, atol=1e-5)
+        again = layer.compressed()
+        assert repr(again) == repr(compressed) and torch.allclose(again.weight, compressed.weight)
+
+
+@pytest.mark.parametrize("gradual", [0, 15])
+def test_convolutions_are_trained(gradual):
+    torch.manual_seed(3)
+    teacher, batches = ConvNet().eval(), [torch.randn(4, 3, 11, 11) for _ in range(3)]
+    student, at_once = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    engine.compress_(at_once, BOTH)
+    done = engine.distill(
+        student, teacher, batches, steps=30, recipe=BOTH, learning_rate=5e-3, gradual=gradual, progress=False
+    )
+    assert set(done.sparsity) == {"stem", "wide", "point", "head"}
+    assert type(student.wide) is CompressedConv2d and type(student.grouped) is nn.Conv2d
+    assert student.wide.format.label == "bitmap int8" and student.wide.format.sparsity == pytest.approx(0.7, abs=1e-3)
+    assert error(student, teacher, batches) < 0.8 * error(at_once, teacher, batches)
+    trained = error(student, teacher, batches)
+    engine.distill(student, teacher, batches, steps=10, learning_rate=1e-3, progress=False)
+    assert error(student, teacher, batches) < 1.05 * trained
 
 
 def test_kept_places_are_kept_even_at_zero():
