@@ -135,7 +135,7 @@ void panel_linear(const LinearCall<T>& call, const Provider& weights) {
     for (int64_t chunk = 0; chunk < call.m; chunk += plan.chunk_rows) {
         Rows rows = memory_rows;
         rows.rows = std::min(plan.chunk_rows, call.m - chunk);
-        quantize_activations(call.x + chunk * call.k, call.input_scale, rows);
+        quantize_activations(call, chunk, rows);
         const auto tasks = [&](int64_t first, int64_t last) {
             Scratch<PanelScratch> own(PanelMemory<Kernel>::bytes(plan));
             const PanelMemory<Kernel> memory(own, plan);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -75,6 +76,7 @@ struct ActivationTag;   // the quantised activations of a call, held by the call
 struct BiasScratch;     // tag: its bias as fp32
 struct InverseScratch;  // tag: the reciprocals of its channels' scales
 struct ScaledScratch;   // tag: one row divided by them, held by each thread
+struct PatchScratch;    // tag: one row put together of an image, held by each thread
 
 constexpr int64_t kActivationBytes = 4 << 20;  // of quantised activations at a time, where a row isn't larger
 // Kept whole, with room for scales and sums, as a call would otherwise fault its pages in anew each time: 6,000 of them
@@ -109,6 +111,85 @@ struct QuantizedRows {
           rows(rows),
           k(k),
           stride(stride_for(k)) {}
+};
+
+// The patches of an image [B, H, W, C], a row of activations for each output of a convolution. A row is kh × kw runs of
+// values that lie together. Steps are in values.
+struct Patches {
+    int64_t height, width;                      // outputs of an image
+    int64_t image_step, row_step, column_step;  // from one image, or row or column of outputs, to the next
+    int64_t kh, kw, run;
+    int64_t kh_step, kw_step;  // from one run to the next
+
+    // From a view [B, Ho, Wo, kh, kw, C] of an image whose channels lie together.
+    explicit Patches(const Tensor& x)
+        : height(x.size(1)),
+          width(x.size(2)),
+          image_step(x.stride(0)),
+          row_step(x.stride(1)),
+          column_step(x.stride(2)),
+          kh(x.size(3)),
+          kw(x.size(4)),
+          run(x.size(5)),
+          kh_step(x.stride(3)),
+          kw_step(x.stride(4)) {
+        if (kw_step == run) {  // not dilated: a row of the kernel is one run
+            run *= kw;
+            kw = 1;
+        }
+    }
+};
+
+// x of a linear op as its binding got it: rows [..., K], or the patches [B, Ho, Wo, kh, kw, C] of an image, which are
+// read where they lie.
+struct LinearInput {
+    Tensor x;
+    std::optional<Patches> patches;
+    std::vector<int64_t> sizes;  // of y; the last is the binding's to say
+    int64_t m = 1, k;
+
+    LinearInput(const char* op, const Tensor& x_in, bool as_patches) : x(x_in), sizes(sizes_of(x_in)) {
+        STD_TORCH_CHECK(x.dim() >= 1, op, ": x: expected at least one dimension");
+        k = x.size(-1);
+        if (as_patches) {
+            STD_TORCH_CHECK(x.dim() == 6, op, ": x: expected patches [B, Ho, Wo, kh, kw, C]");
+            k *= x.size(3) * x.size(4);
+            sizes.resize(4);
+            if (x.stride(5) != 1 && x.size(5) > 1) x = as_contiguous(x);
+            patches.emplace(x);
+        } else {
+            x = as_contiguous(x);
+        }
+        for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
+    }
+    const Patches* where() const { return patches ? &*patches : nullptr; }  // for LinearCall
+};
+
+// The rows that are to be quantised: from row `first` on of `x`.
+template <class T>
+struct ActivationSource {
+    const T* x;              // [m, k], or an image
+    const Patches* patches;  // or null
+    int64_t first;
+
+    // One of them, [k]: where it lies, or put together in `scratch` [k].
+    const T* row(int64_t index, int64_t k, T* scratch) const {
+        index += first;
+        if (!patches) return x + index * k;
+        const Patches& p = *patches;
+        const int64_t line = index / p.width;
+        const T* from =
+            x + line / p.height * p.image_step + line % p.height * p.row_step + index % p.width * p.column_step;
+        T* to = scratch;
+        for (int64_t i = 0; i < p.kh; ++i) {
+            for (int64_t j = 0; j < p.kw; ++j, to += p.run) {
+                std::memcpy(to, from + i * p.kh_step + j * p.kw_step, p.run * sizeof(T));
+            }
+        }
+        return scratch;
+    }
+    // Bytes of that scratch.
+    int64_t scratch_bytes(int64_t k) const { return patches ? k * static_cast<int64_t>(sizeof(T)) : 0; }
 };
 
 // By what activations are quantised: by nothing given (each row by its own maximum), by one scale, or by one for each
@@ -166,12 +247,14 @@ ENGINE_INLINE RowScale begin_row(uint32_t amax,
 // `input_scale` [1], or null: each row by its own maximum. `inverses` [rows.k], or null: channels are multiplied by
 // them first, and input_scale is 1.
 template <class Q, class T>
-void quantize_activation_rows_portable(const T* x,  // [rows.rows, rows.k]
-                                       const float* input_scale, const float* inverses, const QuantizedRows<Q>& rows,
-                                       int64_t begin, int64_t end) {
+void quantize_activation_rows_portable(const ActivationSource<T>& source, const float* input_scale,
+                                       const float* inverses, const QuantizedRows<Q>& rows, int64_t begin,
+                                       int64_t end) {
     const int64_t k = rows.k;
+    Scratch<PatchScratch> patch(source.scratch_bytes(k));
+    T* const together = patch.template take<T>(0);
     for (int64_t row = begin; row < end; ++row) {
-        const T* from = x + row * k;
+        const T* from = source.row(row, k, together);
         Q* q = rows.q + row * rows.stride;
         const RowScale s = begin_row(amax_bits(from, k), input_scale, rows, row);
         if (s.inverse == 0.0f) continue;
@@ -186,13 +269,16 @@ void quantize_activation_rows_portable(const T* x,  // [rows.rows, rows.k]
 }
 #if ENGINE_X86
 template <class Q, class T>
-ENGINE_AVX2 void quantize_activation_rows_avx2(const T* x, const float* input_scale, const float* inverses,
-                                               const QuantizedRows<Q>& rows, int64_t begin, int64_t end) {
+ENGINE_AVX2 void quantize_activation_rows_avx2(const ActivationSource<T>& source, const float* input_scale,
+                                               const float* inverses, const QuantizedRows<Q>& rows, int64_t begin,
+                                               int64_t end) {
     const int64_t k = rows.k;
     Scratch<ScaledScratch> scratch(inverses ? k * static_cast<int64_t>(sizeof(float)) : 0);
     float* scaled = inverses ? scratch.take<float>(k) : nullptr;
+    Scratch<PatchScratch> patch(source.scratch_bytes(k));
+    T* const together = patch.template take<T>(0);
     for (int64_t row = begin; row < end; ++row) {
-        const T* from = x + row * k;
+        const T* from = source.row(row, k, together);
         const RowScale s = begin_row(amax_bits_avx2(from, k), input_scale, rows, row);
         if (s.inverse == 0.0f) continue;
         Q* q = rows.q + row * rows.stride;
@@ -217,10 +303,23 @@ inline bool invert_scales(const float* scales, int64_t k, float* inverses) {
     return usable;
 }
 
-// Quantises all of `rows` from x, on torch's threads where it is worth it.
+// What a linear kernel works on.
+template <class T>
+struct LinearCall {
+    const T* x;  // [m, k], or the image of `patches`
+    InputScale input_scale;
+    const float* scale;  // [n], of the weights
+    const float* bias;   // [n], or null
+    T* y;                // [m, n]
+    int64_t m, n, k;
+    const Patches* patches = nullptr;
+};
+
+// Quantises the call's rows from `first` on to all of `rows`, on torch's threads where it is worth it.
 template <class Q, class T>
-void quantize_activations(const T* x,  // [rows.rows, rows.k]
-                          InputScale input_scale, const QuantizedRows<Q>& rows) {
+void quantize_activations(const LinearCall<T>& call, int64_t first, const QuantizedRows<Q>& rows) {
+    const InputScale input_scale = call.input_scale;
+    const ActivationSource<T> source{call.x, call.patches, first};
     auto kernel = quantize_activation_rows_portable<Q, T>;
 #if ENGINE_X86
     if (isa() != Isa::portable) kernel = quantize_activation_rows_avx2<Q, T>;
@@ -235,19 +334,8 @@ void quantize_activations(const T* x,  // [rows.rows, rows.k]
         scale = &one;
     }
     parallel_rows(rows.rows, rows.k * static_cast<int64_t>(sizeof(T) + sizeof(Q)),
-                  [&](int64_t begin, int64_t end) { kernel(x, scale, inverses, rows, begin, end); });
+                  [&](int64_t begin, int64_t end) { kernel(source, scale, inverses, rows, begin, end); });
 }
-
-// What a linear kernel works on.
-template <class T>
-struct LinearCall {
-    const T* x;  // [m, k]
-    InputScale input_scale;
-    const float* scale;  // [n], of the weights
-    const float* bias;   // [n], or null
-    T* y;                // [m, n]
-    int64_t m, n, k;
-};
 
 // The last step of every kernel, always in this order and in fp32, then cast: (float(acc) · (s_x · s_w)) + bias.
 // `column` is the output's number.

@@ -431,7 +431,7 @@ void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad
     using Rows = QuantizedRows<typename Kernel::Q>;
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
-    quantize_activations(call.x, call.input_scale, rows);
+    quantize_activations(call, 0, rows);
     parallel_rows(call.n, call.k * (1 + call.m / 4),
                   [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end, bad); });
 }
@@ -451,12 +451,10 @@ void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     dot_linear<MatrixPortable>(call, weight, bad);
 }
 
-void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
+void check(int64_t k, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
-    STD_TORCH_CHECK(x.dim() >= 1, "bitmap_int8_linear: x: expected at least one dimension");
-    STD_TORCH_CHECK(
-        bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.size(1) == mask_bytes(x.size(-1)),
-        "bitmap_int8_linear: bitmask: expected uint8 [N, ceil(K / 8)]");
+    STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.size(1) == mask_bytes(k),
+                    "bitmap_int8_linear: bitmask: expected uint8 [N, ceil(K / 8)]");
     const int64_t n = bitmask.size(0);
     STD_TORCH_CHECK(
         row_offsets.dim() == 1 && row_offsets.size(0) == n + 1 && row_offsets.scalar_type() == ScalarType::Long,
@@ -466,30 +464,30 @@ void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, co
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
                     "bitmap_int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "bitmap_int8_linear: bias: expected shape [N]");
-    check_input_scale("bitmap_int8_linear", input_scale, x.size(-1));
+    check_input_scale("bitmap_int8_linear", input_scale, k);
 }
 
+template <bool as_patches>
 Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale_in,
                           std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
-    check(x_in, bitmask_in, row_offsets_in, values_in, scale_in, bias, input_scale);
-    const Tensor x = as_contiguous(x_in), bitmask = as_contiguous(bitmask_in), scale = as_contiguous(scale_in);
+    LinearInput input("bitmap_int8_linear", x_in, as_patches);
+    check(input.k, bitmask_in, row_offsets_in, values_in, scale_in, bias, input_scale);
+    const Tensor& x = input.x;
+    const Tensor bitmask = as_contiguous(bitmask_in), scale = as_contiguous(scale_in);
     const Tensor row_offsets = as_contiguous(row_offsets_in), values = as_contiguous(values_in);
-    const int64_t n = bitmask.size(0), k = x.size(-1), nnz = values.numel();
+    const int64_t n = bitmask.size(0), k = input.k, nnz = values.numel();
     check_row_offsets("bitmap_int8_linear", data<int64_t>(row_offsets), n, nnz);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    int64_t m = 1;
-    for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    input.sizes.back() = n;
+    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
     const FloatBias as_float(bias);
     if (input_scale) input_scale = as_contiguous(*input_scale);
     const Int8Bitmap weight{data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<int8_t>(values), n, k, nnz};
     BadRow bad;
     dispatch_float(x.scalar_type(), "bitmap_int8_linear: x", [&](auto zero) {
         using T = decltype(zero);
-        linear<T>(
-            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
-            weight, bad);
+        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
+                   input.m, n, k, input.where()},
+                  weight, bad);
     });
     bad.raise("bitmap_int8_linear");
     return y;
@@ -498,4 +496,7 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
 }  // namespace
 }  // namespace engine
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("bitmap_int8_linear", TORCH_BOX(&engine::bitmap_int8_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) {
+    m.impl("bitmap_int8_linear", TORCH_BOX(&engine::bitmap_int8_linear<false>));
+    m.impl("bitmap_int8_linear.patches", TORCH_BOX(&engine::bitmap_int8_linear<true>));
+}

@@ -178,7 +178,7 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
     for (int64_t chunk = 0; chunk < call.m; chunk += chunk_rows) {
         Rows rows = memory_rows;
         rows.rows = std::min(chunk_rows, call.m - chunk);
-        quantize_activations(call.x + chunk * call.k, call.input_scale, rows);
+        quantize_activations(call, chunk, rows);
         sum_parts(rows, wide, across, parts);
         const int64_t tall = std::min(rows.rows, kBlockRows), bands = pieces_of(rows.rows, tall);
         const auto tasks = [&, high = high](int64_t from, int64_t to) {
@@ -248,7 +248,7 @@ void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
                                                                    dot_line<4, T>};
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
-    quantize_activations(call.x, call.input_scale, rows);
+    quantize_activations(call, 0, rows);
     const int64_t lines = weight.high();
     parallel_rows(lines, weight.values.numel() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
         for (int64_t line = begin; line < end; ++line) kLines[call.m - 1](call, rows, weight, line);
@@ -267,29 +267,28 @@ void linear(const LinearCall<T>& call, const Blocks& weight) {
     panel_linear<PanelPortable>(call, weight);
 }
 
+template <bool as_patches>
 Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scale_in,
                          std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
-    STD_TORCH_CHECK(x_in.dim() >= 1, "block_int8_linear: x: expected at least one dimension");
+    LinearInput input("block_int8_linear", x_in, as_patches);
     STD_TORCH_CHECK(scale_in.dim() == 1 && scale_in.scalar_type() == ScalarType::Float,
                     "block_int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "block_int8_linear: values: expected int8");
-    const int64_t n = scale_in.size(0), k = x_in.size(-1);
+    const int64_t n = scale_in.size(0), k = input.k;
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "block_int8_linear: bias: expected shape [N]");
     check_input_scale("block_int8_linear", input_scale, k);
     const Blocks weight("block_int8_linear", crow_indices, col_indices, values, n, k);
-    const Tensor x = as_contiguous(x_in), scale = as_contiguous(scale_in);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    int64_t m = 1;
-    for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    const Tensor& x = input.x;
+    const Tensor scale = as_contiguous(scale_in);
+    input.sizes.back() = n;
+    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
     const FloatBias as_float(bias);
     if (input_scale) input_scale = as_contiguous(*input_scale);
     dispatch_float(x.scalar_type(), "block_int8_linear: x", [&](auto zero) {
         using T = decltype(zero);
-        linear<T>(
-            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
-            weight);
+        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
+                   input.m, n, k, input.where()},
+                  weight);
     });
     return y;
 }
@@ -297,4 +296,7 @@ Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, T
 }  // namespace
 }  // namespace engine
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("block_int8_linear", TORCH_BOX(&engine::block_int8_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) {
+    m.impl("block_int8_linear", TORCH_BOX(&engine::block_int8_linear<false>));
+    m.impl("block_int8_linear.patches", TORCH_BOX(&engine::block_int8_linear<true>));
+}

@@ -242,7 +242,7 @@ void dot_linear(const LinearCall<T>& call, const int8_t* weight) {
     using Rows = QuantizedRows<typename Kernel::Q>;
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
-    quantize_activations(call.x, call.input_scale, rows);
+    quantize_activations(call, 0, rows);
     parallel_rows(call.n, call.k * (1 + call.m / 4),
                   [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end); });
 }
@@ -258,35 +258,35 @@ void linear(const LinearCall<T>& call, const int8_t* weight) {
     dot_linear<DotPortable>(call, weight);
 }
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
+void check(int64_t k, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
            const std::optional<Tensor>& input_scale) {
     STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Char,
                     "int8_linear: weight: expected int8 [N, K]");
-    const int64_t n = weight.size(0), k = weight.size(1);
-    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == k, "int8_linear: x: expected shape [..., ", k, "]");
+    const int64_t n = weight.size(0);
+    STD_TORCH_CHECK(weight.size(1) == k, "int8_linear: x: expected shape [..., ", weight.size(1), "]");
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
                     "int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "int8_linear: bias: expected shape [N]");
     check_input_scale("int8_linear", input_scale, k);
 }
 
+template <bool as_patches>
 Tensor int8_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::optional<Tensor> bias,
                    std::optional<Tensor> input_scale) {
-    check(x_in, weight_in, scale_in, bias, input_scale);
-    const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in), scale = as_contiguous(scale_in);
+    LinearInput input("int8_linear", x_in, as_patches);
+    check(input.k, weight_in, scale_in, bias, input_scale);
+    const Tensor& x = input.x;
+    const Tensor weight = as_contiguous(weight_in), scale = as_contiguous(scale_in);
     const int64_t n = weight.size(0), k = weight.size(1);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    int64_t m = 1;
-    for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    input.sizes.back() = n;
+    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
     const FloatBias as_float(bias);
     if (input_scale) input_scale = as_contiguous(*input_scale);
     dispatch_float(x.scalar_type(), "int8_linear: x", [&](auto zero) {
         using T = decltype(zero);
-        linear<T>(
-            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
-            data<int8_t>(weight));
+        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
+                   input.m, n, k, input.where()},
+                  data<int8_t>(weight));
     });
     return y;
 }
@@ -294,4 +294,7 @@ Tensor int8_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::optional
 }  // namespace
 }  // namespace engine
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) { m.impl("int8_linear", TORCH_BOX(&engine::int8_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) {
+    m.impl("int8_linear", TORCH_BOX(&engine::int8_linear<false>));
+    m.impl("int8_linear.patches", TORCH_BOX(&engine::int8_linear<true>));
+}

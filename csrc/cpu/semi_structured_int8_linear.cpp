@@ -260,7 +260,7 @@ void dot_linear(const LinearCall<T>& call, const Weight& weight) {
     using Rows = QuantizedRows<typename Kernel::Q>;
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
-    quantize_activations(call.x, call.input_scale, rows);
+    quantize_activations(call, 0, rows);
     for (int64_t row = 0; row < call.m; ++row) Kernel::arrange(rows.q + row * rows.stride, rows.stride);
     parallel_rows(call.n, call.k / 2 * (1 + call.m / 4),
                   [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end); });
@@ -277,37 +277,36 @@ void linear(const LinearCall<T>& call, const Weight& weight) {
     dot_linear<DotPortable>(call, weight);
 }
 
-void check(const Tensor& x, const Tensor& values, const Tensor& metadata, const Tensor& scale,
+void check(int64_t k, const Tensor& values, const Tensor& metadata, const Tensor& scale,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
-    STD_TORCH_CHECK(x.dim() >= 1, "semi_structured_int8_linear: x: expected at least one dimension");
-    check_semi_structured("semi_structured_int8_linear", values, metadata, x.size(-1));
+    check_semi_structured("semi_structured_int8_linear", values, metadata, k);
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "semi_structured_int8_linear: values: expected int8");
     const int64_t n = values.size(0);
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
                     "semi_structured_int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n),
                     "semi_structured_int8_linear: bias: expected shape [N]");
-    check_input_scale("semi_structured_int8_linear", input_scale, x.size(-1));
+    check_input_scale("semi_structured_int8_linear", input_scale, k);
 }
 
+template <bool as_patches>
 Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadata_in, Tensor scale_in,
                                    std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
-    check(x_in, values_in, metadata_in, scale_in, bias, input_scale);
-    const Tensor x = as_contiguous(x_in), values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
+    LinearInput input("semi_structured_int8_linear", x_in, as_patches);
+    check(input.k, values_in, metadata_in, scale_in, bias, input_scale);
+    const Tensor& x = input.x;
+    const Tensor values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
     const Tensor scale = as_contiguous(scale_in);
-    const int64_t n = values.size(0), k = x.size(-1);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    int64_t m = 1;
-    for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    const int64_t n = values.size(0), k = input.k;
+    input.sizes.back() = n;
+    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
     const FloatBias as_float(bias);
     if (input_scale) input_scale = as_contiguous(*input_scale);
     dispatch_float(x.scalar_type(), "semi_structured_int8_linear: x", [&](auto zero) {
         using T = decltype(zero);
-        linear<T>(
-            {data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k},
-            {data<int8_t>(values), data<uint8_t>(metadata), n, k});
+        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
+                   input.m, n, k, input.where()},
+                  {data<int8_t>(values), data<uint8_t>(metadata), n, k});
     });
     return y;
 }
@@ -316,5 +315,6 @@ Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadat
 }  // namespace engine
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) {
-    m.impl("semi_structured_int8_linear", TORCH_BOX(&engine::semi_structured_int8_linear));
+    m.impl("semi_structured_int8_linear", TORCH_BOX(&engine::semi_structured_int8_linear<false>));
+    m.impl("semi_structured_int8_linear.patches", TORCH_BOX(&engine::semi_structured_int8_linear<true>));
 }

@@ -18,6 +18,7 @@ from engine.formats._common import (
 )
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_columns, check_bitmap, check_bitmap_metadata
+from engine.ops.bitmap_int8_linear import bitmap_int8_linear_of_patches
 
 INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
@@ -99,6 +100,13 @@ class Bitmap:
         return ops.bitmap_int8_linear(
             x, self.bitmask, self.row_offsets, self.values, self.scale, bias, self.input_scale
         )
+
+    def linear_of_patches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` for the patches `[B, Ho, Wo, kh, kw, C]` of an image, whose last three dimensions are K."""
+        if self.scale is not None and x.device.type == "cpu":
+            tensors = self.bitmask, self.row_offsets, self.values, self.scale
+            return bitmap_int8_linear_of_patches(x, *tensors, bias, self.input_scale)
+        return self.linear(x.flatten(3), bias)
 
     def shard(self, dim: int, begin: int, end: int) -> "Bitmap":
         """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own; scales stay."""

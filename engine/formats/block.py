@@ -20,6 +20,7 @@ from engine.formats._common import (
 from engine.ops import _check
 from engine.ops._block import BLOCK_SHAPE, block_norms, check_block, check_block_metadata
 from engine.ops._prune import as_threshold, keep_mask
+from engine.ops.block_int8_linear import block_int8_linear_of_patches
 
 INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
@@ -93,6 +94,13 @@ class Block:
         if self.scale is None:
             return ops.block_linear(x, *blocks, self.rows, bias)
         return ops.block_int8_linear(x, *blocks, self.scale, bias, self.input_scale)
+
+    def linear_of_patches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` for the patches `[B, Ho, Wo, kh, kw, C]` of an image, whose last three dimensions are K."""
+        if self.scale is not None and x.device.type == "cpu":
+            tensors = self.crow_indices, self.col_indices, self.values, self.scale
+            return block_int8_linear_of_patches(x, *tensors, bias, self.input_scale)
+        return self.linear(x.flatten(3), bias)
 
     def shard(self, dim: int, begin: int, end: int) -> "Block":
         """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own; scales stay.

@@ -55,6 +55,10 @@ class Csr:
         """`x @ weight.T + bias` for `x` `[..., K]`."""
         return ops.csr_linear(x, self.crow_indices, self.col_indices, self.values, bias)
 
+    def linear_of_patches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` for the patches `[B, Ho, Wo, kh, kw, C]` of an image, whose last three dimensions are K."""
+        return self.linear(x.flatten(3), bias)
+
     def shard(self, dim: int, begin: int, end: int) -> "Csr":
         """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own."""
         check_shard("formats.Csr.shard", dim, begin, end, self.shape)

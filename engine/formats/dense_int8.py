@@ -18,6 +18,7 @@ from engine.formats._common import (
     taking_over,
 )
 from engine.ops import _check
+from engine.ops.int8_linear import int8_linear_of_patches
 
 ACTIVATIONS = ("dynamic", "static", "none")
 
@@ -73,6 +74,12 @@ class DenseInt8:
         if self.quantize_input:
             return ops.int8_linear(x, self.values, self.scale, bias, self.input_scale)
         return ops.int8_weight_linear(x, self.values, self.scale, bias)
+
+    def linear_of_patches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` for the patches `[B, Ho, Wo, kh, kw, C]` of an image, whose last three dimensions are K."""
+        if self.quantize_input and x.device.type == "cpu":
+            return int8_linear_of_patches(x, self.values, self.scale, bias, self.input_scale)
+        return self.linear(x.flatten(3), bias)
 
     def shard(self, dim: int, begin: int, end: int) -> "DenseInt8":
         """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own; scales stay."""

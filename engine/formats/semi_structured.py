@@ -19,6 +19,7 @@ from engine.formats._common import (
 )
 from engine.ops import _check
 from engine.ops._semi_structured import PADDING, check_semi_structured, check_semi_structured_metadata, collect
+from engine.ops.semi_structured_int8_linear import semi_structured_int8_linear_of_patches
 
 INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
@@ -85,6 +86,13 @@ class SemiStructured:
         if self.scale is None:
             return ops.semi_structured_linear(x, self.values, self.metadata, bias)
         return ops.semi_structured_int8_linear(x, self.values, self.metadata, self.scale, bias, self.input_scale)
+
+    def linear_of_patches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` for the patches `[B, Ho, Wo, kh, kw, C]` of an image, whose last three dimensions are K."""
+        if self.scale is not None and x.device.type == "cpu":
+            tensors = self.values, self.metadata, self.scale
+            return semi_structured_int8_linear_of_patches(x, *tensors, bias, self.input_scale)
+        return self.linear(x.flatten(3), bias)
 
     def shard(self, dim: int, begin: int, end: int) -> "SemiStructured":
         """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own; scales stay.

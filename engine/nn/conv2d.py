@@ -2,8 +2,8 @@
 
 The matrix that is compressed has a row for each output channel, and its columns in the order in which a patch lies in a
 channels-last image: kernel row, kernel column, input channel. So it is in the format's tensors, in a state dict and on
-disk. Of a 1x1 convolution a patch is a pixel, and nothing is copied; of others patches are copied together a few
-megabytes at a time.
+disk. Of a 1x1 convolution a patch is a pixel. Of others the int8 kernels on a CPU read each patch where it lies in the
+image; for all else patches are copied together a few megabytes at a time.
 """
 
 import math
@@ -75,6 +75,11 @@ def patch_row_bytes(view: Tensor) -> int:
     return math.prod(view.shape[2:]) * view.element_size()
 
 
+def _reads_patches(format: Format, x: Tensor) -> bool:
+    """Whether `format.linear_of_patches` makes no copy of them."""
+    return x.device.type == "cpu" and format.values.dtype == torch.int8 and getattr(format, "quantize_input", True)
+
+
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
@@ -84,8 +89,9 @@ class CompressedConv2d(_Compressed):
 
     The output lies in memory as the input does, channels last or not; channels last is faster, as nothing has to be
     turned round. int8 activations are quantised patch by patch, each by its own maximum (dynamic) or all by one scale,
-    so that a value is quantised once for every patch that it is in. Patches are made PATCH_BYTES at a time, but under
-    torch.compile and torch.export, where they are one tensor.
+    so that a value is quantised once for every patch that it is in. Where patches have to be copied together (float
+    values; a GPU) that is done PATCH_BYTES at a time, but under torch.compile and torch.export, where they are one
+    tensor.
 
     Args:
         format: the compressed weight, `[out_channels, kh * kw * in_channels]`: see :func:`as_matrix`.
@@ -165,9 +171,12 @@ class CompressedConv2d(_Compressed):
         channels_last = x.stride(1) == 1 and x.stride(3) >= self.in_channels
         view = patches(x, self)
         format, bias, row_bytes = self.format, self.bias, patch_row_bytes(view)
-        whole = self.kernel_size == (1, 1) or torch.compiler.is_compiling()
-        if whole or view.shape[0] * view.shape[1] * row_bytes <= PATCH_BYTES:
+        pixels = self.kernel_size == (1, 1) and self.stride == (1, 1)
+        whole = torch.compiler.is_compiling() or view.shape[0] * view.shape[1] * row_bytes <= PATCH_BYTES
+        if pixels:
             y = format.linear(view.flatten(3), bias)
+        elif whole or _reads_patches(format, x):
+            y = format.linear_of_patches(view, bias)
         else:
             made = (format.linear(part.flatten(3), bias) for part in in_parts(view, row_bytes))
             if not torch.is_grad_enabled():

@@ -38,7 +38,8 @@ def define(
         raise RuntimeError(f"engine.ops.{name} has no gradient; call it under torch.no_grad() or on detached tensors")
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
-    return _without_autograd_overhead(getattr(torch.ops.engine, name).default)
+    packet, _, overload = name.partition(".")
+    return _without_autograd_overhead(getattr(getattr(torch.ops.engine, packet), overload or "default"))
 
 
 def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Callable:
@@ -102,5 +103,5 @@ class reference_mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "engine":
-            return REFERENCES[func._schema.name.removeprefix("engine::")](*args, **(kwargs or {}))
+            return REFERENCES[str(func).removeprefix("engine.").removesuffix(".default")](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -1,10 +1,13 @@
 """int8_linear: a linear layer whose weight is int8 and whose activations are quantised on the fly."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._library import REFERENCES, define, explained_by
+from engine.ops._patches import define_of_patches
 
 
 def _check_arguments(
@@ -86,13 +89,15 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | No
     return grad_x, None, None, grad_bias, None
 
 
-_op = define(
-    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? input_scale=None) -> Tensor",
-    reference=_reference,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
+SCHEMA = "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? input_scale=None) -> Tensor"
+_PARTS: dict[str, Callable] = {
+    "reference": _reference,
+    "fake": _fake,
+    "backward": _backward,
+    "setup_context": _setup_context,
+}
+_op = define(SCHEMA, **_PARTS)
+int8_linear_of_patches = define_of_patches(SCHEMA, check=_check_arguments, **_PARTS)
 
 
 @explained_by(_check_arguments)
