@@ -50,7 +50,10 @@ def patches(x: Tensor, conv: Any) -> Tensor:
     if any(padding) and conv.padding_mode != "zeros":
         x, padding = nn.functional.pad(x, padding, conv.padding_mode), (0, 0, 0, 0)
     image = x.permute(0, 2, 3, 1)
-    image = nn.functional.pad(image, (0, 0, *padding)) if any(padding) else image.contiguous()
+    if any(padding):
+        image = nn.functional.pad(image, (0, 0, *padding))
+    elif conv.kernel_size != (1, 1):  # of a 1x1 convolution with a stride most pixels are never looked at
+        image = image.contiguous()
     spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if image.shape[1] < spans[0] or image.shape[2] < spans[1]:
         size = f"{image.shape[1]}x{image.shape[2]}"
