@@ -40,6 +40,7 @@ CPU_OPS = [
     "semi_structured_linear",
     "semi_structured_to_dense",
     "threshold_prune",
+    "transpose",
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
 MODULE_SOURCES = ["csrc/module/native.cpp", "csrc/module/limits.cpp", "csrc/module/ring.cpp", "csrc/cpu/isa.cpp"]

@@ -46,6 +46,7 @@ OWNERS = {
         "semi_structured_linear",
         "semi_structured_to_dense",
         "threshold_prune",
+        "transpose",
     },
     "CUDA": {
         "bitmap_gather",

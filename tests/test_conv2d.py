@@ -149,6 +149,17 @@ def test_compile_and_export(conv):
         close(exported.module()(y), conv(y))
 
 
+@pytest.mark.parametrize("geometry", ["1x1", "1x1 strided", "all unequal", "circular, same"])
+def test_exported_geometries(geometry):
+    module, x = CompressedConv2d.from_dense(nn.Conv2d(C, N, **GEOMETRIES[geometry]), DenseInt8), torch.randn(3, C, 9, 8)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    for order in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=order)
+        with torch.no_grad():
+            exported = torch.export.export(module, (given,), dynamic_shapes=(batch,))
+            close(exported.module()(given[:2]), module(given[:2]))
+
+
 def test_compile_with_inductor():
     model = nn.Sequential(CompressedConv2d.from_dense(nn.Conv2d(C, N, 3, padding=1), DenseInt8), nn.ReLU())
     x = torch.randn(2, C, 9, 8)

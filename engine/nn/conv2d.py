@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.formats import Format
 from engine.nn.compressed import _Compressed
+from engine.ops._transpose import transpose
 
 PATCH_BYTES = 8 << 20  # of patches at a time: they stay in the last cache, and yet are rows enough for a product
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -49,16 +50,19 @@ def patches(x: Tensor, conv: Any) -> Tensor:
     padding = padding_of(conv)
     if any(padding) and conv.padding_mode != "zeros":
         x, padding = nn.functional.pad(x, padding, conv.padding_mode), (0, 0, 0, 0)
+    stride = conv.stride
+    if conv.kernel_size == (1, 1) and not any(padding):  # with a stride most pixels are never looked at
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     image = x.permute(0, 2, 3, 1)
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        image = transpose(x.flatten(2)).unflatten(1, x.shape[2:])
     if any(padding):
         image = nn.functional.pad(image, (0, 0, *padding))
-    elif conv.kernel_size != (1, 1):  # of a 1x1 convolution with a stride most pixels are never looked at
-        image = image.contiguous()
     spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if image.shape[1] < spans[0] or image.shape[2] < spans[1]:
         size = f"{image.shape[1]}x{image.shape[2]}"
         raise ValueError(f"engine.nn.CompressedConv2d: x: the padded image is {size}, the kernel {spans[0]}x{spans[1]}")
-    view = image.unfold(1, spans[0], conv.stride[0]).unfold(2, spans[1], conv.stride[1])
+    view = image.unfold(1, spans[0], stride[0]).unfold(2, spans[1], stride[1])
     return view[..., :: conv.dilation[0], :: conv.dilation[1]].permute(0, 1, 2, 4, 5, 3)
 
 
@@ -174,7 +178,7 @@ class CompressedConv2d(_Compressed):
         channels_last = x.stride(1) == 1 and x.stride(3) >= self.in_channels
         view = patches(x, self)
         format, bias, row_bytes = self.format, self.bias, patch_row_bytes(view)
-        pixels = self.kernel_size == (1, 1) and self.stride == (1, 1)
+        pixels = self.kernel_size == (1, 1) and view.is_contiguous()
         whole = torch.compiler.is_compiling() or view.shape[0] * view.shape[1] * row_bytes <= PATCH_BYTES
         if pixels:
             y = format.linear(view.flatten(3), bias)
@@ -185,8 +189,9 @@ class CompressedConv2d(_Compressed):
             if not torch.is_grad_enabled():
                 return self._gathered(made, view, row_bytes, channels_last)
             y = torch.cat([part.flatten(0, 2) for part in made]).unflatten(0, view.shape[:3])
-        y = y.permute(0, 3, 1, 2)
-        return y if channels_last else y.contiguous()
+        if channels_last:
+            return y.permute(0, 3, 1, 2)
+        return transpose(y.flatten(1, 2)).unflatten(2, view.shape[1:3])
 
     def _gathered(self, made: Any, view: Tensor, row_bytes: int, channels_last: bool) -> Tensor:
         """The output, of parts as they are made: each is put in its place, turned round, while it is in cache."""
