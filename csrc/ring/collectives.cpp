@@ -30,6 +30,11 @@ void SharedMemory::dispatch(const Call& call, const char* in, char* out, float* 
     }
 }
 
+// Into the own segment.
+void SharedMemory::write(char* to, const char* from, size_t bytes) const {
+    streams_ ? stream(to, from, bytes) : static_cast<void>(std::memcpy(to, from, bytes));
+}
+
 // Runs the stages one step apart.
 void SharedMemory::pipeline(size_t steps, const Stages& stages, Wait& wait) {
     const uint32_t first = step_;
@@ -77,7 +82,7 @@ void SharedMemory::one_stage(char* data, const Call& call, Wait& wait) {
 void SharedMemory::publish_slices(const char* in, const SliceOf& slice, size_t i, uint32_t step) {
     for (int peer = 0; peer < world_size_; ++peer) {
         const Slice part = slice(i, peer);
-        if (peer != rank_ && part.bytes) std::memcpy(input(rank_, step) + part.slot, in + part.offset, part.bytes);
+        if (peer != rank_ && part.bytes) write(input(rank_, step) + part.slot, in + part.offset, part.bytes);
     }
 }
 
@@ -100,13 +105,16 @@ void SharedMemory::all_reduce(char* data, const Call& call, Wait& wait) {
     stages.publish = [&](size_t i, uint32_t step) { publish_slices(data, slice, i, step); };
     stages.reduce = [&](size_t i, uint32_t step) {
         const Slice own = slice(i, rank_);
-        reduce_slice(data, own, step, data + own.offset, output(rank_, step), call);
+        reduce_slice(data, own, step, data + own.offset, streams_ ? nullptr : output(rank_, step), call);
+        if (streams_) stream(output(rank_, step), data + own.offset, own.bytes);
     };
     stages.collect = [&](size_t i, uint32_t step, int peer) {
         const Slice part = slice(i, peer);
         if (part.bytes) std::memcpy(data + part.offset, output(peer, step), part.bytes);
     };
     pipeline(divide_up(bytes, kChunk), stages, wait);
+    const std::chrono::duration<double> took = Clock::now() - wait.together;
+    if (rank_ == 0) pace_.took(Pace::size_class(bytes), streams_, took.count());
 }
 
 void SharedMemory::reduce_scatter(const char* in, char* out, const Call& call, Wait& wait) {
@@ -127,7 +135,7 @@ void SharedMemory::all_gather(const char* in, char* out, const Call& call, Wait&
     const auto part = [&](size_t i) { return std::min(kChunk, bytes - i * kChunk); };
     Stages stages;
     stages.publish = [&](size_t i, uint32_t step) {
-        if (part(i)) std::memcpy(input(rank_, step), in + i * kChunk, part(i));
+        if (part(i)) write(input(rank_, step), in + i * kChunk, part(i));
     };
     stages.collect = [&](size_t i, uint32_t step, int peer) {
         if (part(i)) std::memcpy(out + peer * bytes + i * kChunk, input(peer, step), part(i));

@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "ring/pace.h"
 #include "ring/reduce.h"
 
 namespace engine::ring {
@@ -116,6 +117,7 @@ class SharedMemory {
     void publish_slices(const char* in, const SliceOf& slice, size_t i, uint32_t step);
     void reduce_slice(const char* in, const Slice& own, uint32_t step, char* result, char* copy, const Call& call);
     void pipeline(size_t steps, const Stages& stages, Wait& wait);
+    void write(char* to, const char* from, size_t bytes) const;
     void compare_headers(Wait& wait);
     void await(int rank, bool reduced, uint32_t steps, Wait& wait);
     std::string trouble(Wait& wait);
@@ -131,6 +133,8 @@ class SharedMemory {
     uint64_t number_ = 0;               // of the operation that runs or ran last
     uint64_t sequence_ = 0;             // exchanges begun: an operation may take several
     int process_;                       // that owns the segment: a forked child has it mapped too
+    bool streams_ = false;              // this operation writes past the caches into its segment
+    Pace pace_;                         // of rank 0
     std::string error_;                 // the first error's text: the group refuses further use with it
     std::mutex mutex_;                  // held by an operation
     std::atomic<bool> interrupted_{false};
