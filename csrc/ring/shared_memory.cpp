@@ -130,7 +130,7 @@ void SharedMemory::interrupt(const std::string& text) {
     interrupted_.store(true);
 }
 
-void SharedMemory::run(const Call& call, const void* in, void* out, float* residual, double timeout_seconds,
+void SharedMemory::run(const Call& call, const void* in, void* out, double timeout_seconds,
                        const std::function<void(const std::string&)>& poll) {
     std::lock_guard lock(mutex_);
     if (!error_.empty()) throw PeerFailure("this group failed before: " + error_);
@@ -144,7 +144,7 @@ void SharedMemory::run(const Call& call, const void* in, void* out, float* resid
         streams_ = header(0).operations[sequence_ % 4].streams >> size_class & 1;
         ++sequence_;
         header(rank_).operations[sequence_ % 4] = {sequence_, call, pace_.streams()};
-        dispatch(call, static_cast<const char*>(in), static_cast<char*>(out), residual, wait);
+        dispatch(call, static_cast<const char*>(in), static_cast<char*>(out), wait);
     } catch (const PeerFailure& failure) {
         fail(failure.what());
         throw;

@@ -39,7 +39,7 @@ struct Call {
     Kind kind;
     Dtype dtype;
     Op op;        // sum for all_gather
-    Codec codec;  // of an all_reduce of float32, sum or avg
+    Codec codec;  // what would be sent between hosts; here bytes cost less than encoding, and nothing is encoded
     // Elements of the tensor that is reduced, of the result of reduce_scatter, of the input of all_gather.
     uint64_t numel;
     double density;   // of the bitmap codec, else 0
@@ -69,10 +69,9 @@ class SharedMemory {
     // Runs a collective over all ranks.
     //   in        contiguous: numel elements, world size times as many for reduce_scatter
     //   out       contiguous: numel elements, world size times as many for all_gather; the same as `in` for all_reduce
-    //   residual  numel float32 with a codec, or null: what was not sent of the values before, and is not now
     // `poll` is called some times a second while waiting, with a text to log or an empty one; what it throws ends the
     // operation. Throws PeerFailure.
-    void run(const Call& call, const void* in, void* out, float* residual, double timeout_seconds,
+    void run(const Call& call, const void* in, void* out, double timeout_seconds,
              const std::function<void(const std::string&)>& poll);
 
     // From another thread: ends an operation that waits, and all later ones, with this text.
@@ -107,11 +106,10 @@ class SharedMemory {
         std::function<void(size_t i, uint32_t step, int peer)> collect;
     };
 
-    void dispatch(const Call& call, const char* in, char* out, float* residual, Wait& wait);
+    void dispatch(const Call& call, const char* in, char* out, Wait& wait);
     void compare(Wait& wait);
     void one_stage(char* data, const Call& call, Wait& wait);
     void all_reduce(char* data, const Call& call, Wait& wait);
-    void all_reduce_coded(float* data, float* residual, const Call& call, Wait& wait);
     void reduce_scatter(const char* in, char* out, const Call& call, Wait& wait);
     void all_gather(const char* in, char* out, const Call& call, Wait& wait);
     void publish_slices(const char* in, const SliceOf& slice, size_t i, uint32_t step);

@@ -26,7 +26,7 @@ SHARED = {
     (1, "gloo"): ["arguments", "values", "scatter_and_gather", "asynchronous", "kill_cycles:25"],
     (2, "engine"): ["values", "backend", "compiled", "codecs", "leaks", "groups_again", "lost:stopped:100000"],
     (3, "gloo"): [
-        *["values", "shapes", "scatter_and_gather", "codecs", "error_feedback", "asynchronous", "choice", "mismatches"],
+        *["values", "shapes", "scatter_and_gather", "codecs", "asynchronous", "choice", "mismatches"],
         *["refused_memory", "lost:killed:100"],
     ],
 }
