@@ -41,33 +41,40 @@ class Pace {
     // The size classes that stream from now on, a bit each.
     uint64_t streams() const { return streams_; }
 
-    // An operation of `c` took so long, by this way.
+    // An operation of `c` took so long, by this way. Compared are the quickest of some in a row: single ones are slow
+    // for many reasons.
     void took(int c, bool streamed, double seconds) {
         Times& its = times_[c];
-        double &known = its.seconds[streamed], &usual = its.seconds[its.prefers], &other = its.seconds[!its.prefers];
-        if (known == 0 || (streamed != its.prefers && its.tried++ == 0))
-            known = seconds;
-        else
-            known = streamed == its.prefers ? known + (seconds - known) / 4 : std::min(known, seconds);
-        if (other != 0 && usual != 0 && other < 0.9 * usual) {
-            its.prefers = !its.prefers;
-            its.count = kTries;
+        if (its.done == 0 || streamed != its.streamed) {
+            its.done = 0;
+            its.streamed = streamed;
+            its.best = seconds;
         }
-        // The worse the other way is, the rarer it is tried: that costs some 3 % of the time at most.
-        const double ratio =
-            usual != 0 && other != 0 ? std::clamp(std::max(other / usual, usual / other), 1.0, 16.0) : 0.1;
-        if (++its.count >= static_cast<int>(kPeriod * ratio)) its.count = its.tried = 0;
+        its.best = std::min(its.best, seconds);
+        --its.until_trial;
+        if (++its.done == kInRow) {
+            its.done = 0;
+            its.seconds[streamed] = its.best;
+            const double usual = its.seconds[its.prefers], other = its.seconds[!its.prefers];
+            // The worse the other way is, the rarer it is tried: that costs some 3 % of the time at most.
+            if (streamed != its.prefers)
+                its.until_trial =
+                    static_cast<int>(kPeriod * std::clamp(std::max(other / usual, usual / other), 1.0, 16.0));
+            if (other != 0 && other < 0.9 * usual) its.prefers = !its.prefers;
+        }
         const uint64_t bit = uint64_t{1} << c;
-        streams_ = its.prefers != (its.count < kTries) ? streams_ | bit : streams_ & ~bit;
+        streams_ = its.prefers != (its.until_trial <= 0) ? streams_ | bit : streams_ & ~bit;
     }
 
   private:
-    static constexpr int kTries = 3, kPeriod = 100;
+    static constexpr int kInRow = 5, kPeriod = 150;
     struct Times {
         double seconds[2] = {0, 0};  // of an operation, by whether it streams; 0: not known
         bool prefers = false;        // to stream
-        int count = kTries;          // operations since the last trial began
-        int tried = 0;               // operations of this trial that are done
+        int until_trial = kInRow;    // operations; at 0 the other way is tried, until it has been timed
+        bool streamed = false;       // the row under way: how it goes, how many are done, the quickest
+        int done = 0;
+        double best = 0;
     };
     std::array<Times, 64> times_;
     uint64_t streams_ = 0;
