@@ -9,6 +9,8 @@
 // Two counters a rank say how many chunks ("steps", counted over all operations) it has published and reduced. They
 // are all the synchronisation there is: publishing step i comes after finishing step i - 3, therefore whoever sees
 // that a peer has published step i knows that this peer is done with the slots of step i - 3. Four slots suffice.
+//
+// How slots are written, into the caches or past them, is measured while running: pace.h.
 #pragma once
 
 #include <atomic>
