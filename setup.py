@@ -44,7 +44,7 @@ CPU_OPS = [
 ]
 CPU_SOURCES = ["csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in CPU_OPS)]
 MODULE_SOURCES = ["csrc/module/native.cpp", "csrc/module/limits.cpp", "csrc/module/ring.cpp", "csrc/cpu/isa.cpp"]
-MODULE_SOURCES += [f"csrc/ring/{part}.cpp" for part in ("collectives", "reduce", "shared_memory", "wire")]
+MODULE_SOURCES += [f"csrc/ring/{part}.cpp" for part in ("collectives", "reduce", "shared_memory")]
 CUDA_OPS = [
     "bitmap_int8_linear",
     "bitmap_linear",

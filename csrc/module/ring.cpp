@@ -19,21 +19,16 @@ using ring::SharedMemory;
 
 // Addresses of contiguous memory (0: none), as SharedMemory::run says. `warn` is called with a text where a peer is
 // slow.
-void run(SharedMemory& memory, uint64_t number, Kind kind, uintptr_t in, uintptr_t out, uintptr_t residual,
-         uint64_t numel, Dtype dtype, Op op, Codec codec, double density, bool compare, double timeout,
-         const py::object& warn) {
+void run(SharedMemory& memory, uint64_t number, Kind kind, uintptr_t in, uintptr_t out, uint64_t numel, Dtype dtype,
+         Op op, Codec codec, double density, bool compare, double timeout, const py::object& warn) {
     const auto poll = [&](const std::string& text) {
         py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals()) throw py::error_already_set();  // Ctrl-C ends the wait
         if (!text.empty()) warn(text);
     };
-    const bool coded = codec != Codec::none;
-    if (coded && (kind != Kind::all_reduce || dtype != Dtype::float32 || op == Op::max || op == Op::min))
-        throw py::value_error("a codec needs the sum or average of float32 by all_reduce");
     const Call call{number, kind, dtype, op, codec, numel, density, compare};
     py::gil_scoped_release nogil;
-    memory.run(call, reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out),
-               reinterpret_cast<float*>(residual), timeout, poll);
+    memory.run(call, reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), timeout, poll);
 }
 
 }  // namespace
@@ -63,9 +58,9 @@ void bind_ring(py::module_& m) {
         .def("close_descriptor", &SharedMemory::close_descriptor)
         .def("open_peer", &SharedMemory::open_peer, py::arg("rank"), py::arg("pid"), py::arg("descriptor"),
              py::arg("token"), py::arg("host"))
-        .def("run", &run, py::arg("number"), py::arg("kind"), py::arg("input"), py::arg("output"), py::arg("residual"),
-             py::arg("numel"), py::arg("dtype"), py::arg("op"), py::arg("codec"), py::arg("density"),
-             py::arg("compare"), py::arg("timeout"), py::arg("warn"))
+        .def("run", &run, py::arg("number"), py::arg("kind"), py::arg("input"), py::arg("output"), py::arg("numel"),
+             py::arg("dtype"), py::arg("op"), py::arg("codec"), py::arg("density"), py::arg("compare"),
+             py::arg("timeout"), py::arg("warn"))
         .def("interrupt", &SharedMemory::interrupt, py::arg("text"))
         .def("fail", &SharedMemory::fail, py::arg("text"))
         .def("lost", &SharedMemory::lost);

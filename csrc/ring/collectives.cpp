@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "ring/segment.h"
-#include "ring/wire.h"
 
 namespace engine::ring {
 namespace {
@@ -16,7 +15,7 @@ size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-void SharedMemory::dispatch(const Call& call, const char* in, char* out, float* residual, Wait& wait) {
+void SharedMemory::dispatch(const Call& call, const char* in, char* out, Wait& wait) {
     if (call.compare) return compare(wait);
     switch (call.kind) {
         case Kind::reduce_scatter:
@@ -24,10 +23,14 @@ void SharedMemory::dispatch(const Call& call, const char* in, char* out, float* 
         case Kind::all_gather:
             return all_gather(in, out, call, wait);
         case Kind::all_reduce:
-            if (call.codec != Codec::none) return all_reduce_coded(reinterpret_cast<float*>(out), residual, call, wait);
             if (call.numel * element_size(call.dtype) <= kOneStageBytes) return one_stage(out, call, wait);
             return all_reduce(out, call, wait);
     }
+}
+
+// Into the own segment.
+void SharedMemory::write(char* to, const char* from, size_t bytes) const {
+    streams_ ? stream(to, from, bytes) : static_cast<void>(std::memcpy(to, from, bytes));
 }
 
 // Runs the stages one step apart.
@@ -77,7 +80,7 @@ void SharedMemory::one_stage(char* data, const Call& call, Wait& wait) {
 void SharedMemory::publish_slices(const char* in, const SliceOf& slice, size_t i, uint32_t step) {
     for (int peer = 0; peer < world_size_; ++peer) {
         const Slice part = slice(i, peer);
-        if (peer != rank_ && part.bytes) std::memcpy(input(rank_, step) + part.slot, in + part.offset, part.bytes);
+        if (peer != rank_ && part.bytes) write(input(rank_, step) + part.slot, in + part.offset, part.bytes);
     }
 }
 
@@ -100,13 +103,16 @@ void SharedMemory::all_reduce(char* data, const Call& call, Wait& wait) {
     stages.publish = [&](size_t i, uint32_t step) { publish_slices(data, slice, i, step); };
     stages.reduce = [&](size_t i, uint32_t step) {
         const Slice own = slice(i, rank_);
-        reduce_slice(data, own, step, data + own.offset, output(rank_, step), call);
+        reduce_slice(data, own, step, data + own.offset, streams_ ? nullptr : output(rank_, step), call);
+        if (streams_) stream(output(rank_, step), data + own.offset, own.bytes);
     };
     stages.collect = [&](size_t i, uint32_t step, int peer) {
         const Slice part = slice(i, peer);
         if (part.bytes) std::memcpy(data + part.offset, output(peer, step), part.bytes);
     };
     pipeline(divide_up(bytes, kChunk), stages, wait);
+    const std::chrono::duration<double> took = Clock::now() - wait.together;
+    if (rank_ == 0) pace_.took(Pace::size_class(bytes), streams_, took.count());
 }
 
 void SharedMemory::reduce_scatter(const char* in, char* out, const Call& call, Wait& wait) {
@@ -127,65 +133,13 @@ void SharedMemory::all_gather(const char* in, char* out, const Call& call, Wait&
     const auto part = [&](size_t i) { return std::min(kChunk, bytes - i * kChunk); };
     Stages stages;
     stages.publish = [&](size_t i, uint32_t step) {
-        if (part(i)) std::memcpy(input(rank_, step), in + i * kChunk, part(i));
+        if (part(i)) write(input(rank_, step), in + i * kChunk, part(i));
     };
     stages.collect = [&](size_t i, uint32_t step, int peer) {
         if (part(i)) std::memcpy(out + peer * bytes + i * kChunk, input(peer, step), part(i));
     };
     pipeline(std::max<size_t>(1, divide_up(bytes, kChunk)), stages, wait);
     if (bytes && in != out + rank_ * bytes) std::memcpy(out + rank_ * bytes, in, bytes);
-}
-
-// Of a chunk every rank owns some whole blocks. It gets them encoded from its peers, adds them up to its own in rank
-// order, encodes the sum once, and decodes it as its peers will: all hold the same bits.
-void SharedMemory::all_reduce_coded(float* data, float* residual, const Call& call, Wait& wait) {
-    constexpr size_t kElements = kChunk / sizeof(float);
-    const Wire wire{call.codec, call.density};
-    const SliceOf slice = [&](size_t i, int rank) {  // in elements
-        const size_t all = std::min(kElements, call.numel - i * kElements);
-        const size_t each = divide_up(all, world_size_ * kCodecBlockElements) * kCodecBlockElements;
-        const size_t offset = std::min(all, rank * each);
-        return Slice{i * kElements + offset, offset * sizeof(float), std::min(each, all - offset)};
-    };
-    const auto encode = [&](float* x, const Slice& part, char* to) {
-        wire.encode(x, residual ? residual + part.offset : nullptr, part.bytes, to);
-    };
-    const auto add = [&](int peer, const char* from, size_t n, float factor, float* x) {
-        if (!wire.decode_add(from, n, factor, x))
-            throw PeerFailure("operation " + std::to_string(number_) + ": " + name(peer) +
-                              " published what no codec makes");
-    };
-    const float factor = call.op == Op::avg ? 1.0f / static_cast<float>(world_size_) : 1.0f;
-    std::vector<float> sum(std::min<size_t>(kElements, call.numel));
-    Stages stages;
-    stages.publish = [&](size_t i, uint32_t step) {
-        for (int peer = 0; peer < world_size_; ++peer) {
-            const Slice part = slice(i, peer);
-            if (peer != rank_ && part.bytes) encode(data + part.offset, part, input(rank_, step) + part.slot);
-        }
-    };
-    stages.reduce = [&](size_t i, uint32_t step) {
-        const Slice own = slice(i, rank_);
-        if (!own.bytes) return;
-        float* mine = data + own.offset;
-        std::fill_n(sum.begin(), own.bytes, 0.0f);
-        for (int rank = 0; rank < world_size_; ++rank) {
-            if (rank == rank_)
-                for (size_t j = 0; j < own.bytes; ++j) sum[j] += mine[j];
-            else
-                add(rank, input(rank, step) + own.slot, own.bytes, 1.0f, sum.data());
-        }
-        encode(sum.data(), own, output(rank_, step));
-        std::fill_n(mine, own.bytes, 0.0f);
-        add(rank_, output(rank_, step), own.bytes, factor, mine);
-    };
-    stages.collect = [&](size_t i, uint32_t step, int peer) {
-        const Slice part = slice(i, peer);
-        if (!part.bytes) return;
-        std::fill_n(data + part.offset, part.bytes, 0.0f);
-        add(peer, output(peer, step), part.bytes, factor, data + part.offset);
-    };
-    pipeline(std::max<size_t>(1, divide_up(call.numel, kElements)), stages, wait);
 }
 
 }  // namespace engine::ring

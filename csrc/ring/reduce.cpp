@@ -57,23 +57,42 @@ ENGINE_INLINE A combine(A a, A b) {
         return a + b;
 }
 
+// Combines what is there so far, in T or in A, with the last rank's elements. result may be one of both.
+template <class T, Op op, class X>
+ENGINE_INLINE void finish(const X* so_far, const T* last, int world_size, size_t count, T* result, T* copy) {
+    using A = typename Accumulator<T>::type;
+    const auto value = [&](size_t i) __attribute__((always_inline)) {
+        const A x = combine<op>(load<A>(so_far[i]), load<A>(last[i]));
+        return store<T>(op == Op::avg ? x / static_cast<A>(world_size) : x);
+    };
+    if (copy) {
+#pragma GCC ivdep
+        for (size_t i = 0; i < count; ++i) result[i] = copy[i] = value(i);
+    } else {
+#pragma GCC ivdep
+        for (size_t i = 0; i < count; ++i) result[i] = value(i);
+    }
+}
+
 template <class T, Op op>
 ENGINE_INLINE void reduce_body(const void* const* sources, int world_size, size_t n, void* result, void* copy) {
     using A = typename Accumulator<T>::type;
-    alignas(64) A sum[kBlock];
+    alignas(64) A sum[kBlock];  // of all ranks but the last
     for (size_t start = 0; start < n; start += kBlock) {
         const size_t count = std::min(kBlock, n - start);
         const T* first = static_cast<const T*>(sources[0]) + start;
+        const T* last = static_cast<const T*>(sources[world_size - 1]) + start;
+        T *to = static_cast<T*>(result) + start, *to_copy = copy ? static_cast<T*>(copy) + start : nullptr;
+        if (world_size == 2) {
+            finish<T, op>(first, last, world_size, count, to, to_copy);
+            continue;
+        }
         for (size_t i = 0; i < count; ++i) sum[i] = load<A>(first[i]);
-        for (int rank = 1; rank < world_size; ++rank) {
+        for (int rank = 1; rank + 1 < world_size; ++rank) {
             const T* next = static_cast<const T*>(sources[rank]) + start;
             for (size_t i = 0; i < count; ++i) sum[i] = combine<op>(sum[i], load<A>(next[i]));
         }
-        if constexpr (op == Op::avg)
-            for (size_t i = 0; i < count; ++i) sum[i] /= static_cast<A>(world_size);
-        T* to = static_cast<T*>(result) + start;
-        for (size_t i = 0; i < count; ++i) to[i] = store<T>(sum[i]);
-        if (copy) std::memcpy(static_cast<T*>(copy) + start, to, count * sizeof(T));
+        finish<T, op>(sum, last, world_size, count, to, to_copy);
     }
 }
 

@@ -10,8 +10,8 @@ enum class Op : int { sum, avg, max, min };
 
 size_t element_size(Dtype dtype);
 
-// sources: world_size pointers to n elements each; result: n elements, may be one of the sources; copy: n elements that
-// become the same as result, or null. float16 and bfloat16 are added up in fp32 and rounded once.
+// sources: world_size pointers, at least two, to n elements each; result: n elements, may be one of the sources; copy:
+// n elements that become the same as result, or null. float16 and bfloat16 are added up in fp32 and rounded once.
 void reduce(const void* const* sources, int world_size, size_t n, void* result, void* copy, Dtype dtype, Op op);
 
 }  // namespace engine::ring

@@ -30,6 +30,7 @@ struct alignas(64) Counter {
 struct Operation {
     uint64_t sequence;
     Call call;
+    uint64_t streams;  // of rank 0: the size classes that stream in the operation after this
 };
 
 struct Header {
@@ -50,6 +51,7 @@ struct SharedMemory::Wait {
     Clock::time_point begun;
     const std::function<void(const std::string&)>& poll;
     bool warned = false;
+    Clock::time_point together = {};  // when all ranks were found to have begun
 };
 
 inline void advance(Counter& counter, uint32_t steps) {

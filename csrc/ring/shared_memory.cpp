@@ -130,7 +130,7 @@ void SharedMemory::interrupt(const std::string& text) {
     interrupted_.store(true);
 }
 
-void SharedMemory::run(const Call& call, const void* in, void* out, float* residual, double timeout_seconds,
+void SharedMemory::run(const Call& call, const void* in, void* out, double timeout_seconds,
                        const std::function<void(const std::string&)>& poll) {
     std::lock_guard lock(mutex_);
     if (!error_.empty()) throw PeerFailure("this group failed before: " + error_);
@@ -139,8 +139,12 @@ void SharedMemory::run(const Call& call, const void* in, void* out, float* resid
     Wait wait{timeout_seconds, {}, poll};
     try {
         number_ = call.number;
-        header(rank_).operations[++sequence_ % 4] = {sequence_, call};
-        dispatch(call, static_cast<const char*>(in), static_cast<char*>(out), residual, wait);
+        // Rank 0 says one operation ahead how to write, so that all do it alike.
+        const int size_class = Pace::size_class(call.numel * element_size(call.dtype));
+        streams_ = header(0).operations[sequence_ % 4].streams >> size_class & 1;
+        ++sequence_;
+        header(rank_).operations[sequence_ % 4] = {sequence_, call, pace_.streams()};
+        dispatch(call, static_cast<const char*>(in), static_cast<char*>(out), wait);
     } catch (const PeerFailure& failure) {
         fail(failure.what());
         throw;
@@ -163,6 +167,7 @@ void SharedMemory::compare_headers(Wait& wait) {
         throw PeerFailure("operation " + std::to_string(number_) + ": " + name(rank) + " called " + words(other.call) +
                           ", rank " + std::to_string(rank_) + " " + words(own.call));
     }
+    wait.together = Clock::now();
 }
 
 std::string SharedMemory::name(int rank) const { return "rank " + std::to_string(rank) + " on " + peers_[rank].host; }

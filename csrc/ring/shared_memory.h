@@ -9,6 +9,8 @@
 // Two counters a rank say how many chunks ("steps", counted over all operations) it has published and reduced. They
 // are all the synchronisation there is: publishing step i comes after finishing step i - 3, therefore whoever sees
 // that a peer has published step i knows that this peer is done with the slots of step i - 3. Four slots suffice.
+//
+// How slots are written, into the caches or past them, is measured while running: pace.h.
 #pragma once
 
 #include <atomic>
@@ -20,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "ring/pace.h"
 #include "ring/reduce.h"
 
 namespace engine::ring {
@@ -38,7 +41,7 @@ struct Call {
     Kind kind;
     Dtype dtype;
     Op op;        // sum for all_gather
-    Codec codec;  // of an all_reduce of float32, sum or avg
+    Codec codec;  // what would be sent between hosts; here bytes cost less than encoding, and nothing is encoded
     // Elements of the tensor that is reduced, of the result of reduce_scatter, of the input of all_gather.
     uint64_t numel;
     double density;   // of the bitmap codec, else 0
@@ -68,10 +71,9 @@ class SharedMemory {
     // Runs a collective over all ranks.
     //   in        contiguous: numel elements, world size times as many for reduce_scatter
     //   out       contiguous: numel elements, world size times as many for all_gather; the same as `in` for all_reduce
-    //   residual  numel float32 with a codec, or null: what was not sent of the values before, and is not now
     // `poll` is called some times a second while waiting, with a text to log or an empty one; what it throws ends the
     // operation. Throws PeerFailure.
-    void run(const Call& call, const void* in, void* out, float* residual, double timeout_seconds,
+    void run(const Call& call, const void* in, void* out, double timeout_seconds,
              const std::function<void(const std::string&)>& poll);
 
     // From another thread: ends an operation that waits, and all later ones, with this text.
@@ -106,16 +108,16 @@ class SharedMemory {
         std::function<void(size_t i, uint32_t step, int peer)> collect;
     };
 
-    void dispatch(const Call& call, const char* in, char* out, float* residual, Wait& wait);
+    void dispatch(const Call& call, const char* in, char* out, Wait& wait);
     void compare(Wait& wait);
     void one_stage(char* data, const Call& call, Wait& wait);
     void all_reduce(char* data, const Call& call, Wait& wait);
-    void all_reduce_coded(float* data, float* residual, const Call& call, Wait& wait);
     void reduce_scatter(const char* in, char* out, const Call& call, Wait& wait);
     void all_gather(const char* in, char* out, const Call& call, Wait& wait);
     void publish_slices(const char* in, const SliceOf& slice, size_t i, uint32_t step);
     void reduce_slice(const char* in, const Slice& own, uint32_t step, char* result, char* copy, const Call& call);
     void pipeline(size_t steps, const Stages& stages, Wait& wait);
+    void write(char* to, const char* from, size_t bytes) const;
     void compare_headers(Wait& wait);
     void await(int rank, bool reduced, uint32_t steps, Wait& wait);
     std::string trouble(Wait& wait);
@@ -131,6 +133,8 @@ class SharedMemory {
     uint64_t number_ = 0;               // of the operation that runs or ran last
     uint64_t sequence_ = 0;             // exchanges begun: an operation may take several
     int process_;                       // that owns the segment: a forked child has it mapped too
+    bool streams_ = false;              // this operation writes past the caches into its segment
+    Pace pace_;                         // of rank 0
     std::string error_;                 // the first error's text: the group refuses further use with it
     std::mutex mutex_;                  // held by an operation
     std::atomic<bool> interrupted_{false};

@@ -32,15 +32,17 @@ def all_reduce(
     has as many ranks, more than one, they add up inside the host first (float16 and bfloat16 are rounded there too). A
     line of the log (`engine.distributed`) says why ranks don't share memory.
 
-    A `codec` says what is sent in place of the elements. It rounds twice, what a rank sends and the sum, whatever the
-    number of ranks; what a rank adds to its own part is exact:
+    A `codec` says what is sent between hosts in place of the elements. Where all ranks are on one, nothing is encoded
+    (it would take longer, and round): the result is that without a codec, and a residual is added and becomes zero.
+    Between hosts a codec rounds twice, what a rank sends and the sum, whatever the number of ranks; what a rank adds to
+    its own part is exact:
 
     - "bf16": 2 bytes an element.
     - "int8": blocks of 256 with a float32 scale, 1.016 bytes an element. A block that holds a NaN or an infinity
       becomes NaN on every rank.
     - "bitmap": only about a fraction `density` of the largest magnitudes, as a bitmask and bfloat16 values, 0.125 +
       2.5 * density bytes an element at most. Meant for gradients, with a `residual`. A NaN or an infinity makes NaN of
-      the elements that are sent with it, 64 Ki at most, between hosts 512 Ki.
+      the elements that are sent with it, 512 Ki at most.
 
     Every rank must call it in the same order with the same number of elements, dtype, op and codec; where they differ,
     every rank raises. After an error the group refuses further calls with the first error's text. Under `torch.compile`
@@ -132,8 +134,11 @@ def _through_memory(
     assert communicator is not None
     flat = t.detach().contiguous()  # the same memory where it is contiguous already
     if codec is not None:
-        flat = flat.float()
-        communicator.all_reduce(flat, op, codec, residual, density)
+        if residual is not None:
+            flat = flat.float().add_(residual.view(flat.shape))
+        communicator.all_reduce(flat, op, codec, density)
+        if residual is not None:
+            residual.zero_()
     elif member.knows(nbytes := flat.numel() * flat.element_size()):
         communicator.all_reduce(flat, op)
     else:

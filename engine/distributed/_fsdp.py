@@ -18,8 +18,8 @@ class FsdpReduceScatter:
                 module.set_custom_reduce_scatter(engine.distributed.FsdpReduceScatter(codec="int8"))
 
     It is an all_reduce of which each rank keeps its part, so that the reduced gradients travel too: without a codec
-    that moves twice as much as a reduce-scatter, with "int8" half as much. There is no error feedback. Parameters are
-    still gathered by `torch.distributed`.
+    that moves twice as much as a reduce-scatter, with "int8", between hosts, half as much. There is no error feedback.
+    Parameters are still gathered by `torch.distributed`.
 
     Args:
         codec: what is sent, see :func:`engine.distributed.all_reduce`.

@@ -20,7 +20,7 @@ class HookState:
 
     Args:
         group: the group of the DDP model, the default one where it is None.
-        codec: None, "bf16", "int8" or "bitmap", as for :func:`engine.distributed.all_reduce`.
+        codec: None, "bf16", "int8" or "bitmap", as for :func:`engine.distributed.all_reduce`: between hosts alone.
         error_feedback: keep what could not be sent, and add it to the next step's gradients.
         warmup_steps: so many steps go without the codec first.
         density: of "bitmap".

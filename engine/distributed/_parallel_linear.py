@@ -7,7 +7,10 @@ communicates. What a collective does going forward, its twin undoes in the gradi
 
 import copy
 import dataclasses
+import functools
+import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +27,30 @@ Group = dist.ProcessGroup
 # So many products of int8 activations (at most 127) and weights (at most 128) add up exactly in each type.
 MOST_IN_FLOAT32 = 2**24 // (127 * 128)
 MOST_IN_INT32 = (2**31 - 1) // (127 * 128)
+
+
+def _around(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compiler.disable`, but only once something may be compiled.
+
+    It loads torch._dynamo, and that torch.distributed.nn, whose default arguments hold the default group as it is then:
+    if there is one already, `destroy_process_group` no longer ends its threads, and one of gloo's may abort the process
+    as the interpreter goes. It would also more than double the time of `import engine`.
+    """
+    disabled: list[Callable[..., Tensor]] = []
+
+    @functools.wraps(forward)
+    def call(*arguments: Any) -> Tensor:
+        dynamo: Any = sys.modules.get("torch._dynamo")
+        if dynamo is None:
+            return forward(*arguments)
+        dynamo.skip_frame("this frame isn't compiled either")
+        if not disabled:
+            disabled.append(torch.compiler.disable(forward))
+        return disabled[0](*arguments)
+
+    setattr(call, "_torchdynamo_disable", True)  # noqa: B010  # callers end their graph before the call
+    setattr(call, "_torchdynamo_disable_msg", "it communicates: torch.compile goes around it")  # noqa: B010
+    return call
 
 
 def bounds(size: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -151,7 +178,7 @@ class ColumnParallelLinear(_Parallel):
         """This rank's part of the bias."""
         return self.shard.bias  # type: ignore[return-value]
 
-    @torch.compiler.disable(reason="it communicates: torch.compile goes around it")
+    @_around
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in_features]` to `[..., this rank's out_features]`, or to all of them."""
         if x.requires_grad and torch.is_grad_enabled():
@@ -205,7 +232,7 @@ class RowParallelLinear(_Parallel):
             self._compared = (weakref.ref(self.shard), same)
         return same
 
-    @torch.compiler.disable(reason="it communicates: torch.compile goes around it")
+    @_around
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., this rank's in_features]`, or all of them where `split_input`, to `[..., out_features]`."""
         begin, end = bounds(self.in_features, self.group.size(), dist.get_rank(self.group))

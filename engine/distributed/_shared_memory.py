@@ -43,18 +43,15 @@ class Communicator:
         t: torch.Tensor,
         op: str,
         codec: str | None = None,
-        residual: torch.Tensor | None = None,
         density: float = 0.01,
         compared: bool = False,
     ) -> None:
-        """Reduces `t` in place; with a codec it is float32, and so is `residual`, of its shape.
+        """Reduces `t` in place. Nothing is encoded, but ranks must agree on the codec.
 
         `compared`: the operation was begun by `compare`.
         """
         self._number += not compared
-        left = 0 if residual is None else residual.data_ptr()
-        density = density if codec == "bitmap" else 0.0
-        self._run("all_reduce", t, t, op, t.numel(), codec, left, density)
+        self._run("all_reduce", t, t, op, t.numel(), codec, density if codec == "bitmap" else 0.0)
 
     def reduce_scatter(self, t: torch.Tensor, result: torch.Tensor, op: str) -> None:
         """Reduces `t`, as many elements a rank as `result` has, and leaves this rank's in `result`."""
@@ -87,7 +84,6 @@ class Communicator:
         op: str,
         numel: int,
         codec: str | None = None,
-        residual: int = 0,
         density: float = 0.0,
         compare: bool = False,
     ) -> None:
@@ -98,7 +94,6 @@ class Communicator:
                     self._kinds[kind],
                     t.data_ptr(),
                     result.data_ptr(),
-                    residual,
                     numel,
                     self._dtypes[t.dtype],
                     self._ops[op],

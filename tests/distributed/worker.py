@@ -315,48 +315,25 @@ def scatter_and_gather():
 
 
 def codecs():
-    for codec, op, bound in [("bf16", "avg", 0.004), ("int8", "sum", 0.01), ("bitmap", "sum", 0.004)]:
-        how = {"op": op, "codec": codec, "density": 1.0}
-        for n in [0, 1, 255, 4097, 65537, 300001]:
-            expected = truth(n, torch.float32, op, 7)
-            t, again = data(rank, n, torch.float32, 7), data(rank, n, torch.float32, 7)
-            all_reduce(t, **how)
-            all_reduce(again, **how)
-            assert torch.equal(t, again), "other bits in a second run"
-            assert same_on_every_rank(t)
-            if n > 1:
-                assert (t.double() - expected).norm() <= bound * expected.norm(), (codec, n)
-        half = data(rank, 5000, torch.bfloat16, 8).view(50, 100).t()
-        all_reduce(half, **how)
-        expected = truth(5000, torch.bfloat16, op, 8).view(50, 100).t()
-        assert (half.double() - expected).norm() <= (bound + 0.004) * expected.norm()
-        for bad in (float("nan"), float("inf")):
-            t, left = data(rank, 70000, torch.float32, 9), torch.zeros(70000)
-            if rank == world_size - 1:
-                t[123] = bad
-            all_reduce(t, **how, residual=left)
-            assert same_on_every_rank(t) and left.isfinite().all(), codec
-            assert not t[123].isfinite() and (codec == "bf16" or t[123].isnan())
-            assert t[256:512].isfinite().all() or codec == "bitmap"  # another block
-            assert t[65536 + 1024 :].isfinite().all()  # another chunk
-
-
-def error_feedback():
-    """What is not sent at once is sent later: the mean over many calls comes close to the truth."""
-    n, calls = 20000, 60
-    t = data(rank, n, torch.float32, 11)
-    expected = truth(n, torch.float32, "sum", 11).float()
-    for codec, density, bound in [("int8", 1.0, 5e-4), ("bf16", 1.0, 1e-4), ("bitmap", 0.1, 0.15)]:
-        total, left = torch.zeros(n), torch.zeros(n)
-        for _ in range(calls):
-            sent = t.clone()
-            all_reduce(sent, codec=codec, residual=left, density=density)
-            total += sent
-        error = (total / calls - expected).norm() / expected.norm()
-        assert error <= bound, (codec, error)
-        # Nothing is lost: what was sent in all and what is left of all ranks is what was to be sent.
-        all_reduce(left)
-        assert torch.allclose(total + left, calls * expected, atol=2e-2), codec
+    """Inside one host nothing is encoded: the bits without a codec. What was left over before is added, in float32."""
+    communicator = _member.member_of(dist.group.WORLD).communicator
+    for codec, op in [("bf16", "avg"), ("int8", "sum"), ("bitmap", "sum")]:
+        for n in [0, 1, 255, 65537, 300001]:
+            t, plain = data(rank, n, torch.float32, 7), data(rank, n, torch.float32, 7)
+            all_reduce(t, op, codec=codec)
+            communicator.all_reduce(plain, op)
+            assert torch.equal(t, plain) and same_on_every_rank(t)
+        for dtype in (torch.float32, torch.bfloat16):
+            t, left = data(rank, 5000, dtype, 8).view(50, 100).t(), data(rank, 5000, torch.float32, 9)
+            wide = (t.float().flatten() + left).view(100, 50)
+            communicator.all_reduce(wide, op)
+            all_reduce(t, op, codec=codec, residual=left)
+            assert torch.equal(t, wide.to(dtype)) and not left.any()
+        t, left = data(rank, 70000, torch.float32, 9), torch.zeros(70000)
+        if rank == world_size - 1:
+            t[123] = float("nan")
+        all_reduce(t, op, codec=codec, residual=left)
+        assert t.isnan().nonzero().tolist() == [[123]] and not left.any()
 
 
 def asynchronous():
