@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/bitmap.h"
 #include "common/dtype.h"
@@ -56,18 +57,37 @@ ENGINE_AVX2 ENGINE_INLINE __m256 expand_8_avx2(const BFloat16* values, uint32_t 
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(all), control));
 }
 
-// 16 weights of the mask's bits from the kept ones at `values`, of which 16 are loaded.
-ENGINE_AVX512 ENGINE_INLINE __m512 expand_16_avx512(const float* values, __mmask16 m) {
-    return _mm512_castsi512_ps(expand_lanes_avx512<float>(m, _mm512_loadu_si512(values)));
+// 32 weights of the mask's bits from the kept ones at `values`, of which 32 are loaded.
+ENGINE_AVX512 ENGINE_INLINE void expand_32_avx512(const float* values, uint32_t m, __m512 (&w)[2]) {
+    const __m512i first = _mm512_loadu_si512(values), second = _mm512_loadu_si512(values + popcount64(m & 0xffff));
+    w[0] = _mm512_castsi512_ps(expand_lanes_avx512<float>(m & 0xffff, first));
+    w[1] = _mm512_castsi512_ps(expand_lanes_avx512<float>(m >> 16, second));
 }
-ENGINE_AVX512 ENGINE_INLINE __m512 expand_16_avx512(const Half* values, __mmask16 m) {
-    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    return _mm512_cvtph_ps(_mm256_maskz_expand_epi16(m, all));
+ENGINE_AVX512 ENGINE_INLINE void expand_32_avx512(const Half* values, uint32_t m, __m512 (&w)[2]) {
+    const __m512i both = expand_lanes_avx512<uint16_t>(m, _mm512_loadu_si512(values));
+    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
 }
-ENGINE_AVX512 ENGINE_INLINE __m512 expand_16_avx512(const BFloat16* values, __mmask16 m) {
-    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_expand_epi16(m, all));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+ENGINE_AVX512 ENGINE_INLINE void expand_32_avx512(const BFloat16* values, uint32_t m, __m512 (&w)[2]) {
+    const __m512i both = expand_lanes_avx512<uint16_t>(m, _mm512_loadu_si512(values));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+}
+
+// The same, but of bfloat16 the even ones come first, then the odd ones, each of which one cheap instruction makes
+// fp32.
+template <class V>
+ENGINE_AVX512 ENGINE_INLINE void expand_32_apart_avx512(const V* values, uint32_t m, __m512 (&w)[2]) {
+    if constexpr (std::is_same_v<V, BFloat16>) {
+        const __m512i both = expand_lanes_avx512<uint16_t>(m, _mm512_loadu_si512(values));
+        const __m512i odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+        w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        w[1] = _mm512_castsi512_ps(_mm512_and_si512(both, odd));
+    } else {
+        expand_32_avx512(values, m, w);
+    }
 }
 
 }  // namespace engine

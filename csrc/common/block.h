@@ -44,14 +44,18 @@ struct Blocks {
                         ": crow_indices: expected int32 [ceil(N / R) + 1]");
         STD_TORCH_CHECK(col.scalar_type() == ScalarType::Int && col.dim() == 1 && col.size(0) == values.size(0), op,
                         ": col_indices: expected int32 [B]");
+        offsets_ = data<int32_t>(crow_indices);
+        columns_ = data<int32_t>(col_indices);
         check_indices(op);
     }
 
     int64_t high() const { return pieces_of(n, shape.rows); }
-    const int32_t* offsets() const { return data<int32_t>(crow_indices); }
-    const int32_t* columns() const { return data<int32_t>(col_indices); }
+    const int32_t* offsets() const { return offsets_; }
+    const int32_t* columns() const { return columns_; }
 
   private:
+    const int32_t *offsets_ = nullptr, *columns_ = nullptr;  // asking the tensors each time would cost a call of torch
+
     void check_indices(const char* op) const {
         const int32_t *from = offsets(), *column = columns();
         const int64_t count = values.size(0), wide = pieces_of(k, shape.columns);

@@ -1,9 +1,11 @@
 // block_linear: float activations times a weight of which only some blocks are kept, in fp32. Blocks are multiplied in
-// the order of memory, each by a few rows of activations at a time, so that a block is read once for all of them.
+// the order of memory, each by a few rows of activations at a time, so that a block is read once for all of them. With
+// AVX-512 blocks are packed for many rows (common/block_avx512.h).
 
 #include <cstring>
 
 #include "common/block.h"
+#include "common/block_avx512.h"
 #include "common/gemm_float.h"
 
 namespace engine {
@@ -11,6 +13,8 @@ namespace {
 
 constexpr int64_t kLanes = 8;       // sums of an output, so that additions need not wait for each other
 constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
+constexpr int64_t kLineRows =
+    4;  // with AVX-512: up to so many rows of activations blocks are multiplied where they lie
 
 // One row of blocks by a few rows of activations. The body for every instruction set: it vectorises by itself where it
 // is inlined.
@@ -67,10 +71,115 @@ ENGINE_AVX512 void line_avx512(const FloatLinear<T>& call, const FloatRows& rows
 }
 #endif
 
+#if ENGINE_X86
+struct StripScratch;                       // tag: what a thread packs and sums in
+struct StripRowsScratch;                   // tag: the activations of a call, held by the calling thread
+constexpr int64_t kStripDepth = 256;       // of K, summed before it is added to what came before: errors grow less
+constexpr int64_t kChunkBytes = 4 << 20;   // of activations at a time
+constexpr int64_t kStripRowsAtOnce = 256;  // rows of activations to a task
+
+// Outputs of one row of blocks, at most kStripOutputs, by rows [begin, end) of `rows`.
+template <class T, class V>
+struct StripTask {
+    const FloatLinear<T>& call;
+    const Blocks& weight;
+    FloatRows rows;
+    int64_t chunk;  // the call's row that is row 0 of `rows`
+    float* packed;  // [kStripDepth, kStripOutputs]
+    float* sums;    // [kStripRowsAtOnce, kStripOutputs]
+
+    // Kept blocks [first, last) of outputs [inside, inside + outputs).
+    ENGINE_AVX512 void pack(int64_t first, int64_t last, int64_t inside, int64_t outputs) const {
+        const auto [high, wide] = weight.shape;
+        const V* values = data<V>(weight.values);
+        alignas(64) float w[16][kMaxBlock];
+        for (int64_t i = first; i < last; ++i) {
+            // What lies beyond K counts for nothing, not even where it is no number.
+            const int64_t there = std::min(wide, weight.k - weight.columns()[i] * wide);
+            for (int64_t j = 0; j < outputs; j += 16) {
+                for (int64_t r = 0; r < 16; ++r) {
+                    const V* from = values + (i * high + inside + j + r) * wide;
+                    for (int64_t c = 0; c < there; ++c) w[r][c] = to_float(from[c]);
+                    std::fill(w[r] + there, w[r] + wide, 0.0f);
+                }
+                BlockFloatAvx512::pack(w[0], kMaxBlock, wide, packed + (i - first) * wide * outputs + j, outputs);
+            }
+        }
+    }
+
+    ENGINE_AVX512 void finish(int64_t row, int64_t count, int64_t column, int64_t outputs, const float* from) const {
+        const int64_t columns = std::min(outputs, call.n - column);
+        for (int64_t r = 0; r < count; ++r, from += outputs) {
+            T* to = call.y + (chunk + row + r) * call.n + column;
+            for (int64_t j = 0; j < columns; ++j) to[j] = float_output(from[j], call, column + j);
+        }
+    }
+
+    void run(int64_t line, int64_t inside, int64_t begin, int64_t end) const {
+        const auto [high, wide] = weight.shape;
+        const int64_t column = line * high + inside, outputs = std::min(kStripOutputs, high - inside);
+        if (column >= weight.n) return;
+        const int64_t first = weight.offsets()[line], last = weight.offsets()[line + 1];
+        const int64_t step = kStripDepth / wide, tile = strip_rows(outputs);
+        for (int64_t i = first; i == first || i < last; i += step) {
+            const int64_t stop = std::min(last, i + step);
+            pack(i, stop, inside, outputs);
+            const BlockStrip<float> strip{weight.columns() + i, stop - i, wide, packed};
+            for (int64_t row = begin; row < end; row += tile) {
+                const int64_t count = std::min(tile, end - row);
+                float* mine = sums + (row - begin) * outputs;
+                strip_tile<BlockFloatAvx512>(count, outputs, rows.x + row * rows.stride, rows.stride, strip, mine,
+                                             i > first, mine);
+                if (stop == last) finish(row, count, column, outputs, mine);
+            }
+        }
+    }
+};
+
+template <class T, class V>
+void strip_linear(const FloatLinear<T>& call, const Blocks& weight) {
+    const auto [high, wide] = weight.shape;
+    // Activations end in zeros as far as blocks reach.
+    const int64_t stride = QuantizedRows<float>::stride_for(pieces_of(call.k, wide) * wide);
+    const int64_t chunk_rows =
+        std::min(call.m, std::max<int64_t>(48, kChunkBytes / (4 * std::max<int64_t>(1, stride))));
+    const int64_t slices = pieces_of(high, kStripOutputs);
+    using RowsScratch = Scratch<StripRowsScratch, kChunkBytes + (64 << 10)>;
+    RowsScratch scratch(RowsScratch::template bytes_for<float>(chunk_rows * stride) + chunk_rows + 64);
+    const FloatRows rows{scratch.template take<float>(chunk_rows * stride), stride};
+    bool* finite = scratch.template take<bool>(chunk_rows);
+    for (int64_t chunk = 0; chunk < call.m; chunk += chunk_rows) {
+        const int64_t m = std::min(chunk_rows, call.m - chunk);
+        parallel_rows(m, call.k * 8, [&](int64_t begin, int64_t end) {
+            FloatLinear<T> part = call;
+            part.x += (chunk + begin) * call.k;
+            part.m = end - begin;
+            float_rows_avx512(part, {rows.x + begin * stride, stride}, finite + begin);
+        });
+        const int64_t bands = pieces_of(m, kStripRowsAtOnce), tall = pieces_of(m, bands);
+        const auto tasks = [&, high = high](int64_t from, int64_t to) {
+            constexpr int64_t kPacked = kStripDepth * kStripOutputs, kSums = kStripRowsAtOnce * kStripOutputs;
+            Scratch<StripScratch> own((kPacked + kSums) * static_cast<int64_t>(sizeof(float)));
+            float* packed = own.template take<float>(kPacked);
+            const StripTask<T, V> task{call, weight, rows, chunk, packed, own.template take<float>(kSums)};
+            for (int64_t i = from; i < to; ++i) {
+                const int64_t band = i % bands, slice = i / bands % slices, line = i / bands / slices;
+                task.run(line, slice * kStripOutputs, band * tall, std::min(m, (band + 1) * tall));
+            }
+        };
+        parallel_rows(weight.high() * slices * bands, kStripOutputs * call.k * tall / 8, tasks);
+        for (int64_t row = 0; row < m; ++row) {
+            if (!finite[row]) fill_nan(call, chunk + row);
+        }
+    }
+}
+#endif
+
 template <class T, class V>
 void linear(const FloatLinear<T>& call, const Blocks& weight) {
     auto kernel = line_portable<T, V>;
 #if ENGINE_X86
+    if (isa() == Isa::avx512 && call.m > kDotRows && call.n > 0) return strip_linear<T, V>(call, weight);
     if (isa() == Isa::avx2) kernel = line_avx2<T, V>;
     if (isa() == Isa::avx512) kernel = line_avx512<T, V>;
 #endif

@@ -1,0 +1,229 @@
+// Microkernels for many rows of activations by one row of blocks, with AVX-512: int8 (VNNI) and fp32. Blocks are
+// packed; activations are read where they lie, at the columns of the kept blocks. Sums stay in registers from one block
+// to the next.
+#pragma once
+
+#include "common/isa.h"
+#if ENGINE_X86
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common/registers_avx512.h"
+
+namespace engine {
+
+constexpr int64_t kStripOutputs = 64;  // at most so many to a strip; always a multiple of 16
+
+// Rows of activations to a tile: as many sums as fit registers, and 12 for 16 outputs.
+constexpr int64_t strip_rows(int64_t outputs) { return outputs > 48 ? 6 : outputs > 32 ? 8 : 12; }
+
+// Kept blocks of one row of blocks, packed. W: int8_t in fours, float one by one.
+template <class W>
+struct BlockStrip {
+    const int32_t* columns;  // [blocks]: where each stands
+    int64_t blocks, wide;    // wide: columns of a block
+    const W* weights;        // [blocks · wide / 4, outputs, 4], or [blocks · wide, outputs]
+};
+
+// 16 rows of 4 dwords as 4 of 16.
+ENGINE_AVX512 ENGINE_INLINE void transpose_16x4_avx512(const void* rows, int64_t stride_bytes, __m512i (&columns)[4]) {
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+    __m512i four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // rows 4 i to 4 i + 3
+        const char* from = static_cast<const char*>(rows) + 4 * i * stride_bytes;
+        four[i] = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        from += stride_bytes;
+        four[i] = _mm512_inserti32x4(four[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), 1);
+        from += stride_bytes;
+        four[i] = _mm512_inserti32x4(four[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), 2);
+        from += stride_bytes;
+        four[i] = _mm512_inserti32x4(four[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), 3);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        const __m512i index = half == 0 ? first : second;
+        const __m512i low = _mm512_permutex2var_epi32(four[0], index, four[1]);
+        const __m512i high = _mm512_permutex2var_epi32(four[2], index, four[3]);
+        columns[2 * half] = _mm512_shuffle_i32x4(low, high, 0x44);
+        columns[2 * half + 1] = _mm512_shuffle_i32x4(low, high, 0xee);
+    }
+}
+
+// vpdpbusd takes one side unsigned. Here that is the activations, shifted by 128: what the sums are too large by is
+// then the same for every row of activations, 128 · (sum of an output's weights), and they begin with it taken away.
+struct BlockInt8Avx512 {
+    using W = int8_t;
+
+    // 16 outputs by 16 of K.
+    ENGINE_AVX512 ENGINE_INLINE static void pack_16(const int8_t* w, int64_t stride, int8_t* to, int64_t to_stride,
+                                                    __m512i& sums) {
+        __m512i fours[4];
+        transpose_16x4_avx512(w, stride, fours);
+#pragma GCC unroll 4
+        for (int f = 0; f < 4; ++f) {
+            sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), fours[f]);
+            _mm512_store_si512(to + f * to_stride, fours[f]);
+        }
+    }
+
+    // Packs outputs [inside, inside + outputs) of `blocks` kept blocks.
+    ENGINE_AVX512 static void pack(const int8_t* values,  // [blocks, high, wide]
+                                   int64_t high, int64_t wide, int64_t blocks, int64_t inside, int64_t outputs,
+                                   int8_t* weights,   // [blocks · wide / 4, outputs, 4]
+                                   int32_t* start) {  // [outputs]
+        for (int64_t j = 0; j < outputs; j += 16) {
+            __m512i sums = _mm512_setzero_si512();
+            int8_t* to = weights + 4 * j;
+            for (int64_t i = 0; i < blocks; ++i) {
+                const int8_t* from = values + (i * high + inside + j) * wide;
+                for (int64_t k = 0; k < wide; k += 16, to += 16 * outputs) {
+                    pack_16(from + k, wide, to, 4 * outputs, sums);
+                }
+            }
+            _mm512_store_si512(start + j, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7)));
+        }
+    }
+
+    // R rows of activations by 16 V outputs. Rows are reached from every third, by one and two strides.
+    template <int R, int V>
+    ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const uint8_t* q,  // [R, stride]
+                                                                int64_t stride, const BlockStrip<int8_t>& strip,
+                                                                const int32_t* start, bool add,
+                                                                int32_t* sums) {  // [R, 16 V]
+        __m512i acc[R][V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const __m512i begin = _mm512_load_si512(start + 16 * v);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                acc[r][v] = add ? _mm512_add_epi32(begin, _mm512_load_si512(sums + (r * V + v) * 16)) : begin;
+            }
+        }
+        const int8_t* w = strip.weights;
+        for (int64_t i = 0; i < strip.blocks; ++i) {
+            const uint8_t* row[(R + 2) / 3];
+            const uint8_t* next = q + strip.columns[std::min(i + 1, strip.blocks - 1)] * strip.wide;
+#pragma GCC unroll 4
+            for (int t = 0; t < (R + 2) / 3; ++t) row[t] = q + strip.columns[i] * strip.wide + 3 * t * stride;
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * stride);
+            for (int64_t k = 0; k < strip.wide; k += 16) {
+#pragma GCC unroll 4
+                for (int f = 0; f < 4; ++f, w += 64 * V) {
+                    __m512i weight[V];
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; ++v) weight[v] = _mm512_load_si512(w + 64 * v);
+#pragma GCC unroll 12
+                    for (int r = 0; r < R; ++r) {
+                        int32_t four;
+                        std::memcpy(&four, row[r / 3] + r % 3 * stride + k + 4 * f, sizeof four);
+                        const __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+                        for (int v = 0; v < V; ++v) accumulate_avx512(acc[r][v], x, weight[v]);
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) _mm512_store_si512(sums + (r * V + v) * 16, acc[r][v]);
+        }
+    }
+
+    // Shifts activations by 128.
+    ENGINE_AVX512 static void shift(int8_t* q, int64_t count) {  // a multiple of 64
+        for (int64_t i = 0; i < count; i += 64) {
+            _mm512_store_si512(q + i, _mm512_xor_si512(_mm512_load_si512(q + i), _mm512_set1_epi8(-128)));
+        }
+    }
+};
+
+struct BlockFloatAvx512 {
+    using W = float;
+
+    // Packs 16 outputs of a block.
+    ENGINE_AVX512 static void pack(const float* w,  // [16, stride]
+                                   int64_t stride, int64_t wide,
+                                   float* to,  // [wide, outputs]
+                                   int64_t outputs) {
+        for (int64_t k = 0; k < wide; k += 4) {
+            __m512i columns[4];
+            transpose_16x4_avx512(w + k, stride * static_cast<int64_t>(sizeof(float)), columns);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) _mm512_store_si512(to + (k + i) * outputs, columns[i]);
+        }
+    }
+
+    // As above.
+    template <int R, int V>
+    ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const float* x,  // [R, stride]
+                                                                int64_t stride, const BlockStrip<float>& strip,
+                                                                const float*, bool add,
+                                                                float* sums) {  // [R, 16 V]
+        __m512 acc[R][V];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
+        }
+        const float* w = strip.weights;
+        for (int64_t i = 0; i < strip.blocks; ++i) {
+            const float* row[(R + 2) / 3];
+#pragma GCC unroll 4
+            for (int t = 0; t < (R + 2) / 3; ++t) row[t] = x + strip.columns[i] * strip.wide + 3 * t * stride;
+            for (int64_t k = 0; k < strip.wide; k += 4) {
+#pragma GCC unroll 4
+                for (int f = 0; f < 4; ++f, w += 16 * V) {
+                    __m512 weight[V];
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; ++v) weight[v] = _mm512_load_ps(w + 16 * v);
+#pragma GCC unroll 12
+                    for (int r = 0; r < R; ++r) {
+                        const __m512 one = _mm512_set1_ps(row[r / 3][r % 3 * stride + k + f]);
+#pragma GCC unroll 4
+                        for (int v = 0; v < V; ++v) acc[r][v] = _mm512_fmadd_ps(one, weight[v], acc[r][v]);
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                float* to = sums + (r * V + v) * 16;
+                _mm512_store_ps(to, add ? _mm512_add_ps(_mm512_load_ps(to), acc[r][v]) : acc[r][v]);
+            }
+        }
+    }
+};
+
+// Up to strip_rows(outputs) rows of activations by all outputs of the strip.
+template <class Kernel, int V, int R = strip_rows(16 * V), class X, class Sum>
+void strip_tile_of(int64_t rows, const X* x, int64_t stride, const BlockStrip<typename Kernel::W>& strip,
+                   const Sum* start, bool add, Sum* sums) {
+    if constexpr (R > 1) {
+        if (rows < R) return strip_tile_of<Kernel, V, R - 1>(rows, x, stride, strip, start, add, sums);
+    }
+    Kernel::template tile_of<R, V>(x, stride, strip, start, add, sums);
+}
+template <class Kernel, class X, class Sum>
+void strip_tile(int64_t rows, int64_t outputs,
+                const X* x,  // [rows, stride]
+                int64_t stride, const BlockStrip<typename Kernel::W>& strip,
+                const Sum* start,  // [outputs]: what integer sums begin with
+                bool add,
+                Sum* sums) {  // [rows, outputs]
+    if (outputs == 64) return strip_tile_of<Kernel, 4>(rows, x, stride, strip, start, add, sums);
+    if (outputs == 48) return strip_tile_of<Kernel, 3>(rows, x, stride, strip, start, add, sums);
+    if (outputs == 32) return strip_tile_of<Kernel, 2>(rows, x, stride, strip, start, add, sums);
+    strip_tile_of<Kernel, 1>(rows, x, stride, strip, start, add, sums);
+}
+
+}  // namespace engine
+#endif
