@@ -78,10 +78,11 @@ ENGINE_INLINE void spread_any(const V* __restrict values, const uint8_t* __restr
     for (int64_t group = 0; group < groups; ++group) {
         const uint32_t places = metadata[group / 2] >> (4 * (group % 2));
         const W first = convert(values[2 * group]), second = convert(values[2 * group + 1]);
-        W four[4] = {};
-        four[places & 3] = first;
-        four[places >> 2 & 3] = second;
-        std::memcpy(out + 4 * group, four, sizeof four);
+        // Chosen, not stored where they belong: to read what was just stored in parts takes long.
+        for (uint32_t j = 0; j < 4; ++j) {
+            const W other = (places & 3) == j ? first : W{};
+            out[4 * group + j] = (places >> 2 & 3) == j ? second : other;
+        }
     }
 }
 

@@ -213,6 +213,17 @@ void dot_linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
 template <class T, class V>
 void linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
     if (call.m == 0 || call.n == 0) return;
+#if ENGINE_X86
+    if (isa() == Isa::avx512 && call.m > kDotRows && call.m <= 2 * kDotRows) {  // to spread weights takes longer
+        FloatLinear<T> first = call, second = call;
+        first.m = kDotRows;
+        second.m = call.m - kDotRows;
+        second.x += kDotRows * call.k;
+        second.y += kDotRows * call.n;
+        dot_linear<DotAvx512>(first, weight);
+        return dot_linear<DotAvx512>(second, weight);
+    }
+#endif
     if (call.m > kDotRows) return float_panel_linear(call, SemiProvider<V>{weight});
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
