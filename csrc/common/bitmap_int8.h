@@ -124,13 +124,12 @@ class BitmapProvider {
     BitmapProvider(const Int8Bitmap& weight, BadRow& bad) : weight_(weight), bad_(&bad), expand_(expand_stretch()) {}
 
     const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride) {
-        static_assert(kPanelDepth % 64 == 0);
-        *stride = kPanelDepth;
+        *stride = provider_stride(kc);
         int8_t buffer[kPanelDepth + kReadAhead];
         for (int64_t j = 0; j < rows; ++j) {
             if (k0 == 0) position_[j] = weight_.row_offsets[row + j];
             const int8_t* from = weight_.readable(position_[j], kc, buffer);
-            position_[j] += expand_(weight_.row_mask(row + j) + k0 / 8, from, kc, scratch + j * kPanelDepth);
+            position_[j] += expand_(weight_.row_mask(row + j) + k0 / 8, from, kc, scratch + j * *stride);
             if (k0 + kc >= weight_.k && !weight_.ends_well(row + j, position_[j])) bad_->record(row + j);
         }
         return scratch;

@@ -5,13 +5,15 @@
 // microkernel (common/gemm_int8_<isa>.h), and multiplies all rows by them.
 //
 // A provider says where weights come from, so that compressed ones can be expanded on the way. It is copied for each
-// thread, so that it may keep a position, and has one function:
+// thread, so that it may keep a position, and has a function:
 //
 //   const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride);
 //
-// It returns the weights [row, row + rows) × [k0, k0 + kc) as rows of int8, *stride apart: where they are, or written
-// to `scratch`, which holds kProviderScratch bytes (a row needs kPanelDepth at most) and is 64-byte aligned.
-//   rows ≤ kPanelColumns; kc ≤ kPanelDepth; k0 is a multiple of kPanelDepth, and kc of 64 unless the row ends.
+// and, where what is asked for ahead comes in time, another: ask(row, rows, k0, kc), for what a later block() reads.
+//
+// block returns the weights [row, row + rows) × [k0, k0 + kc) as rows of int8, *stride apart: where they are, or
+// written to `scratch`, which holds kProviderScratch bytes (a row needs kPanelDepth at most) and is 64-byte aligned.
+//   rows ≤ kPanelColumns; kc ≤ kPanelDepth; k0 is a multiple of 64, and so is kc unless the row ends.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 #pragma once
 
@@ -24,8 +26,11 @@
 namespace engine {
 
 constexpr int64_t kPanelColumns = 64;  // at most so many weight rows to a group
-constexpr int64_t kPanelDepth = 384;   // at most so much of K at once: a panel and its activations stay in L1
+constexpr int64_t kPanelDepth = 2176;  // at most so much of K at once; a kernel may take less (kDepth)
 constexpr int64_t kProviderScratch = kPanelColumns * (kPanelDepth + 64) + 64;
+
+// How far apart a provider writes rows of kc weights: an odd number of lines, which uses all sets of the cache.
+constexpr int64_t provider_stride(int64_t kc) { return ((kc + 63) / 64 | 1) * 64; }
 
 // Weights that lie in memory as rows of int8.
 struct DenseProvider {
@@ -34,6 +39,11 @@ struct DenseProvider {
     const int8_t* block(int64_t row, int64_t, int64_t k0, int64_t, int8_t*, int64_t* stride) const {
         *stride = k;
         return weight + row * k + k0;
+    }
+    void ask(int64_t row, int64_t rows, int64_t k0, int64_t kc) const {
+        for (int64_t j = row; j < row + rows; ++j) {
+            for (int64_t i = 0; i < kc; i += 64) __builtin_prefetch(weight + j * k + k0 + i, 0, 2);
+        }
     }
 };
 

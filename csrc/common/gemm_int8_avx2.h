@@ -26,12 +26,14 @@ namespace engine {
 struct PanelAvx2 {
     using Q = int16_t;
     static constexpr int64_t kRows = 4, kColumns = 16, kStrips = 2;
-    static constexpr int64_t kWeightBytes = kColumns * kPanelDepth * sizeof(int16_t);
+    static constexpr bool kAsk = false;
+    static constexpr int64_t kDepth = 384;  // a panel and its activations stay in L1
+    static constexpr int64_t kWeightBytes = kColumns * kDepth * sizeof(int16_t);
     static constexpr int64_t kStripBytes = kWeightBytes + kColumns * sizeof(int32_t);
 
     // Rows side by side, with zeros beyond the block up to a multiple of 16. In the weights they often lie a power of
     // two apart, where they would drive each other out of the cache while they are read piece by piece.
-    static constexpr int64_t kBlockStride = kPanelDepth + 64;
+    static constexpr int64_t kBlockStride = kDepth + 64;
     ENGINE_AVX2 static void gather(const int8_t* w,  // [rows, stride]
                                    int64_t stride, int64_t rows, int64_t kc,
                                    int8_t* block) {  // [kColumns, kBlockStride]
@@ -53,10 +55,9 @@ struct PanelAvx2 {
         }
     }
 
-    ENGINE_AVX2 static void pack(
-        const int8_t* w,  // [rows, stride]
-        int64_t stride, int64_t rows, int64_t kc,
-        void* strip) {  // int16 [kPanelDepth / 2, 16, 2], then int32 [16]: minus the sums of w0 w1
+    ENGINE_AVX2 static void pack(const int8_t* w,  // [rows, stride]
+                                 int64_t stride, int64_t rows, int64_t kc,
+                                 void* strip) {  // int16 [kDepth / 2, 16, 2], then int32 [16]: minus the sums of w0 w1
         alignas(64) int8_t block[kColumns * kBlockStride];
         gather(w, stride, rows, kc, block);
         auto* to = static_cast<__m256i*>(strip);

@@ -19,7 +19,9 @@ namespace engine {
 struct PanelAvx512 {
     using Q = int8_t;
     static constexpr int64_t kRows = 6, kColumns = 64, kStrips = 1;
-    static constexpr int64_t kStripBytes = kColumns * kPanelDepth;
+    static constexpr bool kAsk = true;
+    static constexpr int64_t kDepth = 2176;  // 139 KB of L2, read in order, so that sums seldom go to memory
+    static constexpr int64_t kStripBytes = kColumns * kDepth;
 
     // 16 rows × 64 weights: a 16 × 16 transpose of dwords, in four steps of unpacking and lane shuffles.
     ENGINE_AVX512 static void pack_rows(const int8_t* w,  // [rows, stride]
@@ -59,7 +61,7 @@ struct PanelAvx512 {
 
     ENGINE_AVX512 static void pack(const int8_t* w,  // [columns, stride]
                                    int64_t stride, int64_t columns, int64_t kc,
-                                   void* strip) {  // uint8 [kPanelDepth / 4, 64, 4]
+                                   void* strip) {  // uint8 [kDepth / 4, 64, 4]
         for (int64_t j = 0; j < columns; j += 16) {
             for (int64_t k = 0; k < kc; k += 64) {
                 pack_rows(w + j * stride + k, stride, columns - j, kc - k,

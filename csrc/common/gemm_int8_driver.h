@@ -3,8 +3,11 @@
 //
 //   Q                the type of the activations it multiplies
 //   kRows, kColumns  the tile that it keeps in registers; kColumns is also the width of a strip of the panel
+//   kDepth           how much of K a strip holds: at most kPanelDepth, and kExactDepth is a multiple of it
 //   kStrips          how many strips make a group: activations in L1 serve all of them
-//   kStripBytes      bytes of a packed strip of kPanelDepth
+//   kAsk             whether to ask memory for the next weights while rows are multiplied by these, and for the outputs
+//                    before they are written
+//   kStripBytes      bytes of a packed strip of kDepth
 //   pack(...)        weights to a strip
 //   tile(...)        rows × columns sums of one strip
 //   finish(...)      sums to outputs
@@ -43,7 +46,7 @@ PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
     plan.chunk_rows =
         std::min(m, whole_tiles(std::max<int64_t>(192, kActivationBytes / std::max<int64_t>(1, row_bytes))));
     plan.groups = (n + Kernel::kStrips * Kernel::kColumns - 1) / (Kernel::kStrips * Kernel::kColumns);
-    plan.one_stretch = k <= kPanelDepth;
+    plan.one_stretch = k <= Kernel::kDepth;
     plan.wide = k > kExactDepth;
     // Each block packs the weights again, which is little where it serves many rows.
     int64_t wanted = (plan.chunk_rows * row_bytes + kBlockBytes - 1) / kBlockBytes;
@@ -81,6 +84,16 @@ struct PanelMemory {
           wide(plan.wide ? scratch.take<int64_t>(plan.block_rows * kGroup) : nullptr) {}
 };
 
+// The lines that finish will write, of which the cache needs to know what they hold.
+template <class T>
+void ask_outputs(const FinishRows<T>& f) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t r = 0; r < f.rows; ++r) {
+        const T* y = f.call.y + (f.row + r) * f.call.n + f.column;
+        for (int64_t j = 0; j < f.columns; j += kLine) __builtin_prefetch(y + j, 1, 2);
+    }
+}
+
 // One task: rows [begin, end) of the chunk by the outputs [column, column + columns).
 template <class Kernel, class T, class Provider>
 void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const PanelPlan& plan,
@@ -90,8 +103,8 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
     constexpr int64_t kGroup = PanelMemory<Kernel>::kGroup;
     const int64_t strips = (columns + Kernel::kColumns - 1) / Kernel::kColumns;
     if (plan.wide) std::fill(memory.wide, memory.wide + (end - begin) * kGroup, int64_t{0});
-    for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kPanelDepth) {
-        const int64_t kc = std::min(kPanelDepth, call.k - k0);
+    for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += Kernel::kDepth) {
+        const int64_t kc = std::min(Kernel::kDepth, call.k - k0);
         int64_t stride = 0;
         const int8_t* w = weights.block(column, columns, k0, kc, memory.provider, &stride);
         for (int64_t s = 0; s < strips; ++s) {
@@ -105,12 +118,21 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
         for (int64_t row = begin; row < end; row += Kernel::kRows) {
             const int64_t tile_rows = std::min<int64_t>(Kernel::kRows, end - row);
             int32_t* sums = memory.sums + (plan.one_stretch ? 0 : (row - begin) * kGroup);
+            const FinishRows<T> f{call, rows.scale + row, rows.sum + row, chunk + row, tile_rows, column, columns};
+            if (Kernel::kAsk && last) ask_outputs(f);
+            if constexpr (Kernel::kAsk && requires { weights.ask(column, columns, k0, kc); }) {
+                // The next weights, a part with each tile.
+                const int64_t next = last ? column + columns : column, next_k = last ? 0 : k0 + kc;
+                const int64_t there = std::max<int64_t>(0, std::min(kGroup, call.n - next));
+                const int64_t from = there * (row - begin) / (end - begin);
+                const int64_t to = there * (row + tile_rows - begin) / (end - begin);
+                weights.ask(next + from, to - from, next_k, std::min(Kernel::kDepth, call.k - next_k));
+            }
             for (int64_t s = 0; s < strips; ++s) {
                 const int64_t first = s * Kernel::kColumns;
                 Kernel::tile(tile_rows, std::min(Kernel::kColumns, columns - first), rows.q + row * rows.stride + k0,
                              rows.stride, memory.strips + s * Kernel::kStripBytes, kc, add, sums + first, kGroup);
             }
-            const FinishRows<T> f{call, rows.scale + row, rows.sum + row, chunk + row, tile_rows, column, columns};
             if (widen) {
                 int64_t* wide = memory.wide + (row - begin) * kGroup;
                 for (int64_t i = 0; i < tile_rows * kGroup; ++i) wide[i] += sums[i];

@@ -11,28 +11,29 @@ namespace engine {
 
 struct PanelPortable {
     using Q = int16_t;
-    static constexpr int64_t kRows = 4, kColumns = 16, kStrips = 2;
-    static constexpr int64_t kStripBytes = kColumns * kPanelDepth * sizeof(int16_t);
+    static constexpr int64_t kRows = 4, kColumns = 16, kStrips = 2, kDepth = 384;
+    static constexpr bool kAsk = false;
+    static constexpr int64_t kStripBytes = kColumns * kDepth * sizeof(int16_t);
 
-    // A strip is int16 [columns, kPanelDepth].
+    // A strip is int16 [columns, kDepth].
     static void pack(const int8_t* w,  // [columns, stride]
                      int64_t stride, int64_t columns, int64_t kc, void* strip) {
         for (int64_t j = 0; j < columns; ++j) {
-            std::copy_n(w + j * stride, kc, static_cast<int16_t*>(strip) + j * kPanelDepth);
+            std::copy_n(w + j * stride, kc, static_cast<int16_t*>(strip) + j * kDepth);
         }
     }
 
     static void tile(int64_t rows, int64_t columns,
                      const int16_t* q,  // [rows, stride]
                      int64_t stride,
-                     const void* strip,  // [kColumns, kPanelDepth]
+                     const void* strip,  // [kColumns, kDepth]
                      int64_t kc, bool add,
                      int32_t* sums,  // [rows, width]
                      int64_t width) {
         const auto* w = static_cast<const int16_t*>(strip);
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t j = 0; j < columns; ++j) {
-                const int16_t *a = q + r * stride, *b = w + j * kPanelDepth;
+                const int16_t *a = q + r * stride, *b = w + j * kDepth;
                 int32_t acc = add ? sums[r * width + j] : 0;
                 for (int64_t i = 0; i < kc; ++i) acc += a[i] * b[i];
                 sums[r * width + j] = acc;

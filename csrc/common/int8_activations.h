@@ -16,8 +16,8 @@
 namespace engine {
 
 // The longest stretch of K that kernels sum in int32. No kernel's sums, however it shifts its operands, leave 2^31 in
-// it: the largest are of products of 255 · 127. Longer rows are summed stretch by stretch in int64. A multiple of
-// kPanelDepth.
+// it: the largest are of products of 255 · 127. Longer rows are summed stretch by stretch in int64. A multiple of every
+// kernel's kDepth.
 constexpr int64_t kExactDepth = 32640;
 
 // 64-byte aligned memory for one call. Kept by its thread up to `kKept` bytes, so that calls neither allocate nor fault

@@ -45,22 +45,23 @@ template <class Kernel>
 struct BlockMemory {
     using Q = typename Kernel::Q;
     static constexpr int64_t kGroup = Kernel::kStrips * Kernel::kColumns;
-    int8_t* weights;  // [kGroup, kPanelDepth]
+    int8_t* weights;  // [kGroup, Kernel::kDepth]
     char* strips;     // [kStrips][kStripBytes]
-    Q* gathered;      // [kRows, kPanelDepth]
+    Q* gathered;      // [kRows, Kernel::kDepth]
     int32_t* sums;    // [rows, kGroup]
     int64_t* wide;    // [rows, kGroup]
 
     static int64_t bytes(int64_t rows) {
         using S = Scratch<BlockScratch>;
-        return S::bytes_for<int8_t>(kGroup * kPanelDepth) + S::bytes_for<char>(Kernel::kStrips * Kernel::kStripBytes) +
-               S::bytes_for<Q>(Kernel::kRows * kPanelDepth) + S::bytes_for<int32_t>(rows * kGroup) +
+        return S::bytes_for<int8_t>(kGroup * Kernel::kDepth) +
+               S::bytes_for<char>(Kernel::kStrips * Kernel::kStripBytes) +
+               S::bytes_for<Q>(Kernel::kRows * Kernel::kDepth) + S::bytes_for<int32_t>(rows * kGroup) +
                S::bytes_for<int64_t>(rows * kGroup);
     }
     BlockMemory(Scratch<BlockScratch>& scratch, int64_t rows)
-        : weights(scratch.take<int8_t>(kGroup * kPanelDepth)),
+        : weights(scratch.take<int8_t>(kGroup * Kernel::kDepth)),
           strips(scratch.take<char>(Kernel::kStrips * Kernel::kStripBytes)),
-          gathered(scratch.take<Q>(Kernel::kRows * kPanelDepth)),
+          gathered(scratch.take<Q>(Kernel::kRows * Kernel::kDepth)),
           sums(scratch.take<int32_t>(rows * kGroup)),
           wide(scratch.take<int64_t>(rows * kGroup)) {}
 };
@@ -82,13 +83,13 @@ struct BlockTask {
         const auto [high, wide] = weight.shape;
         const int8_t* values = data<int8_t>(weight.values);
         for (int64_t j = 0; j < columns; ++j) {
-            int8_t* to = memory.weights + j * kPanelDepth;
+            int8_t* to = memory.weights + j * Kernel::kDepth;
             for (int64_t i = first; i < last; ++i, to += wide) {
                 std::memcpy(to, values + (i * high + inside + j) * wide, wide);
             }
         }
         for (int64_t s = 0; s < columns; s += Kernel::kColumns) {
-            Kernel::pack(memory.weights + s * kPanelDepth, kPanelDepth, std::min(Kernel::kColumns, columns - s),
+            Kernel::pack(memory.weights + s * Kernel::kDepth, Kernel::kDepth, std::min(Kernel::kColumns, columns - s),
                          (last - first) * wide, memory.strips + s / Kernel::kColumns * Kernel::kStripBytes);
         }
     }
@@ -98,13 +99,13 @@ struct BlockTask {
         for (int64_t row = begin; row < end; row += Kernel::kRows) {
             const int64_t count = std::min<int64_t>(Kernel::kRows, end - row);
             for (int64_t r = 0; r < count; ++r) {
-                Q* to = memory.gathered + r * kPanelDepth;
+                Q* to = memory.gathered + r * Kernel::kDepth;
                 for (int64_t i = first; i < last; ++i, to += wide) {
                     copy_stretch(rows, row + r, weight.columns()[i] * wide, wide, to);
                 }
             }
             for (int64_t s = 0; s < columns; s += Kernel::kColumns) {
-                Kernel::tile(count, std::min(Kernel::kColumns, columns - s), memory.gathered, kPanelDepth,
+                Kernel::tile(count, std::min(Kernel::kColumns, columns - s), memory.gathered, Kernel::kDepth,
                              memory.strips + s / Kernel::kColumns * Kernel::kStripBytes, kc, add,
                              memory.sums + (row - begin) * kGroup + s, kGroup);
             }
@@ -117,7 +118,7 @@ struct BlockTask {
         const int64_t columns = std::min({kGroup, high - inside, weight.n - column});
         if (columns <= 0) return;
         const int64_t first = weight.offsets()[line], last = weight.offsets()[line + 1];
-        const int64_t step = kPanelDepth / wide, longest = kExactDepth / (step * wide) * step;
+        const int64_t step = Kernel::kDepth / wide, longest = kExactDepth / (step * wide) * step;
         const int64_t count = (end - begin) * kGroup;
         const bool widens = last - first > longest;  // too many for sums in int32
         if (widens) std::fill_n(memory.wide, count, int64_t{0});

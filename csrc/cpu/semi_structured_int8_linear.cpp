@@ -41,9 +41,9 @@ struct SemiProvider {
 #endif
     }
     const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride) const {
-        *stride = kPanelDepth;
+        *stride = provider_stride(kc);
         for (int64_t j = 0; j < rows; ++j) {
-            spread(weight.values_at(row + j, k0), weight.metadata_at(row + j, k0), kc, scratch + j * kPanelDepth);
+            spread(weight.values_at(row + j, k0), weight.metadata_at(row + j, k0), kc, scratch + j * *stride);
         }
         return scratch;
     }
