@@ -32,13 +32,13 @@ ENGINE_AVX512 ENGINE_INLINE uint64_t integer_bits(uint64_t bits) {
     return bits;
 }
 
-// acc += unsigned bytes by signed ones, by fours. GCC copies every sum to another register before the intrinsic and
-// back behind it, and runs out of registers over it.
+// acc += unsigned bytes by signed ones, by fours, in the order as written. GCC copies every sum to another register
+// before the intrinsic and back behind it, and runs out of registers over it.
 ENGINE_AVX512 ENGINE_INLINE void accumulate_avx512(__m512i& acc, __m512i unsigned_bytes, __m512i signed_bytes) {
 #if defined(ENGINE_EMULATE_AVX512)
     acc = _mm512_dpbusd_epi32(acc, unsigned_bytes, signed_bytes);
 #else
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_bytes), "v"(signed_bytes));
+    asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_bytes), "v"(signed_bytes));
 #endif
 }
 

@@ -5,6 +5,7 @@
 // spread; many go through the panels of common/gemm_int8.h.
 
 #include "common/bitmap_int8.h"
+#include "common/dot_int8.h"
 #include "common/tensor.h"
 #if ENGINE_X86
 #include <immintrin.h>
@@ -15,8 +16,8 @@ namespace {
 
 // Weight rows that are summed side by side, stretch by stretch, so that the activations of a stretch stay in L1.
 constexpr int64_t kGroupRows = 16;
-// Up to so many rows of activations dot products are the faster way.
-constexpr int64_t kDotRows = 16;
+// At most so many rows of activations are multiplied by dot products.
+constexpr int64_t kDotRows = 64;
 
 // How far ahead of a single row of activations memory is asked for. Rows lie one after another: masks are one
 // sequential stream, values another.
@@ -24,9 +25,9 @@ constexpr int64_t kValuesAhead = 2 << 10, kMaskAhead = 1 << 9;
 
 // A weight row on its way along K.
 struct Column {
-    const uint8_t* mask;   // of the stretch
-    const int8_t* values;  // of the stretch, kc + kReadAhead readable; a kernel leaves it where it ended
-    int64_t values_ahead;  // how far on memory may be asked for
+    const uint8_t* mask;               // of the stretch
+    const int8_t* values;              // of the stretch, kc + kReadAhead readable; a kernel leaves it where it ended
+    int64_t values_ahead, mask_ahead;  // how far on lies what comes next
 };
 
 // A kernel multiplies a stretch of kColumns weight rows by all rows of activations, in int32:
@@ -320,7 +321,10 @@ struct MatrixAvx512 {
         }
         for (int64_t k = 0; k < whole; k += 64, q += 64) {
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) std::memcpy(&bits[c], mask[c] + k / 8, 8);
+            for (int c = 0; c < C; ++c) {
+                std::memcpy(&bits[c], mask[c] + k / 8, 8);
+                __builtin_prefetch(mask[c] + k / 8 + columns[0].mask_ahead);
+            }
             step<R, C>(bits, ahead, values, q, q_stride, acc);
         }
         if (whole < kc) step<R, C>(rest, ahead, values, q, q_stride, acc);
@@ -352,6 +356,55 @@ struct MatrixAvx512 {
                 kTiles[rows - 1](q + row * q_stride, q_stride, columns + c, kc, sums + row * kColumns + c);
                 if (row + rows >= m) break;
             }
+        }
+    }
+};
+
+// More rows of activations: four weight rows are spread to memory once, and multiplied as if they were dense.
+struct SpreadAvx512 {
+    using Q = int8_t;
+    static constexpr int kColumns = kDotColumns;
+    static constexpr bool kShifted = true, kReadsAhead = true;
+    static constexpr int64_t kDepth = 8192;
+    static int64_t depth(int64_t) { return kDepth; }
+
+    ENGINE_AVX512 ENGINE_INLINE static const int8_t* spread(uint64_t bits, const int8_t* values, int8_t* out) {
+        const uint64_t kept = integer_bits(bits);
+        _mm512_store_si512(out, expand_lanes_avx512<int8_t>(kept, _mm512_loadu_si512(values)));
+        return values + popcount64(kept);
+    }
+
+    ENGINE_AVX512 static void expand(Column& column, int64_t kc, int8_t* out) {
+        const uint8_t* mask = column.mask;
+        const int8_t* values = column.values;
+        int64_t k = 0;
+        for (; k + 512 <= kc; k += 512) {
+            __builtin_prefetch(mask + k / 8 + column.mask_ahead);
+#pragma GCC unroll 8
+            for (int64_t i = k; i < k + 512; i += 64) {
+                uint64_t bits;
+                std::memcpy(&bits, mask + i / 8, 8);
+                __builtin_prefetch(values + column.values_ahead);
+                values = spread(bits, values, out + i);
+            }
+        }
+        for (; k < kc; k += 64) values = spread(mask_bits(mask, k, kc), values, out + k);
+        column.values = values;
+    }
+
+    static void stretch(const int8_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
+        constexpr int64_t kStride = kDepth + 64;  // not a power of two: rows would drive each other out of the cache
+        alignas(64) int8_t w[kColumns * kStride];
+        for (int c = 0; c < kColumns; ++c) expand(columns[c], kc, w + c * kStride);
+        constexpr int64_t kRows = DotTilesAvx512::kRows;
+        const int64_t tiles = (m + kRows - 1) / kRows;
+        for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+            const int64_t count = (m - row + tiles - tile - 1) / (tiles - tile);
+            const int8_t* next = q + (row + count) % m * q_stride;
+            int32_t part[(kRows + 3) / 4 * 4 * kColumns];
+            dot_tile<DotTilesAvx512>(count, {q + row * q_stride, q_stride, w, kStride, kc, w, 0, next, w}, part);
+            std::copy_n(part, count * kColumns, sums + row * kColumns);
+            row += count;
         }
     }
 };
@@ -401,7 +454,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
                     start[c] = weight.readable(position[row], kc, buffers[c]);
                     const int64_t next = std::min(first + row + kColumns, weight.n);
                     columns[c] = {weight.row_mask(first + row) + k0 / 8, start[c],
-                                  weight.row_offsets[next] - weight.row_offsets[first + row]};
+                                  weight.row_offsets[next] - weight.row_offsets[first + row],
+                                  kColumns * mask_bytes(call.k)};
                 }
                 int32_t part[kDotRows * kColumns];
                 Kernel::stretch(rows.q + k0, rows.stride, call.m, columns, kc, part);
@@ -439,11 +493,15 @@ void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad
 template <class T>
 void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     if (call.m == 0) return;
-    if (call.m > kDotRows) return int8_panel_linear(call, BitmapProvider(weight, bad));
 #if ENGINE_X86
-    if (isa() == Isa::avx512) {
-        return call.m == 1 ? dot_linear<VectorAvx512>(call, weight, bad) : dot_linear<MatrixAvx512>(call, weight, bad);
+    if (isa() == Isa::avx512 && call.m <= (call.k < 1024 ? 16 : kDotRows)) {
+        if (call.m == 1) return dot_linear<VectorAvx512>(call, weight, bad);
+        if (call.m <= MatrixAvx512::kTwo) return dot_linear<MatrixAvx512>(call, weight, bad);
+        return dot_linear<SpreadAvx512>(call, weight, bad);
     }
+#endif
+    if (call.m > 16) return int8_panel_linear(call, BitmapProvider(weight, bad));
+#if ENGINE_X86
     if (isa() == Isa::avx2) {
         return call.m == 1 ? dot_linear<VectorAvx2>(call, weight, bad) : dot_linear<MatrixAvx2>(call, weight, bad);
     }
