@@ -60,6 +60,7 @@ CUDA_SOURCES = [f"csrc/cuda/{op}.cu" for op in CUDA_OPS]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
 CXX = [*COMMON, "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+CXX += ["-falign-loops=32"]  # a short loop that lies across two fetch blocks runs at 0.6 of its speed, by chance
 # constexpr functions of the standard library (std::max, std::bit_cast) run on both sides.
 NVCC = [*COMMON, "-fmad=false", "--expt-relaxed-constexpr", "-gencode=arch=compute_80,code=sm_80"]
 NVCC += ["-gencode=arch=compute_90a,code=sm_90a"]
