@@ -17,7 +17,7 @@ from engine.formats import DenseInt8, Format
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn._replace import has_hooks, switches_of_fused_paths
 from engine.nn.compressed import _Compressed
-from engine.nn.conv2d import as_weight
+from engine.nn.conv2d import as_weight, why_not
 
 __all__ = ["CheckpointError", "CheckpointFile", "load_", "read_weight", "save"]
 
@@ -51,13 +51,14 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
         prefix = f"{module_name}." if module_name else ""
         name = f"{prefix}weight"
         format = module.format
-        key = tuple(id(getattr(format, field)) for field in format.TENSORS)
+        kernel_size = getattr(module, "kernel_size", None)
+        key = (kernel_size, *(id(getattr(format, field)) for field in format.TENSORS))
         for field in format.TENSORS:
             state.pop(prefix + field, None)
         if seen.setdefault(key, name) != name:
             aliases[name] = seen[key]
             continue
-        weights[name] = WeightInfo.of(format, _dense_dtype(module), getattr(module, "kernel_size", None))
+        weights[name] = WeightInfo.of(format, _dense_dtype(module), kernel_size)
         _add(tensors, weight_parts(name, format))
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
@@ -211,7 +212,7 @@ def _stays_dense(file: CheckpointFile, slots: _Slots, name: str, source: str) ->
     if type(module) is nn.Embedding:
         return file.weights[source].format is not DenseInt8
     if type(module) is nn.Conv2d:
-        return module.groups != 1
+        return why_not(module) is not None
     return type(module) is not nn.Linear
 
 

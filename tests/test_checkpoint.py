@@ -638,6 +638,18 @@ def test_a_convolution_that_does_not_fit(path):
         load_(ConvNet(), path)
 
 
+def test_one_matrix_under_two_kernels(path):
+    """Each is written with its own kernel's size."""
+    first = CompressedConv2d.from_dense(nn.Conv2d(8, 16, 3), DenseInt8)
+    other = CompressedConv2d(first.format, (9, 1), dtype=torch.float32)
+    save(nn.Sequential(first, other, CompressedLinear(first.format)), path)
+    fresh = load_(
+        nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, (9, 1), bias=False), nn.Linear(72, 16, False)), path
+    )
+    assert torch.equal(fresh[0].weight, first.weight) and torch.equal(fresh[1].weight, other.weight)
+    assert type(fresh[2]) is CompressedLinear
+
+
 def test_convolutions_by_name_alone(path, tmp_path):
     """A file that was compressed without the model: what has groups or is transposed is loaded dense."""
     model = ConvNet().eval()

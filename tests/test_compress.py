@@ -546,6 +546,23 @@ def test_convolutions_by_targets():
         engine.compress_(nn.Conv2d(3, 4, 1), Recipe(**BOTH))
 
 
+def test_a_weight_that_is_not_of_its_kernel_stays():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), torch.randn(2, 3, 9, 9)
+    model[0].weight = nn.Parameter(torch.randn(4, 3, 3, 1))  # PyTorch doesn't mind
+    before = model(x)
+    report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"), x)
+    assert report.left_alone == {"0": "its weight [4, 3, 3, 1] is not of kernels (1, 1)"}
+    assert (model(x) - before).norm() < 0.05 * before.norm()
+
+
+def test_geometry_set_as_single_numbers():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 9, 9)
+    model[0].padding, model[0].stride, model[0].dilation = 2, 3, 2
+    before = model(x)
+    engine.compress_(model, Recipe(quantize=Quantize("static"), guard="none"), x)
+    assert (model(x) - before).norm() < 0.05 * before.norm()
+
+
 def test_calibration_sees_patches():
     model, x = ConvNet(), torch.randn(3, 3, 15, 15)
     seen = engine.calibrate(model, [x, x[:1]], second_moment=True, progress=False)

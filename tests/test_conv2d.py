@@ -152,12 +152,20 @@ def test_compile_and_export(conv):
 @pytest.mark.parametrize("geometry", ["1x1", "1x1 strided", "all unequal", "circular, same"])
 def test_exported_geometries(geometry):
     module, x = CompressedConv2d.from_dense(nn.Conv2d(C, N, **GEOMETRIES[geometry]), DenseInt8), torch.randn(3, C, 9, 8)
-    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    auto = torch.export.Dim.AUTO
     for order in (torch.contiguous_format, torch.channels_last):
-        given = x.contiguous(memory_format=order)
+        given, other = (image.contiguous(memory_format=order) for image in (x, torch.randn(2, C, 14, 11)))
         with torch.no_grad():
-            exported = torch.export.export(module, (given,), dynamic_shapes=(batch,))
-            close(exported.module()(given[:2]), module(given[:2]))
+            exported = torch.export.export(module, (given,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+            close(exported.module()(other), module(other))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_traced(conv):
+    x, y = torch.randn(3, C, 9, 8), torch.randn(5, C, 7, 11)
+    with torch.no_grad():
+        traced = torch.jit.trace(conv, x)
+        close(traced(y), conv(y))
 
 
 def test_compile_with_inductor():
@@ -197,8 +205,12 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             module(x)
-    with pytest.raises(ValueError, match=r"groups \(2\)"):
+    with pytest.raises(ValueError, match=r"groups=2.* can't be compressed: it has groups"):
         CompressedConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=2), DenseInt8)
+    other = nn.Conv2d(4, 4, (3, 1))
+    other.weight = nn.Parameter(torch.randn(4, 4, 1, 3))
+    with pytest.raises(ValueError, match=r"its weight \[4, 4, 1, 3\] is not of kernels \(3, 1\)"):
+        CompressedConv2d.from_dense(other, DenseInt8)
     format = module.format
     for how, message in [
         ({"kernel_size": 5}, "54 columns"),

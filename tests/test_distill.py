@@ -94,6 +94,8 @@ def test_a_convolution_that_trains_is_what_comes_out():
         layer = trainable(compressed)
         torch.testing.assert_close(layer(x), compressed(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(layer(x[0]), compressed(x[0]), rtol=1e-5, atol=1e-5)
+        for order in (torch.contiguous_format, torch.channels_last):  # as of nn.Conv2d: models take views
+            assert layer(x.contiguous(memory_format=order)).is_contiguous(memory_format=order)
         again = layer.compressed()
         assert repr(again) == repr(compressed) and torch.allclose(again.weight, compressed.weight)
 

@@ -11,7 +11,7 @@ from torch import nn
 from engine.compress.recipe import DEFAULT_TARGETS
 from engine.nn._replace import has_hooks
 from engine.nn.compressed import _Compressed
-from engine.nn.conv2d import as_matrix
+from engine.nn.conv2d import as_matrix, why_not
 from engine.ops._check import FLOAT_DTYPES
 
 LOG = logging.getLogger("engine")
@@ -182,8 +182,8 @@ def _why_not(target: Target, others: set[str]) -> str | None:
         return "its weight is empty"
     if any(isinstance(module, nn.Embedding) and module.max_norm is not None for module in target.modules):
         return "max_norm changes its weight as it runs"
-    if any(isinstance(module, nn.Conv2d) and module.groups != 1 for module in target.modules):
-        return "it has groups"
+    if reason := next((why for conv in target.modules if isinstance(conv, nn.Conv2d) and (why := why_not(conv))), None):
+        return reason
     if any(has_hooks(module) for module in target.modules):
         return "it has hooks, which a replacement would lose"
     return None

@@ -15,7 +15,7 @@ from engine import ops
 from engine.compress.recipe import Prune
 from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
 from engine.nn import CompressedConv2d, CompressedLinear
-from engine.nn.conv2d import patches
+from engine.nn.conv2d import is_channels_last, patches
 from engine.ops._bitmap import bitmap_mask
 from engine.ops._semi_structured import spread
 
@@ -135,7 +135,8 @@ class TrainableConv2d(TrainableLinear):
         """`x` `[B, C, H, W]` or `[C, H, W]` as nn.Conv2d takes it."""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        return super().forward(patches(x, self).flatten(3)).permute(0, 3, 1, 2)
+        y = super().forward(patches(x, self).flatten(3)).permute(0, 3, 1, 2)
+        return y if is_channels_last(x) else y.contiguous()  # models take `view`s of it
 
     def _over(self, format: Format) -> CompressedConv2d:
         return CompressedConv2d.over(format, self, self.dense_dtype)

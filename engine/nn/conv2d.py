@@ -37,9 +37,24 @@ def padding_of(conv: Any) -> tuple[int, int, int, int]:
     if conv.padding == "valid":
         return (0, 0, 0, 0)
     if conv.padding == "same":
-        missing = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        missing = [d * (k - 1) for d, k in zip(_pair(conv.dilation), conv.kernel_size, strict=True)]
         return (missing[1] // 2, missing[1] - missing[1] // 2, missing[0] // 2, missing[0] - missing[0] // 2)
-    return (conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0])
+    high, wide = _pair(conv.padding)
+    return (wide, wide, high, high)
+
+
+def why_not(conv: nn.Conv2d) -> str | None:
+    """Why `conv` can't be compressed, if it can't."""
+    if conv.groups != 1:
+        return "it has groups"
+    if tuple(conv.weight.shape[2:]) != conv.kernel_size:  # PyTorch computes with the weight, whatever is said of it
+        return f"its weight {list(conv.weight.shape)} is not of kernels {conv.kernel_size}"
+    return None
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel of `x` `[B, C, H, W]` lie together."""
+    return x.stride(1) == 1 and x.stride(3) >= x.shape[1]
 
 
 def patches(x: Tensor, conv: Any) -> Tensor:
@@ -50,20 +65,21 @@ def patches(x: Tensor, conv: Any) -> Tensor:
     padding = padding_of(conv)
     if any(padding) and conv.padding_mode != "zeros":
         x, padding = nn.functional.pad(x, padding, conv.padding_mode), (0, 0, 0, 0)
-    stride = conv.stride
-    if conv.kernel_size == (1, 1) and not any(padding):  # with a stride most pixels are never looked at
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
-    image = x.permute(0, 2, 3, 1)
-    if x.stride(1) != 1 and x.shape[1] != 1:
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)  # set later on, they may be single numbers
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        image = x.permute(0, 2, 3, 1)
+    else:
+        if conv.kernel_size == (1, 1) and not any(padding):  # with a stride most pixels are never looked at
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
         image = transpose(x.flatten(2)).unflatten(1, x.shape[2:])
     if any(padding):
         image = nn.functional.pad(image, (0, 0, *padding))
-    spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, conv.kernel_size, strict=True)]
     if image.shape[1] < spans[0] or image.shape[2] < spans[1]:
         size = f"{image.shape[1]}x{image.shape[2]}"
         raise ValueError(f"engine.nn.CompressedConv2d: x: the padded image is {size}, the kernel {spans[0]}x{spans[1]}")
     view = image.unfold(1, spans[0], stride[0]).unfold(2, spans[1], stride[1])
-    return view[..., :: conv.dilation[0], :: conv.dilation[1]].permute(0, 1, 2, 4, 5, 3)
+    return view[..., :: dilation[0], :: dilation[1]].permute(0, 1, 2, 4, 5, 3)
 
 
 def in_parts(images: Tensor, row_bytes: int) -> list[Tensor]:
@@ -124,7 +140,7 @@ class CompressedConv2d(_Compressed):
         super().__init__(format, dtype)
         self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
         self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.padding_mode, self.groups = padding_mode, 1
+        self.padding_mode, self.groups, self.transposed, self.output_padding = padding_mode, 1, False, (0, 0)
         self.out_channels, columns = format.shape
         self.in_channels, rest = divmod(columns, math.prod(self.kernel_size))
         where = "engine.nn.CompressedConv2d"
@@ -154,10 +170,8 @@ class CompressedConv2d(_Compressed):
 
         Float values take over the weight's `requires_grad`. A convolution with groups can't be compressed: ValueError.
         """
-        if conv.groups != 1:
-            raise ValueError(
-                f"engine.nn.CompressedConv2d: a convolution with groups ({conv.groups}) can't be compressed"
-            )
+        if why := why_not(conv):
+            raise ValueError(f"engine.nn.CompressedConv2d: {conv} can't be compressed: {why}")
         module = cls.over(format_type.from_dense(as_matrix(conv.weight), **how), conv, conv.weight.dtype)
         if module.values.is_floating_point():
             module.values.requires_grad_(conv.weight.requires_grad)
@@ -175,12 +189,13 @@ class CompressedConv2d(_Compressed):
             raise ValueError(f"engine.nn.CompressedConv2d: x: expected {expected}, got {list(x.shape)}")
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        channels_last = x.stride(1) == 1 and x.stride(3) >= self.in_channels
+        channels_last = is_channels_last(x)
         view = patches(x, self)
         format, bias, row_bytes = self.format, self.bias, patch_row_bytes(view)
-        pixels = self.kernel_size == (1, 1) and view.is_contiguous()
+        skips = channels_last and self.stride != (1, 1)  # an exported model must not ask such for its strides
+        pixels = self.kernel_size == (1, 1) and not skips and view.is_contiguous()
         whole = torch.compiler.is_compiling() or view.shape[0] * view.shape[1] * row_bytes <= PATCH_BYTES
-        if pixels:
+        if pixels or torch.jit.is_tracing():  # TorchScript can't tell the overloads of an op by their tensors' shapes
             y = format.linear(view.flatten(3), bias)
         elif whole or _reads_patches(format, x):
             y = format.linear_of_patches(view, bias)

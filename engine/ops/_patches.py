@@ -19,12 +19,19 @@ def define_of_patches(
     """Defines `engine::<op>.patches` and returns what calls it with the op's arguments, `x` first."""
     name = schema[: schema.index("(")]
 
-    def rows(x: Tensor) -> Tensor:
+    def check_dimensions(x: Tensor) -> None:
         _check.expect(x.dim() == 6, name, "x", "patches [B, Ho, Wo, kh, kw, C]", list(x.shape))
+
+    def rows(x: Tensor) -> Tensor:
+        check_dimensions(x)
         return x.flatten(3)
 
     def over_rows(function: Callable) -> Callable:
         return lambda x, *rest: function(rows(x), *rest)
+
+    def sizes_alone(x: Tensor, *rest: Any) -> Tensor:  # to flatten what has symbols for strides would guard on them
+        check_dimensions(x)
+        return fake(x.new_empty((*x.shape[:3], x.shape[3:].numel())), *rest)
 
     def setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, *rest = inputs
@@ -38,7 +45,7 @@ def define_of_patches(
     op = define(
         schema.replace("(", ".patches(", 1),
         reference=over_rows(reference),
-        fake=over_rows(fake),
+        fake=sizes_alone,
         backward=back,
         setup_context=setup,
     )
