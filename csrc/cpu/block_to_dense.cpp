@@ -18,8 +18,9 @@ Tensor block_to_dense(Tensor crow_indices, Tensor col_indices, Tensor values, in
     const int64_t size = static_cast<int64_t>(values.element_size());
     const char* from = static_cast<const char*>(weight.values.const_data_ptr());
     char* to = static_cast<char*>(dense.mutable_data_ptr());
+    if (dense.numel() == 0) return dense;  // there is no memory
     parallel_rows(rows, columns * size, [&, high = high, wide = wide](int64_t begin, int64_t end) {
-        if (begin < end) std::memset(to + begin * columns * size, 0, (end - begin) * columns * size);
+        std::memset(to + begin * columns * size, 0, (end - begin) * columns * size);
         for (int64_t row = begin; row < end; ++row) {
             const int64_t line = row / high;
             for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
