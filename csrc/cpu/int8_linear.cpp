@@ -142,8 +142,6 @@ struct DotAvx2 {
 struct DotAvx512 : DotTilesAvx512 {
     static constexpr int64_t kTogether = kDotColumns;
     static constexpr bool kShare = true;
-    // Adding 16 lanes up costs as much as 160 of K; packing for panels as much as 5 rows.
-    static int64_t rows(int64_t k) { return k < 1024 ? 16 : kDotRows; }
     static int64_t depth(int64_t m, int64_t k) { return m > kRows && m <= 10 && k > 4096 ? 2048 : kExactDepth; }
 
     template <class T, class Total>

@@ -13,10 +13,10 @@ from engine.ops import _check
 from engine.ops._library import define, explained_by
 
 
-def define_of_patches(
+def define_with_patches(
     schema: str, *, check: Callable, reference: Callable, fake: Callable, backward: Callable, setup_context: Callable
-) -> Callable:
-    """Defines `engine::<op>.patches` and returns what calls it with the op's arguments, `x` first."""
+) -> tuple[Callable, Callable]:
+    """Defines `engine::<op>` and `engine::<op>.patches`; returns the op, and what calls the overload, `x` first."""
     name = schema[: schema.index("(")]
 
     def check_dimensions(x: Tensor) -> None:
@@ -42,11 +42,12 @@ def define_of_patches(
         grad_x, *rest = backward(ctx, grad)
         return (None if grad_x is None else grad_x.unflatten(-1, ctx.kernel), *rest)
 
-    op = define(
+    op = define(schema, reference=reference, fake=fake, backward=backward, setup_context=setup_context)
+    of_patches = define(
         schema.replace("(", ".patches(", 1),
         reference=over_rows(reference),
         fake=sizes_alone,
         backward=back,
         setup_context=setup,
     )
-    return explained_by(over_rows(check))(lambda *args: op(*args))
+    return op, explained_by(over_rows(check))(lambda *args: of_patches(*args))

@@ -1,14 +1,12 @@
 """bitmap_int8_linear: a linear layer of a pruned int8 weight, multiplied as its bitmap holds it."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_mask, check_bitmap, check_bitmap_metadata
-from engine.ops._library import REFERENCES, define, explained_by
-from engine.ops._patches import define_of_patches
+from engine.ops._library import REFERENCES, explained_by
+from engine.ops._patches import define_with_patches
 from engine.ops.bitmap_to_dense import bitmap_to_dense
 from engine.ops.int8_linear import check_input_scale  # (its module defines the reference that this one builds on)
 
@@ -100,18 +98,15 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None, None,
     return grad_x, None, None, None, None, grad_bias, None
 
 
-SCHEMA = (
+_op, bitmap_int8_linear_of_patches = define_with_patches(
     "bitmap_int8_linear(Tensor x, Tensor bitmask, Tensor row_offsets, Tensor values, Tensor scale, Tensor? bias=None,"
-    " Tensor? input_scale=None) -> Tensor"
+    " Tensor? input_scale=None) -> Tensor",
+    check=_check_arguments,
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
 )
-_PARTS: dict[str, Callable] = {
-    "reference": _reference,
-    "fake": _fake,
-    "backward": _backward,
-    "setup_context": _setup_context,
-}
-_op = define(SCHEMA, **_PARTS)
-bitmap_int8_linear_of_patches = define_of_patches(SCHEMA, check=_check_arguments, **_PARTS)
 
 
 @explained_by(_check_arguments)

@@ -1,14 +1,12 @@
 """block_int8_linear: a linear layer of whose int8 weight only some blocks are kept."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._block import check_block, check_block_metadata, from_blocks
-from engine.ops._library import REFERENCES, define, explained_by
-from engine.ops._patches import define_of_patches
+from engine.ops._library import REFERENCES, explained_by
+from engine.ops._patches import define_with_patches
 from engine.ops.int8_linear import check_input_scale  # defines the reference that this one builds on, too
 
 OP = "block_int8_linear"
@@ -98,18 +96,15 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None, None,
     return grad_x, None, None, None, None, grad_bias, None
 
 
-SCHEMA = (
+_op, block_int8_linear_of_patches = define_with_patches(
     "block_int8_linear(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scale,"
-    " Tensor? bias=None, Tensor? input_scale=None) -> Tensor"
+    " Tensor? bias=None, Tensor? input_scale=None) -> Tensor",
+    check=_check_arguments,
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
 )
-_PARTS: dict[str, Callable] = {
-    "reference": _reference,
-    "fake": _fake,
-    "backward": _backward,
-    "setup_context": _setup_context,
-}
-_op = define(SCHEMA, **_PARTS)
-block_int8_linear_of_patches = define_of_patches(SCHEMA, check=_check_arguments, **_PARTS)
 
 
 @explained_by(_check_arguments)

@@ -1,13 +1,11 @@
 """int8_linear: a linear layer whose weight is int8 and whose activations are quantised on the fly."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._library import REFERENCES, define, explained_by
-from engine.ops._patches import define_of_patches
+from engine.ops._library import REFERENCES, explained_by
+from engine.ops._patches import define_with_patches
 
 
 def _check_arguments(
@@ -89,15 +87,14 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | No
     return grad_x, None, None, grad_bias, None
 
 
-SCHEMA = "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? input_scale=None) -> Tensor"
-_PARTS: dict[str, Callable] = {
-    "reference": _reference,
-    "fake": _fake,
-    "backward": _backward,
-    "setup_context": _setup_context,
-}
-_op = define(SCHEMA, **_PARTS)
-int8_linear_of_patches = define_of_patches(SCHEMA, check=_check_arguments, **_PARTS)
+_op, int8_linear_of_patches = define_with_patches(
+    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? input_scale=None) -> Tensor",
+    check=_check_arguments,
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 @explained_by(_check_arguments)

@@ -1,13 +1,11 @@
 """semi_structured_int8_linear: a linear layer whose 2:4 weight is int8, activations quantised on the fly."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._library import REFERENCES, define, explained_by
-from engine.ops._patches import define_of_patches
+from engine.ops._library import REFERENCES, explained_by
+from engine.ops._patches import define_with_patches
 from engine.ops._semi_structured import check_semi_structured, check_semi_structured_metadata, spread
 from engine.ops.int8_linear import check_input_scale  # defines the reference that this one builds on, too
 
@@ -94,18 +92,15 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tenso
     return grad_x, None, None, None, grad_bias, None
 
 
-SCHEMA = (
+_op, semi_structured_int8_linear_of_patches = define_with_patches(
     "semi_structured_int8_linear(Tensor x, Tensor values, Tensor metadata, Tensor scale, Tensor? bias=None,"
-    " Tensor? input_scale=None) -> Tensor"
+    " Tensor? input_scale=None) -> Tensor",
+    check=_check_arguments,
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
 )
-_PARTS: dict[str, Callable] = {
-    "reference": _reference,
-    "fake": _fake,
-    "backward": _backward,
-    "setup_context": _setup_context,
-}
-_op = define(SCHEMA, **_PARTS)
-semi_structured_int8_linear_of_patches = define_of_patches(SCHEMA, check=_check_arguments, **_PARTS)
 
 
 @explained_by(_check_arguments)

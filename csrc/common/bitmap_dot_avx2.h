@@ -1,0 +1,179 @@
+// The kernels of common/bitmap_dot.h for AVX2.
+#pragma once
+
+#include "common/bitmap_dot.h"
+#if ENGINE_X86
+#include <immintrin.h>
+
+namespace engine {
+
+ENGINE_AVX2 ENGINE_INLINE __m256i load_avx2(const void* from) {
+    return _mm256_load_si256(static_cast<const __m256i*>(from));
+}
+
+// acc += products. GCC would add up the products of several steps first, and spill them: what is volatile stays in
+// order.
+ENGINE_AVX2 ENGINE_INLINE void accumulate_avx2(__m256i& acc, __m256i products) {
+    asm volatile("vpaddd %1, %0, %0" : "+x"(acc) : "x"(products));
+}
+
+ENGINE_AVX2 ENGINE_INLINE int32_t horizontal_sum_avx2(__m256i v) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
+// One row of activations. |w| · (x with w's sign) by vpmaddubsw: exact, as pairs sum to at most 2 · 128 · 127.
+struct VectorAvx2 {
+    using Q = int8_t;
+    static constexpr int kColumns = 1;
+    static constexpr bool kShifted = false, kReadsAhead = true;
+    static int64_t depth(int64_t) { return kExactDepth; }
+
+    ENGINE_AVX2 ENGINE_INLINE static void half(const __m128i* part, const int8_t* q, __m256i& acc) {
+        const __m256i w = _mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1);
+        const __m256i x = _mm256_sign_epi8(load_avx2(q), w);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), x);
+        accumulate_avx2(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+
+    ENGINE_AVX2 ENGINE_INLINE static void step(uint64_t bits, const int8_t* q, const int8_t*& values,
+                                               __m256i (&acc)[2]) {
+        const Expanded64 w = expand_64_avx2(values, bits);
+        half(w.part, q, acc[0]);
+        half(w.part + 2, q + 32, acc[1]);
+        values += w.taken;
+    }
+
+    ENGINE_AVX2 static void stretch(const int8_t* q, int64_t, int64_t, Column* columns, int64_t kc, int32_t* sums) {
+        const uint8_t* mask = columns[0].mask;
+        const int8_t* values = columns[0].values;
+        __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        int64_t k = 0;
+        for (; k + 64 <= kc; k += 64) {
+            __builtin_prefetch(values + kValuesAhead);
+            uint64_t bits;
+            std::memcpy(&bits, mask + k / 8, 8);
+            step(bits, q + k, values, acc);
+        }
+        if (k < kc) step(mask_bits(mask, k, kc), q + k, values, acc);
+        columns[0].values = values;
+        sums[0] = horizontal_sum_avx2(_mm256_add_epi32(acc[0], acc[1]));
+    }
+};
+
+// A few rows of activations, as 16-bit integers: up to kDirect multiply what was spread while it is in registers, more
+// find it in L1.
+struct MatrixAvx2 {
+    using Q = int16_t;
+    static constexpr int kColumns = 4, kDirect = 4, kTileRows = 3;
+    static constexpr bool kShifted = false, kReadsAhead = false;
+    static constexpr int64_t kDepth = 512;  // of a stretch that is spread to L1
+    static int64_t depth(int64_t m) {       // 16 KB of activations
+        if (m > kDirect) return kDepth;
+        return m > 2 ? 4 * kDepth : 8 * kDepth;
+    }
+
+    // 16 weights of each of two columns by R rows of activations.
+    template <int R>
+    ENGINE_AVX2 ENGINE_INLINE static void multiply_16(__m128i w0, __m128i w1, const int16_t* q, int64_t q_stride,
+                                                      __m256i (&acc)[2][R]) {
+        const __m256i wide0 = _mm256_cvtepi8_epi16(w0), wide1 = _mm256_cvtepi8_epi16(w1);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const __m256i x = load_avx2(q + r * q_stride);
+            accumulate_avx2(acc[0][r], _mm256_madd_epi16(wide0, x));
+            accumulate_avx2(acc[1][r], _mm256_madd_epi16(wide1, x));
+        }
+    }
+
+    // R rows of activations by columns 0 and 1.
+    template <int R>
+    ENGINE_AVX2 static void direct(const int16_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
+        __m256i acc[2][R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[0][r] = acc[1][r] = _mm256_setzero_si256();
+        const uint8_t *mask0 = columns[0].mask, *mask1 = columns[1].mask;
+        const int8_t *values0 = columns[0].values, *values1 = columns[1].values;
+        for (int64_t k = 0; k < kc; k += 64, q += 64) {
+            const uint64_t bits0 = mask_bits(mask0, k, kc), bits1 = mask_bits(mask1, k, kc);
+            const Prefix64 before0 = prefix_64(bits0), before1 = prefix_64(bits1);
+            multiply_16<R>(expand_part_avx2<0>(values0, bits0), expand_part_avx2<0>(values1, bits1), q, q_stride, acc);
+            multiply_16<R>(expand_part_avx2<1>(values0 + before0.of[1], bits0),
+                           expand_part_avx2<1>(values1 + before1.of[1], bits1), q + 16, q_stride, acc);
+            multiply_16<R>(expand_part_avx2<2>(values0 + before0.of[2], bits0),
+                           expand_part_avx2<2>(values1 + before1.of[2], bits1), q + 32, q_stride, acc);
+            multiply_16<R>(expand_part_avx2<3>(values0 + before0.of[3], bits0),
+                           expand_part_avx2<3>(values1 + before1.of[3], bits1), q + 48, q_stride, acc);
+            values0 += before0.of[4];
+            values1 += before1.of[4];
+        }
+        columns[0].values = values0;
+        columns[1].values = values1;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < 2; ++c) sums[r * kColumns + c] = horizontal_sum_avx2(acc[c][r]);
+        }
+    }
+
+    // A stretch as 16-bit integers.
+    ENGINE_AVX2 static void expand(Column& column, int64_t kc, int16_t* out) {
+        for (int64_t k = 0; k < kc; k += 64) {
+            const Expanded64 w = expand_64_avx2(column.values, mask_bits(column.mask, k, kc));
+            for (int p = 0; p < 4; ++p) {
+                _mm256_store_si256(reinterpret_cast<__m256i*>(out + k + 16 * p), _mm256_cvtepi8_epi16(w.part[p]));
+            }
+            column.values += w.taken;
+        }
+    }
+
+    // R rows of activations by kColumns rows of weights.
+    template <int R>
+    ENGINE_AVX2 static void tile(const int16_t* q, int64_t q_stride,
+                                 const int16_t* w,  // [kColumns, kDepth]
+                                 int64_t kc, int32_t* sums) {
+        __m256i acc[R][kColumns];
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < kColumns; ++c) acc[r][c] = _mm256_setzero_si256();
+        }
+        for (int64_t k = 0; k < kc; k += 16) {
+            __m256i x[R];
+            for (int r = 0; r < R; ++r) x[r] = load_avx2(q + r * q_stride + k);
+            for (int c = 0; c < kColumns; ++c) {
+                const __m256i wide = load_avx2(w + c * kDepth + k);
+                for (int r = 0; r < R; ++r) acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(wide, x[r]));
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const __m256i low = _mm256_hadd_epi32(acc[r][0], acc[r][1]), high = _mm256_hadd_epi32(acc[r][2], acc[r][3]);
+            const __m256i both = _mm256_hadd_epi32(low, high);
+            const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + r * kColumns), sum);
+        }
+    }
+
+    static void direct_of(int64_t m, const int16_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
+        if (m == 4) return direct<4>(q, q_stride, columns, kc, sums);
+        if (m == 3) return direct<3>(q, q_stride, columns, kc, sums);
+        if (m == 2) return direct<2>(q, q_stride, columns, kc, sums);
+        direct<1>(q, q_stride, columns, kc, sums);
+    }
+
+    static void stretch(const int16_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
+        if (m <= kDirect) {
+            direct_of(m, q, q_stride, columns, kc, sums);
+            return direct_of(m, q, q_stride, columns + 2, kc, sums + 2);
+        }
+        alignas(64) int16_t w[kColumns][kDepth];
+        for (int c = 0; c < kColumns; ++c) expand(columns[c], kc, w[c]);
+        int64_t r = 0;
+        for (; r + kTileRows <= m; r += kTileRows) {
+            tile<kTileRows>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
+        }
+        if (m - r == 2) tile<2>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
+        if (m - r == 1) tile<1>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
+    }
+};
+
+}  // namespace engine
+#endif
