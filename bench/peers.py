@@ -25,14 +25,15 @@ def int8_linears(linear: nn.Linear, rows: int) -> dict[str, Linear]:
             peer = make(linear, rows)
             peer(torch.randn(rows, linear.in_features))
         except Exception as error:  # whatever another library raises: it is out of the race, and we say so
-            _say_absent(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            say_absent(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         found[name] = peer
     return found
 
 
 @functools.cache
-def _say_absent(name: str, why: str) -> None:
+def say_absent(name: str, why: str) -> None:
+    """Says, once, that a peer is out of the race."""
     print(f"  (without {name}: {why[:160]})", file=sys.stderr)
 
 
@@ -49,7 +50,7 @@ def _makers() -> dict[str, Callable[[nn.Linear, int], Linear]]:
         ("onnxruntime int8", "onnxruntime", _onnxruntime_int8),
     ):
         if importlib.util.find_spec(package) is None or (package == "onnxruntime" and not _has("onnx")):
-            _say_absent(name, "not installed")
+            say_absent(name, "not installed")
         else:
             makers[name] = make
     return makers
