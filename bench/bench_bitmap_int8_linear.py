@@ -30,13 +30,15 @@ def bitmap_of(weight: torch.Tensor, sparsity: float) -> tuple[torch.Tensor, ...]
 
 def measure(m: int, n: int, k: int, sparsity: float, repeats: int) -> Row:
     x, count = torch.randn(m, k), min(3, copies(n * k)) if m <= 64 else 1
+    moved = int(n * k * (1 - sparsity) + n * k / 8)
+    more = copies(moved, 128 << 20) if moved > 8 << 20 else count  # beyond any cache, but for what stays in one anyway
     linears = [nn.Linear(k, n) for _ in range(count)]
     bias = linears[0].bias.detach()
-    bitmaps = [bitmap_of(linear.weight.detach(), sparsity) for linear in linears]
+    bitmaps = [bitmap_of(linears[i % count].weight.detach(), sparsity) for i in range(more)]
     dense = [int8_quantize(linear.weight.detach()) for linear in linears]
     peers = [int8_linears(linear, m) for linear in linears]
     functions = {
-        "bitmap_int8_linear": lambda i: bitmap_int8_linear(x, *bitmaps[i % count], bias),
+        "bitmap_int8_linear": lambda i: bitmap_int8_linear(x, *bitmaps[i % more], bias),
         "int8_linear": lambda i: int8_linear(x, *dense[i % count], bias),
     }
     for name in peers[0]:
@@ -44,9 +46,8 @@ def measure(m: int, n: int, k: int, sparsity: float, repeats: int) -> Row:
     functions["fp32"] = lambda i: linears[i % count](x)
     with torch.inference_mode():
         timings = time_interleaved(functions, repeats)
-    moved = int(n * k * (1 - sparsity) + n * k / 8)
-    traffic = "read" if moved * count > 48 << 20 else "cache"
-    return Row(f"M {m}, {n}x{k}, {sparsity:.0%}", timings, moved, 2 * m * n * k, "int8", traffic)
+    traffic = "read" if moved * more > 48 << 20 else "cache"
+    return Row(f"M {m}, {n}x{k}, {sparsity:.0%}", timings, moved, 2 * m * n * k, "int8", traffic, sparsity)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ def measure(m: int, n: int, k: int, sparsity: float) -> Row:
     with torch.inference_mode():
         timings = time_interleaved(functions, 11)
     kept = blocks[2].numel()
-    return Row(f"M {m}, {n}x{k}, {sparsity:.0%}", timings, 4 * kept, 2 * m * kept, "fp32", "cache")
+    return Row(f"M {m}, {n}x{k}, {sparsity:.0%}", timings, 4 * kept, 2 * m * kept, "fp32", "cache", sparsity)
 
 
 def main() -> None:

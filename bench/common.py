@@ -1,4 +1,4 @@
-"""One timer and one printer for every benchmark: peers interleaved in shuffled order, buffers rotated, limits measured."""
+"""One timer and one printer for every benchmark: peers in shuffled order, buffers rotated, limits measured."""
 
 import dataclasses
 import math
@@ -33,6 +33,7 @@ class Row:
         arithmetic: whose rate bounds them: "int8" or "fp32".
         traffic: whose bandwidth bounds the bytes: "read", "copy" (reads and writes), or "cache" (weights that
             stay in it).
+        sparsity: of the weight, where the op is measured over several.
     """
 
     case: str
@@ -41,6 +42,7 @@ class Row:
     operations: int = 0
     arithmetic: str = "int8"
     traffic: str = "read"
+    sparsity: float | None = None
 
     def floor(self, limits: Limits) -> float:
         """Seconds that this machine needs at least."""

@@ -98,8 +98,8 @@ def _onnxruntime(int8: bool, model: nn.Module, inputs: dict[str, Tensor]) -> Mod
         torch.onnx.export(
             exported, tuple(inputs.values()), path, input_names=list(inputs), external_data=False, verbose=False
         )
-        optimizer.optimize_model(str(path), model_type="bert").save_model_to_file(str(path))
-        if int8:
+        if int8:  # of the float model a session makes as much itself
+            optimizer.optimize_model(str(path), model_type="bert").save_model_to_file(str(path))
             quantize_dynamic(path, path, weight_type=QuantType.QInt8, per_channel=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

@@ -42,7 +42,7 @@ def run(ops: Sequence[str], json_path: Path | None = None, plot_path: Path | Non
     if plot_path is not None:
         from engine.bench.plot import save_plot
 
-        save_plot(common.RESULTS, plot_path)
+        save_plot(common.RESULTS, dataclasses.asdict(limits), plot_path)
 
 
 def describe_machine() -> dict[str, object]:

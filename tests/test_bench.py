@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from engine import backends, ops
-from engine.bench import OPS, common, run, tables
+from engine.bench import OPS, common, peer_models, plot, run, tables
 from engine.bench.common import Row, Timing
 from engine.bench.limits import Limits, measure_limits
 from engine.bench.peers import int8_linears
@@ -73,11 +73,38 @@ def test_peers_compute_the_same_task():
             assert (peer(x) - expected).norm() < 0.1 * expected.norm(), name
 
 
+def test_whole_models_compute_the_same_task(monkeypatch, capsys):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = torch.nn.Linear(64, 32)
+
+        def forward(self, x):
+            return (self.dense(x),)
+
+    def fail(model, inputs):
+        raise RuntimeError("no compiler\nat all")
+
+    for slow in ("_compiled", "_torchao_compiled", "_onnxruntime"):
+        monkeypatch.setattr(peer_models, slow, fail)
+    model, inputs = Model(), {"x": torch.randn(16, 64)}
+    with torch.no_grad():
+        peers = peer_models.models(model, inputs)
+        assert any(name.startswith("torch.ao") for name in peers) and "fp32 compiled" not in peers
+        for name, peer in peers.items():
+            expected = model(**inputs)[0]
+            assert (peer() - expected).norm() < 0.1 * expected.norm(), name
+    assert "without fp32 compiled: RuntimeError: no compiler)" in capsys.readouterr().err
+
+
 @needs_native
 def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
     def main():
         timings = {"engine": Timing(1e-3, 2e-3, 3e-3), "clone": Timing(3e-3, 4e-3, 5e-3)}
-        rows = [Row("8x8", timings, 2 * 10**7), Row("16x16", timings, 10**7, traffic="copy")]
+        rows = [Row("8x8", timings, 2 * 10**7), Row("16x16", timings, 10**7, 10**6, traffic="copy")]
+        rows += [
+            Row(f"M 1, 8x8, {s:.0%}", {**timings, "fp32": timings["clone"]}, 10**7, 8, sparsity=s) for s in (0.5, 0.7)
+        ]
         common.print_rows("int8_quantize", rows, "engine", "a note")
 
     monkeypatch.setattr(importlib.import_module("engine.bench.bench_int8_quantize"), "main", main)
@@ -86,12 +113,20 @@ def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
     run.run(["int8_quantize"], tmp_path / "rows.json", tmp_path / "rows.png")
     text = capsys.readouterr().out
     assert "2000.0 µs [1000, 3000]" in text and "100% of limit" in text and "2.00x clone" in text
-    assert "geometric mean over 2 shapes:   2.00x clone" in text
+    assert "geometric mean over 4 shapes:   2.00x clone" in text
     saved = json.loads((tmp_path / "rows.json").read_text())
     assert saved["torch"] == torch.__version__ and saved["limits"]["read_gbps"] > 0
     first = saved["rows"][0]
     assert first["case"] == "8x8" and first["fraction_of_limit"] == 1 and first["timings"]["clone"]["median"] == 4e-3
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    model = {
+        **first,
+        "op": "minilm",
+        "own": "engine",
+        "timings": {**first["timings"], "fp32": first["timings"]["clone"]},
+    }
+    plot.save_plot([model], saved["limits"], tmp_path / "model.png")
+    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
