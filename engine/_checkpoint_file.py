@@ -9,6 +9,7 @@ One safetensors file. A weight `<m>.weight` is stored under the names that the c
 - Block: `<m>.weight.shape`, `.values`, `.crow_indices`, `.col_indices`, and `.scale` where the values are int8;
 - a convolution's weight `[O, C, kh, kw]` as the matrix `[O, kh * kw * C]` (its columns by kernel row, kernel column and
   channel), with its kernel's size in the metadata;
+- the weight `[K, N]` of Hugging Face's Conv1D as the matrix `[N, K]`, which the metadata tells;
 - `<m>.input_scale` where activations are quantised by a fixed scale (one number) or one for each channel (K of them).
 
 Everything else has its name in `model.state_dict()`. The header's metadata says which weight has which format.
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from engine._safetensors import CheckpointError, TensorFile, explained
 from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
+from engine.nn.conv2d import as_weight
 from engine.ops._check import FLOAT_DTYPES
 
 FORMAT_VERSION = "1"
@@ -78,32 +80,41 @@ PARTS: dict[type[Format], dict[str, Part]] = {
 
 @dataclasses.dataclass(frozen=True)
 class WeightInfo:
-    """What the metadata says of a compressed weight: its format, the dtype that the dense weight has, and the kernel's
-    size where it is a convolution's.
+    """What the metadata says of a compressed weight: its format, the dtype that the dense weight has, the kernel's size
+    where it is a convolution's, and whether the dense weight is the matrix `[N, K]` transposed (Conv1D's).
     """
 
     format: type[Format]
     dtype: torch.dtype = torch.float32
     quantize_input: bool = True
     kernel_size: tuple[int, ...] | None = None
+    transposed: bool = False
 
     @classmethod
-    def of(cls, format: Format, dtype: torch.dtype, kernel_size: tuple[int, ...] | None = None) -> "WeightInfo":
+    def of(
+        cls, format: Format, dtype: torch.dtype, kernel_size: tuple[int, ...] | None = None, transposed: bool = False
+    ) -> "WeightInfo":
         """The description of `format`."""
-        return cls(type(format), dtype, getattr(format, "quantize_input", True), kernel_size)
+        return cls(type(format), dtype, getattr(format, "quantize_input", True), kernel_size, transposed)
 
     def dense_shape(self, format: Format) -> tuple[int, ...]:
         """The shape of the dense weight that `format` stands for."""
         rows, columns = format.shape
         if self.kernel_size is None:
-            return (rows, columns)
+            return (columns, rows) if self.transposed else (rows, columns)
         return (rows, columns // math.prod(self.kernel_size), *self.kernel_size)
+
+    def dense(self, format: Format, dtype: torch.dtype) -> Tensor:
+        """The dense weight that `format` stands for."""
+        return as_weight(format.to_dense(dtype), self.kernel_size, self.transposed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the header."""
         values: dict[str, Any] = {"format": self.format.__name__, "dtype": str(self.dtype).removeprefix("torch.")}
         if self.kernel_size is not None:
             values["kernel_size"] = list(self.kernel_size)
+        if self.transposed:
+            values["transposed"] = True
         return {**values, "quantize_input": self.quantize_input} if self.format is DenseInt8 else values
 
     @classmethod
@@ -118,7 +129,10 @@ class WeightInfo:
             raise ValueError(f"unknown dtype {dtype!r:.80}")
         if FORMATS[kind] is DenseInt8 and not isinstance(quantize_input, bool):
             raise ValueError(f"quantize_input: expected true or false, got {quantize_input!r:.80}")
-        return cls(FORMATS[kind], DENSE_DTYPES[dtype], quantize_input is not False, _kernel_size(values))
+        kernel_size, transposed = _kernel_size(values), values.get("transposed", False)
+        if not isinstance(transposed, bool) or (transposed and kernel_size is not None):
+            raise ValueError(f"transposed: expected true or false, and true for no convolution, got {transposed!r:.80}")
+        return cls(FORMATS[kind], DENSE_DTYPES[dtype], quantize_input is not False, kernel_size, transposed)
 
 
 def _kernel_size(values: dict[str, Any]) -> tuple[int, ...] | None:

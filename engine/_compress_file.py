@@ -6,9 +6,6 @@ Two passes. The first finds thresholds, counts what is kept and so knows every s
 import dataclasses
 import json
 import math
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,33 +14,15 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine._checkpoint_file import FORMAT_VERSION, CheckpointFile, WeightInfo, header_metadata, weight_parts
+from engine._checkpoint_file import FORMAT_VERSION, WeightInfo, header_metadata, weight_parts
 from engine._journal import Journal
-from engine._safetensors import CheckpointError, Entry, TensorWriter, explained, partial_path
-from engine.compress.recipe import DEFAULT_TARGETS, Recipe
-from engine.compress.targets import check_patterns, matches
+from engine._safetensors import CheckpointError, Entry, TensorWriter, partial_path
+from engine._source import CONV1D, Source, choose
+from engine.compress.recipe import Recipe
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
 from engine.nn.conv2d import as_matrix
 from engine.ops._block import BLOCK_SHAPE, block_norms
-from engine.ops._check import FLOAT_DTYPES
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What other tools keep weights in: never copied beside the compressed ones.
-WEIGHT_SUFFIXES = {
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".pt",
-    ".pth",
-    ".safetensors",
-    ".tflite",
-}
-PIPELINE_MODULE = re.compile(r"\d+_\w+")  # sentence-transformers keeps further layers of its pipeline in such folders
-EMBEDDING = re.compile(r"embed|(^|[._])emb($|[._])|(^|\.)(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
 CHUNK_ELEMENTS = 1 << 22
 SYNC_BYTES = 64 << 20  # of tensors that may have to be compressed again after an interruption
 HALF = 16  # bits of a float32
@@ -78,66 +57,6 @@ class Result:
         return dataclasses.asdict(self)
 
 
-class Source:
-    """A safetensors file, or a Hugging Face folder with one or several: where each tensor is.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder, or no weights in it.
-        CheckpointError: the index or a file is damaged, or compressed already.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.is_folder = path, path.is_dir()
-        self.files: dict[str, CheckpointFile] = {}
-        for name, file in _files_by_tensor(path) if self.is_folder else _all_of(CheckpointFile(path)):
-            if file.weights:
-                raise CheckpointError(f"{file.path}: compressed already")
-            self.files[name] = file
-
-    def entry(self, name: str) -> Entry:
-        """Type and shape of a tensor."""
-        return self.files[name].entries[name]
-
-    def read(self, name: str) -> Tensor:
-        """A tensor."""
-        return self.files[name].read(name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.entry(name).nbytes for name in self.files)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Header strings of all files."""
-        return {key: value for file in self.files.values() for key, value in file.metadata.items()}
-
-
-def _all_of(file: CheckpointFile) -> Iterable[tuple[str, CheckpointFile]]:
-    return [(name, file) for name in file.entries]
-
-
-def _files_by_tensor(folder: Path) -> Iterable[tuple[str, CheckpointFile]]:
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return _all_of(CheckpointFile(folder / WEIGHTS))
-    where = f"{folder / INDEX}"
-    with explained(where):
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(places, dict):
-            raise ValueError("weight_map: expected an object")
-    shards: dict[str, CheckpointFile] = {}
-    found = []
-    for name, shard in places.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{where}: {name}: expected a file's name, got {shard!r:.200}")
-        if shard not in shards:
-            shards[shard] = CheckpointFile(folder / shard)
-        if name not in shards[shard].entries:
-            raise CheckpointError(f"{where}: {name}: is not in {shard}")
-        found.append((name, shards[shard]))
-    return found
-
-
 @dataclasses.dataclass
 class _Plan:
     """What the first pass found for one weight: the threshold, or None where none is asked; the form it will have."""
@@ -151,9 +70,9 @@ def compress_file(
 ) -> Result:
     """Writes `source`, compressed as `recipe` says, to the safetensors file `out`.
 
-    Two-dimensional float tensors named `<module>.weight` count as Linear, or as Embedding where the name says so, and
-    four-dimensional ones as Conv2d. What turns out to be of a transposed convolution, or of one with groups, is loaded
-    as the dense weight that it stands for.
+    Two-dimensional float tensors named `<module>.weight` count as Linear, as Embedding where the name says so, or as
+    Conv1D where the bias does, and four-dimensional ones as Conv2d. What turns out to be of a transposed convolution,
+    or of one with groups, is loaded as the dense weight that it stands for.
     With `resume`, what is done when the work ends early stays beside `out`, and another call goes on from there to the
     same file, bit by bit.
 
@@ -188,10 +107,12 @@ def compress_file(
             raise CheckpointError(f"{source.path}: {min(taken)}: a compressed weight's tensor would have the same name")
         entries |= described
     weights = {
-        name: WeightInfo.of(plan.format, _dtype(source, name), tuple(source.entry(name).shape[2:]) or None)
+        name: WeightInfo.of(
+            plan.format, _dtype(source, name), tuple(source.entry(name).shape[2:]) or None, chosen[name] == CONV1D
+        )
         for name, plan in plans.items()
     }
-    metadata = {**source.metadata, **header_metadata(weights, {}, recipe.to_dict())}
+    metadata = {**source.metadata, **header_metadata(weights, source.aliases, recipe.to_dict())}
     there = {name for name in source.files if f"written {name}" in journal and partial_path(out).exists()}
     parts_there: list[str] = []
     for name in there:
@@ -201,9 +122,9 @@ def compress_file(
         for name in source.files:
             if name not in there:
                 weight = source.read(name)
-                written = (
-                    weight_parts(name, _compress(as_matrix(weight), plans[name])) if name in plans else {name: weight}
-                )
+                written = {name: weight}
+                if name in plans:
+                    written = weight_parts(name, _compress(_matrix(weight, chosen[name]), plans[name]))
                 for part, tensor in written.items():
                     writer.write(part, tensor)
                 unsaid.append(name)
@@ -219,50 +140,15 @@ def compress_file(
     return Result(outcomes, left, copied, source.nbytes, sum(entry.nbytes for entry in entries.values()))
 
 
+def _matrix(weight: Tensor, kind: str) -> Tensor:
+    """A weight as the matrix `[N, K]` to compress."""
+    return as_matrix(weight, transposed=kind == CONV1D)
+
+
 def _dtype(source: Source, name: str) -> torch.dtype:
     dtype = source.entry(name).dtype
     assert dtype is not None
     return dtype
-
-
-def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
-    """The weights to compress, each with the class its name speaks for, and those left alone with the reason."""
-    check_patterns("compress", (*recipe.targets, *recipe.ignore))
-    chosen: dict[str, str] = {}
-    left: dict[str, str] = {}
-    used: set[str] = set()
-    for name in source.files:
-        module, _, last = name.rpartition(".")
-        entry = source.entry(name)
-        if last != "weight" or len(entry.shape) not in (2, 4):
-            continue
-        kind = "Conv2d" if len(entry.shape) == 4 else "Embedding" if EMBEDDING.search(module) else "Linear"
-        hits = [pattern for pattern in recipe.targets if _means(pattern, module, kind)]
-        used.update(hits)
-        ignored = next((pattern for pattern in recipe.ignore if _means(pattern, module, kind)), None)
-        if not hits:
-            left[name] = "not a target"
-        elif ignored is not None:
-            left[name] = f"ignored by {ignored!r}"
-        elif entry.dtype not in FLOAT_DTYPES:
-            left[name] = f"its dtype is {str(entry.dtype).removeprefix('torch.')}"
-        elif math.prod(entry.shape) == 0:
-            left[name] = "empty"
-        elif kind == "Conv2d" and entry.shape[1] == 1 and entry.shape[0] > 1:
-            left[name] = "of one input channel: it may be depthwise, and such stay dense"
-        elif kind == "Embedding" and recipe.quantize is None:
-            left[name] = "embeddings are quantised but never pruned"
-        else:
-            chosen[name] = kind
-    unused = [pattern for pattern in recipe.targets if pattern not in used]
-    if unused and (len(unused) == len(recipe.targets) or set(unused) - set(DEFAULT_TARGETS)):
-        raise ValueError(f"target {unused[0]!r} matches no weight")
-    return chosen, left
-
-
-def _means(pattern: str, module: str, kind: str) -> bool:
-    """As `matches`; a block's name also stands for the layers inside it."""
-    return matches(pattern, module, kind) or (not pattern.startswith("re:") and module.startswith(f"{pattern}."))
 
 
 def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> Tensor | float | None:
@@ -277,7 +163,9 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
         return None if prune is None else prune.threshold
     names = [name for name, kind in chosen.items() if kind != "Embedding"]
     if prune.pattern == "block":
-        return ops.magnitude_threshold([block_norms(as_matrix(source.read(name))) for name in names], prune.sparsity)
+        return ops.magnitude_threshold(
+            [block_norms(_matrix(source.read(name), chosen[name])) for name in names], prune.sparsity
+        )
     rank = round(prune.sparsity * sum(math.prod(source.entry(name).shape) for name in names))
     if rank == 0:
         return 0.0
@@ -285,7 +173,7 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
     for level in (0, 1):
         counts = torch.zeros(1 << HALF, dtype=torch.int64)
         for name in names:
-            for chunk in _chunks(as_matrix(source.read(name))):
+            for chunk in _chunks(_matrix(source.read(name), chosen[name])):
                 bits = chunk.float().abs().reshape(-1).view(torch.int32)
                 digits = bits >> HALF if level == 0 else bits[bits >> HALF == prefix] & ((1 << HALF) - 1)
                 counts += torch.bincount(digits, minlength=1 << HALF)
@@ -322,8 +210,12 @@ def _plan(
     name: str, source: Source, kind: str, recipe: Recipe, threshold: Tensor | float | None, journal: Journal
 ) -> _Plan:
     """What will become of a weight."""
-    found = journal.get(f"plan of {name}", lambda: _look(name, as_matrix(source.read(name)), kind, recipe, threshold))
+    found = journal.get(
+        f"plan of {name}", lambda: _look(name, _matrix(source.read(name), kind), kind, recipe, threshold)
+    )
     rows, columns = source.entry(name).shape[0], math.prod(source.entry(name).shape[1:])
+    if kind == CONV1D:
+        rows, columns = columns, rows
     scale = torch.empty(rows, dtype=torch.float32, device="meta")
     if found is None:
         return _Plan(None, DenseInt8(torch.empty(rows, columns, dtype=torch.int8, device="meta"), scale))
@@ -387,23 +279,3 @@ def _count_kept(weight: Tensor, threshold: Tensor) -> int:
     limits = threshold.expand(weight.shape[0], 1) if threshold.dim() < 2 else threshold
     pairs = zip(_chunks(weight), limits.split(max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))), strict=True)
     return sum(int((chunk.float().abs() > limit).sum()) for chunk, limit in pairs)
-
-
-def copy_companions(folder: Path, out: Path) -> None:
-    """Copies configuration, tokenizer and the like from one model folder to another, but no weights."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(root).relative_to(folder)
-        pipeline = bool(inside.parts) and PIPELINE_MODULE.fullmatch(inside.parts[0]) is not None
-        for name in files:
-            weights = Path(name).suffix in WEIGHT_SUFFIXES or name.endswith(".index.json")
-            if name.startswith(".") or (weights and not pipeline):
-                continue
-            (out / inside).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(root) / name, out / inside / name)
-
-
-def remove_stale_weights(out: Path) -> None:
-    """Removes the shards and index of a model that was in this folder before: a reader would take them for current."""
-    for path in (*out.glob("model-*-of-*.safetensors"), out / INDEX):
-        path.unlink(missing_ok=True)

@@ -15,9 +15,9 @@ from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata,
 from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
-from engine.nn._replace import has_hooks, switches_of_fused_paths
+from engine.nn._replace import has_hooks, is_conv1d, switches_of_fused_paths
 from engine.nn.compressed import _Compressed
-from engine.nn.conv2d import as_weight, why_not
+from engine.nn.conv2d import why_not
 
 __all__ = ["CheckpointError", "CheckpointFile", "load_", "read_weight", "save"]
 
@@ -52,13 +52,14 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
         name = f"{prefix}weight"
         format = module.format
         kernel_size = getattr(module, "kernel_size", None)
-        key = (kernel_size, *(id(getattr(format, field)) for field in format.TENSORS))
+        transposed = isinstance(module, CompressedLinear) and module.transposed
+        key = (kernel_size, transposed, *(id(getattr(format, field)) for field in format.TENSORS))
         for field in format.TENSORS:
             state.pop(prefix + field, None)
         if seen.setdefault(key, name) != name:
             aliases[name] = seen[key]
             continue
-        weights[name] = WeightInfo.of(format, _dense_dtype(module), kernel_size)
+        weights[name] = WeightInfo.of(format, _dense_dtype(module), kernel_size, transposed)
         _add(tensors, weight_parts(name, format))
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
@@ -84,7 +85,7 @@ def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Loads a file written by :func:`save` or `engine compress`, or a plain safetensors file, into `model`.
 
-    Every compressed weight replaces the nn.Linear, nn.Embedding or nn.Conv2d that stands at its name; all other tensors
+    Every compressed weight replaces the nn.Linear, nn.Embedding, nn.Conv2d or Conv1D at its name; all other tensors
     are copied into the model's own. What was tied when the file was written is tied again. Names that differ from the
     model's by one prefix common to all of them ("bert.") are taken as the same. The whole file is checked before the
     model changes at all, and after an error or an interrupt the model is as it was. The file is closed on return.
@@ -203,17 +204,18 @@ def _replacements(file: CheckpointFile, slots: _Slots, names: Mapping[str, str])
 def _stays_dense(file: CheckpointFile, slots: _Slots, name: str, source: str) -> bool:
     """Whether a compressed weight is for a layer that can't be replaced, and so is loaded as the dense weight it means.
 
-    A file that was compressed by the names of its tensors may hold such: the weight of a convolution that transformers
-    spells as a matrix, of one with groups, of a subclass of Linear, of a pruned embedding.
+    A file that was compressed by the names of its tensors may hold such: the weight of a Conv1D that was taken for a
+    Linear's, of a convolution with groups, of a subclass of Linear, of a pruned embedding.
     """
-    module = slots.modules.get(name)
+    module: Any = slots.modules.get(name)
     if isinstance(module, _Compressed) or not isinstance(slots.tensors.get(name), Tensor):
         return False
     if type(module) is nn.Embedding:
         return file.weights[source].format is not DenseInt8
     if type(module) is nn.Conv2d:
         return why_not(module) is not None
-    return type(module) is not nn.Linear
+    transposed = file.weights[source].transposed
+    return not (is_conv1d(module) if transposed else type(module) is nn.Linear)
 
 
 def _check_home(file: CheckpointFile, slots: _Slots, name: str, source: str) -> None:
@@ -224,10 +226,13 @@ def _check_home(file: CheckpointFile, slots: _Slots, name: str, source: str) -> 
         raise CheckpointError(
             f"{where}: the model is this one layer, which can't be replaced in place: put it in a module"
         )
-    if module is None or kind not in REPLACED:
+    if module is None or not (kind in REPLACED or is_conv1d(module)):
         raise CheckpointError(
-            f"{where}: compressed, but the model has no Linear, Embedding or Conv2d there: {kind.__name__}"
+            f"{where}: compressed, but the model has no Linear, Embedding, Conv2d or Conv1D there: {kind.__name__}"
         )
+    if isinstance(module, CompressedLinear) and module.transposed != file.weights[source].transposed:
+        kinds = ("a Conv1D", "no Conv1D") if module.transposed else ("no Conv1D", "a Conv1D")
+        raise CheckpointError(f"{where}: is the weight of {kinds[1]}, the model has {kinds[0]} there")
     embeds = kind in (nn.Embedding, CompressedEmbedding)
     if embeds and file.weights[source].format is not DenseInt8:
         raise CheckpointError(f"{where}: is {file.weights[source].format.__name__}, an embedding takes DenseInt8")
@@ -253,7 +258,13 @@ def _dense_shape(module: Any) -> tuple[int, ...]:
     if not isinstance(module, _Compressed):
         return tuple(module.weight.shape)
     rows, columns = module.format.shape
-    return (rows, module.in_channels, *module.kernel_size) if isinstance(module, CompressedConv2d) else (rows, columns)
+    if isinstance(module, CompressedConv2d):
+        return (rows, module.in_channels, *module.kernel_size)
+    return (columns, rows) if getattr(module, "transposed", False) else (rows, columns)
+
+
+def _is_transposed(module: Any) -> bool:
+    return module.transposed if isinstance(module, CompressedLinear) else is_conv1d(module)
 
 
 def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
@@ -272,7 +283,7 @@ def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
     elif isinstance(dense, (nn.Conv2d, CompressedConv2d)):
         module = CompressedConv2d.over(format, dense, dtype)
     else:
-        module = CompressedLinear(format, dense.bias, dtype)
+        module = CompressedLinear(format, dense.bias, dtype, _is_transposed(dense))
     module._dtype_marker = module._dtype_marker.to(module.values.device)
     if module.values.is_floating_point():
         module.values.requires_grad_(before.requires_grad)
@@ -345,8 +356,7 @@ def _commit(
         for tensor, source in copies:
             undo.append(functools.partial(_copy, tensor, tensor.detach().clone()))
             if source in file.weights:
-                dense = read_weight(file, source).to_dense(tensor.dtype)
-                _copy(tensor, as_weight(dense, file.weights[source].kernel_size))
+                _copy(tensor, file.weights[source].dense(read_weight(file, source), tensor.dtype))
             else:
                 file.read_into(source, tensor)
         for path, module in replacements.items():

@@ -16,8 +16,9 @@ from torch import nn
 
 from engine import checkpoint
 from engine._checkpoint_file import CheckpointFile, weight_parts
-from engine._compress_file import Source, compress_file
+from engine._compress_file import compress_file
 from engine._safetensors import Entry, TensorWriter
+from engine._source import Source
 from engine.checkpoint import CheckpointError, load_, read_weight, save
 from engine.compress import Prune, Quantize, Recipe, compress_
 from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured

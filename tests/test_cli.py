@@ -320,7 +320,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from engine import _compress_file, cli
-from engine._compress_file import Source, compress_file
+from engine._compress_file import compress_file
+from engine._source import Source
 from engine.compress import Prune, Quantize, Recipe
 
 _compress_file.SYNC_BYTES = 1

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from engine.compress import measure
 from engine.compress.calibrate import Calibration, calibrate
+from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.losses import Loss, make_loss
-from engine.compress.model import _candidates, _needs_inputs
 from engine.compress.recipe import Recipe
 from engine.compress.targets import find_targets
 from engine.compress.trainable import TrainableLinear, trainable, trainable_layers, twins
@@ -185,11 +185,11 @@ def _prepare(
         tied = _tied_values(student)
         compressed = {name: module for name, module in compressed.items() if id(module.values) not in tied}
         return twins(compressed, lambda name, module: trainable(module))
-    if _needs_inputs(recipe) and calibration is None:
+    if needs_inputs(recipe) and calibration is None:
         moments = recipe.prune is not None and recipe.prune.importance == "obs"
         calibration = calibrate(student, [stream.first()], second_moment=moments, progress=False)
     targets, left = find_targets(student, recipe.targets, recipe.ignore, "distill")
-    candidates: dict[str, Any] = dict(_candidates(targets, recipe, calibration, left))
+    candidates: dict[str, Any] = dict(make_candidates(targets, recipe, calibration, left))
     for name, reason in left.items():
         logger.info("%s: left alone: %s", name, reason)
     corrected = recipe.prune is not None and recipe.prune.importance == "obs" and not gradual

@@ -11,7 +11,7 @@ IMPORTANCES = ("magnitude", "wanda", "obs")
 ACTIVATIONS = ("dynamic", "static", "none")
 STATIC_SCALES = ("amax", "percentile", "least_squares")
 GUARDS = ("speed", "size", "none")
-DEFAULT_TARGETS = ("Linear", "Embedding", "Conv2d")
+DEFAULT_TARGETS = ("Linear", "Embedding", "Conv2d", "Conv1D")
 
 
 def _one_of(owner: str, field: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -137,10 +137,10 @@ class Recipe:
     """How to compress a model.
 
     Attributes:
-        prune: weights to drop in Linear and Conv2d layers, or None. Embeddings are never pruned.
+        prune: weights to drop in Linear, Conv2d and Conv1D layers, or None. Embeddings are never pruned.
         quantize: int8 for what is kept, or None.
-        targets: modules to compress, each by class name ("Linear"), qualified name ("encoder.layer.0") or "re:" and a
-            pattern that matches from the beginning of the qualified name.
+        targets: modules to compress, each by class name ("Linear"; "Conv1D" is Hugging Face's), qualified name
+            ("encoder.layer.0") or "re:" and a pattern that matches from the beginning of the qualified name.
         ignore: modules to leave out, said in the same ways.
         guard: "speed": a layer is compressed only where it measures faster on the example inputs; "size": only where it
             gets smaller; "none": always.

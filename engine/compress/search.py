@@ -17,11 +17,12 @@ from engine._journal import Journal
 from engine.compress import measure
 from engine.compress.allocate import Frontier
 from engine.compress.calibrate import Calibration, calibrate, progressing
+from engine.compress.candidates import Compressed, make_candidates, needs_inputs
 from engine.compress.losses import output_tensor, real_rows
-from engine.compress.model import Compressed, _candidates, _describe, _model_bytes, _needs_inputs
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 from engine.compress.report import _machine
 from engine.compress.targets import Target, find_targets
+from engine.compress.trial import describe, model_bytes
 
 DENSE = "dense"  # the option to leave a layer as it is
 BUDGETS = ("loss", "seconds", "bytes")
@@ -205,12 +206,12 @@ def search(
     if not batches:
         raise ValueError("engine.search: batches: expected at least one, got none")
     found, _ = find_targets(model, targets, ignore, "search")
-    if any(map(_needs_inputs, candidates.values())) and calibration is None:
+    if any(map(needs_inputs, candidates.values())) and calibration is None:
         moments = any(r.prune is not None and r.prune.importance == "obs" for r in candidates.values())
         how: dict[str, Any] = {"targets": targets, "ignore": ignore, "second_moment": moments}
         calibration = calibrate(model, batches, progress=progress, **how)
     notes = Journal(checkpoint, _identity(model, found, candidates, batches, example_inputs), "engine.search")
-    made = {name: _candidates(found, recipe, calibration, {}) for name, recipe in candidates.items()}
+    made = {name: make_candidates(found, recipe, calibration, {}) for name, recipe in candidates.items()}
     found = [target for target in found if any(target.name in modules for modules in made.values())]
     bench = _Bench(model, batches, example_inputs, loss, found, made, notes, progress)
     table = bench.measure_layers()
@@ -309,7 +310,7 @@ class _Bench:
             options = {}
             for name in (name for t, name in pairs if t is target):
                 timed = [(before[n], times[name][n][1]) for n in target.names if n in times[name]]
-                layer = _describe(target, self.made[name][target.name])
+                layer = describe(target, self.made[name][target.name])
                 options[name] = {
                     "loss": losses[target.name, name],
                     "seconds": [sum(side) for side in zip(*timed, strict=True)] or [0.0, 0.0],
@@ -357,7 +358,7 @@ class _Bench:
                 f"times of model {key}", lambda: list(measure.time_model(self.model, self.inputs, modules))
             )
             ratio = after / before
-        size = _model_bytes(self.model)
+        size = model_bytes(self.model)
         expected_loss, expected_seconds = 0.0, dense
         for row in table:
             if options[row["name"]] != DENSE:
@@ -371,7 +372,7 @@ class _Bench:
         """The best of the uniform recipes and of the allocations that the knapsack gives, all measured."""
         ((what, most),) = budget.items()
         dense = self.dense_seconds
-        total = _model_bytes(self.model)
+        total = model_bytes(self.model)
         ways = [[DENSE, *row["options"]] for row in table]
         losses = [[0.0, *(option["loss"] for option in row["options"].values())] for row in table]
         seconds = [_changes(row, "seconds") for row in table]

@@ -9,13 +9,19 @@ import torch
 from torch import nn
 
 from engine.compress.recipe import DEFAULT_TARGETS
-from engine.nn._replace import has_hooks
+from engine.nn._replace import has_hooks, is_conv1d
 from engine.nn.compressed import _Compressed
-from engine.nn.conv2d import as_matrix, why_not
+from engine.nn.conv2d import as_matrix, as_weight, why_not
 from engine.ops._check import FLOAT_DTYPES
 
 LOG = logging.getLogger("engine")
 COMPRESSIBLE = (nn.Linear, nn.Embedding, nn.Conv2d)  # exactly these: a subclass may read its weight in ways of its own
+STANDARD = {kind.__name__: f"nn.{kind.__name__}" for kind in COMPRESSIBLE} | {"Conv1D": "Hugging Face's Conv1D"}
+
+
+def compressible(module: nn.Module) -> bool:
+    """Whether a module is of a class that has a compressed twin."""
+    return type(module) in COMPRESSIBLE or is_conv1d(module)
 
 
 def matches(pattern: str, name: str, class_name: str = "") -> bool:
@@ -55,7 +61,16 @@ class Target:
     @property
     def matrix(self) -> torch.Tensor:
         """The dense weight as the matrix `[N, K]` that is compressed."""
-        return as_matrix(self.weight.detach())
+        return as_matrix(self.weight.detach(), self.transposed)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the dense weight is `[K, N]`."""
+        return is_conv1d(self.modules[0])
+
+    def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix `[N, K]` in the shape of the dense weight."""
+        return as_weight(matrix, tuple(self.weight.shape[2:]) or None, self.transposed)
 
     @property
     def kinds(self) -> set[type[nn.Module]]:
@@ -91,25 +106,29 @@ def find_targets(
         raise ValueError(
             f"engine.{owner}: the model is compressed already: {compressed[0]} is one of {len(compressed)}"
         )
-    if type(model) in COMPRESSIBLE:
+    if compressible(model):
         kind = type(model).__name__
+        twin = "Linear" if is_conv1d(model) else kind
         raise ValueError(
             f"engine.{owner}: the model is itself a {kind}, which can't be replaced in place: "
-            f"use engine.nn.Compressed{kind}.from_dense"
+            f"use engine.nn.Compressed{twin}.from_dense"
         )
     chosen: dict[str, nn.Module] = {}
-    subclasses: dict[str, str] = {}
+    others: dict[str, str] = {}
     matched_by = dict.fromkeys(targets, 0)
     for name, module in modules.items():
         for pattern in targets:
             if not matches(pattern, name, type(module).__name__):
                 continue
             inside = pattern if pattern.startswith("re:") else None
-            matched_by[pattern] += inside is None or type(module) in COMPRESSIBLE
-            if type(module) in COMPRESSIBLE:
+            matched_by[pattern] += inside is None or compressible(module)
+            if compressible(module):
                 chosen[name] = module
-            elif pattern in DEFAULT_TARGETS and isinstance(module, COMPRESSIBLE):
-                subclasses[name] = f"its class is a subclass of {pattern}, which may compute something else"
+            elif pattern in DEFAULT_TARGETS and type(module).__name__ == pattern:
+                if any(compressible(child) for child in module.modules()):
+                    continue  # a wrapper, of which the inside is found by itself
+                what = "a subclass of" if isinstance(module, COMPRESSIBLE) else "another than"
+                others[name] = f"its class is {what} {STANDARD[pattern]}, and may compute something else"
             elif inside is None:
                 chosen |= _compressible_below(name, module, pattern, owner)
     missed = [pattern for pattern, count in matched_by.items() if count == 0]
@@ -119,19 +138,19 @@ def find_targets(
         if not any(_ignores(pattern, name, type(module).__name__) for name, module in modules.items()):
             LOG.warning("engine.%s: ignore=%r matches nothing in the model", owner, pattern)
     found, left = _group(model, modules, chosen, ignore, owner)
-    return found, subclasses | left
+    return found, others | left
 
 
 def _compressible_below(name: str, module: nn.Module, pattern: str, owner: str) -> dict[str, nn.Module]:
     """The layers inside a block that a target names; ValueError where there is none."""
     prefix = f"{name}." if name else ""
     inner = module.named_modules(remove_duplicate=False)
-    found = {prefix + inside: child for inside, child in inner if inside and type(child) in COMPRESSIBLE}
+    found = {prefix + inside: child for inside, child in inner if inside and compressible(child)}
     if not found:
-        kinds = " and ".join(kind.__name__ for kind in COMPRESSIBLE)
+        kinds = ", ".join(kind.__name__ for kind in COMPRESSIBLE)
         raise ValueError(
             f"engine.{owner}: target {pattern!r} means {name or 'the model'}, a {type(module).__name__}, "
-            f"which can't be compressed: only {kinds} can"
+            f"which can't be compressed: only {kinds} and Hugging Face's Conv1D can"
         )
     return found
 
@@ -184,6 +203,8 @@ def _why_not(target: Target, others: set[str]) -> str | None:
         return "max_norm changes its weight as it runs"
     if reason := next((why for conv in target.modules if isinstance(conv, nn.Conv2d) and (why := why_not(conv))), None):
         return reason
+    if len({is_conv1d(module) for module in target.modules}) > 1:
+        return "its weight is shared between a Conv1D and others, which multiply by its transpose"
     if any(has_hooks(module) for module in target.modules):
         return "it has hooks, which a replacement would lose"
     return None

@@ -59,6 +59,7 @@ class TrainableLinear(nn.Module):
         scale = getattr(format, "input_scale", None)
         self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
         self.bias = compressed.bias
+        self.transposed = isinstance(compressed, CompressedLinear) and compressed.transposed
         self.train(compressed.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class TrainableLinear(nn.Module):
         return module
 
     def _over(self, format: Format) -> CompressedLinear | CompressedConv2d:
-        return CompressedLinear(format, self.bias, self.dense_dtype)
+        return CompressedLinear(format, self.bias, self.dense_dtype, self.transposed)
 
 
 class TrainableConv2d(TrainableLinear):

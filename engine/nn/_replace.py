@@ -1,9 +1,27 @@
-"""What replacing a layer in a model has to mind: PyTorch's fused paths, and hooks."""
+"""What replacing a layer in a model has to mind: its kind, autocast, PyTorch's fused paths, and hooks."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is Hugging Face's Conv1D: a linear layer whose weight is `[K, N]` (GPT-2 is made of such).
+
+    By name, as importing transformers to compare classes takes seconds.
+    """
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast, where it is on, has nn.Linear and nn.Conv2d compute and answer in."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def switches_of_fused_paths(model: nn.Module, name: str) -> Iterator[tuple[dict[str, Any], str, Any]]:

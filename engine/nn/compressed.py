@@ -1,5 +1,6 @@
 """CompressedLinear and CompressedEmbedding: the compressed twins of nn.Linear and nn.Embedding."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.formats import DenseInt8, Format
+from engine.nn._lazy_weight import LazyWeight, may_be_lazy
+from engine.nn._replace import in_autocast, is_conv1d
 
 RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights or blocks
 ALWAYS_FLOAT32 = ("scale", "input_scale")
@@ -46,8 +49,31 @@ class _Compressed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that this module computes with, `[N, K]`, made anew at each access."""
-        return self.format.to_dense(self._dtype_marker.dtype)
+        """The dense weight that this module computes with, in the shape that the dense layer has it.
+
+        Made anew at each access, though not before something asks for more than its shape, dtype or device.
+        """
+        format, dtype = self.format, self._dtype_marker.dtype
+        tensors = {name: t for name in format.TENSORS if (t := getattr(format, name)) is not None}
+
+        def make(*sources: Tensor) -> Tensor:
+            now: Format = dataclasses.replace(format, **dict(zip(tensors, sources, strict=True)))  # type: ignore[arg-type]
+            return self._as_weight(now.to_dense(dtype))
+
+        sources = tuple(tensors.values())
+        if not may_be_lazy(sources):
+            return make(*sources)
+        return LazyWeight(make, sources, self._as_weight(torch.empty(format.shape, dtype=dtype, device="meta")))
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        """The matrix `[N, K]` in the shape that the dense layer has its weight."""
+        return matrix
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        versions = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if versions is not None:  # what the tensors alone don't tell
+            versions["format"] = (self._format_type.__name__, dict(self._settings))
 
     def _apply(self, fn, recurse=True):
         parameters: dict[str, Any] = self._parameters
@@ -59,6 +85,11 @@ class _Compressed(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        own, theirs = (self._format_type.__name__, self._settings), metadata.get("format")
+        if theirs is not None and tuple(theirs) != own:
+            described = [" ".join([kind, *(f"{k}={v}" for k, v in how.items())]) for kind, how in (theirs, own)]
+            errors.append(f"{prefix.removesuffix('.') or 'the layer'}: is {described[0]}, the model's {described[1]}")
+            return
         found = {name: state_dict.get(prefix + name) for name in self._format_type.TENSORS}
         for name, tensor in found.items():
             mine: Any = self._parameters[name]
@@ -92,12 +123,19 @@ class CompressedLinear(_Compressed):
         format: the compressed weight, `[out_features, in_features]`.
         bias: `[out_features]`, or None.
         dtype: of the dense weight that `weight` gives back; by default that of the format's values, float32 for int8.
+        transposed: whether it stands for Hugging Face's Conv1D: then `weight` is `[in_features, out_features]`, as
+            there and in a checkpoint of such a model.
     """
 
     bias: nn.Parameter | None
+    transposed = False
 
-    def __init__(self, format: Format, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, format: Format, bias: Tensor | None = None, dtype: torch.dtype | None = None, transposed: bool = False
+    ) -> None:
         super().__init__(format, dtype)
+        if transposed:
+            self.transposed = True
         self.out_features, self.in_features = format.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(
@@ -108,19 +146,25 @@ class CompressedLinear(_Compressed):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, format_type: type[Format], **how: Any) -> "CompressedLinear":
-        """Compresses `linear`'s weight by `format_type.from_dense(weight, **how)` and shares its bias.
+    def from_dense(cls, linear: Any, format_type: type[Format], **how: Any) -> "CompressedLinear":
+        """Compresses the weight of `linear` (nn.Linear, or Hugging Face's Conv1D) by
+        `format_type.from_dense(weight, **how)` and shares its bias.
 
         Float values take over the weight's `requires_grad`, so that a pruned layer can be trained on as it is.
         """
-        module = cls(format_type.from_dense(linear.weight, **how), linear.bias, linear.weight.dtype)
+        transposed = is_conv1d(linear)
+        matrix = linear.weight.t().contiguous() if transposed else linear.weight
+        module = cls(format_type.from_dense(matrix, **how), linear.bias, linear.weight.dtype, transposed)
         if module.values.is_floating_point():
             module.values.requires_grad_(linear.weight.requires_grad)
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype."""
-        return self.format.linear(x, self.bias)
+        """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype (under autocast, in autocast's)."""
+        return self.format.linear(in_autocast(x), self.bias)
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.t() if self.transposed else matrix
 
     def extra_repr(self) -> str:
         """What `repr` shows between the parentheses."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.formats import Format
+from engine.nn._replace import in_autocast
 from engine.nn.compressed import _Compressed
 from engine.ops._transpose import transpose
 
@@ -20,15 +21,19 @@ PATCH_BYTES = 8 << 20  # of patches at a time: they stay in the last cache, and 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """A weight as the matrix to compress: `[O, C, kh, kw]` as `[O, kh * kw * C]`, one of two dimensions as it is."""
-    return weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
+def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
+    """A weight as the matrix `[N, K]` to compress: `[O, C, kh, kw]` as `[O, kh * kw * C]`, one of two dimensions as it
+    is, or turned round where it is `transposed`, `[K, N]`.
+    """
+    if weight.dim() == 4:
+        return weight.permute(0, 2, 3, 1).flatten(1)
+    return weight.t().contiguous() if transposed else weight
 
 
-def as_weight(matrix: Tensor, kernel_size: tuple[int, ...] | None) -> Tensor:
-    """The inverse of `as_matrix`; without a kernel size the matrix itself."""
+def as_weight(matrix: Tensor, kernel_size: tuple[int, ...] | None, transposed: bool = False) -> Tensor:
+    """The inverse of `as_matrix`, as a view."""
     if kernel_size is None:
-        return matrix
+        return matrix.t() if transposed else matrix
     return matrix.unflatten(1, (*kernel_size, matrix.shape[1] // math.prod(kernel_size))).permute(0, 3, 1, 2)
 
 
@@ -177,10 +182,8 @@ class CompressedConv2d(_Compressed):
             module.values.requires_grad_(conv.weight.requires_grad)
         return module.train(conv.training)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight that this module computes with, `[O, C, kh, kw]`, made anew at each access."""
-        return as_weight(super().weight, self.kernel_size)
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return as_weight(matrix, self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[B, C, H, W]` or `[C, H, W]` to `[B, O, Ho, Wo]` or `[O, Ho, Wo]`, in `x`'s dtype."""
@@ -189,6 +192,7 @@ class CompressedConv2d(_Compressed):
             raise ValueError(f"engine.nn.CompressedConv2d: x: expected {expected}, got {list(x.shape)}")
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        x = in_autocast(x)
         channels_last = is_channels_last(x)
         view = patches(x, self)
         format, bias, row_bytes = self.format, self.bias, patch_row_bytes(view)

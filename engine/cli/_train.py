@@ -1,0 +1,114 @@
+"""engine search and engine distill: what needs the model's code and data to run it on."""
+
+import copy
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine import checkpoint, compress
+from engine._source import WEIGHTS
+from engine._task import load_task
+from engine.cli._output import BAD_OPTION, fail, one_line_errors
+from engine.compress.recipe import Prune, Quantize, Recipe
+
+ModelOption = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or file.py:function that returns a dict (guide).")
+]
+FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; what is there goes on.")]
+TextsOption = Annotated[Path | None, typer.Option(help="For a Hugging Face folder: real inputs, one a line.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Texts a batch.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
+MeasuredOption = Annotated[int, typer.Option(min=1, help="Batches that are only measured on.")]
+IgnoreOption = Annotated[list[str] | None, typer.Option(help="Module to leave alone: its name, or re:PATTERN.")]
+
+
+def search(
+    model: ModelOption,
+    out: FolderOption,
+    loss_budget: Annotated[float | None, typer.Option(help="Largest loss; the fastest within it is sought.")] = None,
+    time_budget: Annotated[float | None, typer.Option(help="Most milliseconds; the least loss is sought.")] = None,
+    size_budget: Annotated[float | None, typer.Option(help="Most megabytes; the least loss is sought.")] = None,
+    texts: TextsOption = None,
+    batch: BatchOption = 32,
+    tokens: TokensOption = 128,
+    measured: MeasuredOption = 4,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Find a recipe for each layer by measuring, and write the model so compressed. Repeated, it goes on."""
+    if sum(budget is not None for budget in (loss_budget, time_budget, size_budget)) != 1:
+        fail("give exactly one of --loss-budget, --time-budget and --size-budget", BAD_OPTION)
+    with one_line_errors():
+        task = load_task(model, texts, batch, tokens, measured)
+        out.mkdir(exist_ok=True)
+        skip = tuple(ignore or ())
+        calibration = compress.calibrate(task.model, task.batches, ignore=skip, second_moment=True)
+        found = compress.search(
+            task.model,
+            task.measured or (),
+            task.example_inputs,
+            loss_budget=loss_budget,
+            time_budget=None if time_budget is None else time_budget / 1e3,
+            size_budget=None if size_budget is None else size_budget * 1e6,
+            calibration=calibration,
+            ignore=skip,
+            checkpoint=out / "measurements.jsonl",
+        )
+        for suffix in (".json", ".html", ".png"):
+            found.save(out / f"search{suffix}")
+        if found.recipes:
+            report = compress.compress_(task.model, found.recipes, calibration=calibration)
+            checkpoint.save(task.model, out / WEIGHTS, report.recipe)
+    typer.echo(str(found))
+    written = f"search.json, .html, .png{f', {WEIGHTS}' if found.recipes else ''}"
+    typer.echo(f"{out}: {written}")
+
+
+def distill(
+    model: ModelOption,
+    out: FolderOption,
+    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")],
+    sparsity: Annotated[float | None, typer.Option(help="Prune this fraction of each layer, from 0 to 1.")] = None,
+    importance: Annotated[str, typer.Option(help="What decides which weights go: magnitude, wanda, obs.")] = "obs",
+    int8: Annotated[bool, typer.Option(help="Store what is kept as int8.")] = False,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    loss: Annotated[str, typer.Option(help="Between outputs: mse or kl. A task's own loss takes its place.")] = "mse",
+    match_hidden: Annotated[list[str] | None, typer.Option(help="Module whose output is to agree too.")] = None,
+    texts: TextsOption = None,
+    batch: BatchOption = 32,
+    tokens: TokensOption = 128,
+    measured: MeasuredOption = 4,
+    ignore: IgnoreOption = None,
+) -> None:
+    """Train a compressed copy of the model to do as the model does. Ended early, it goes on when repeated."""
+    if sparsity is None and not int8:
+        fail("nothing to do: give --sparsity, --int8, or both", BAD_OPTION)
+    with one_line_errors():
+        task = load_task(model, texts, batch, tokens, measured)
+        try:
+            prune = None if sparsity is None else Prune(sparsity=sparsity, importance=importance)
+            recipe = Recipe(prune, Quantize() if int8 else None, ignore=tuple(ignore or ()), guard="none")
+        except ValueError as error:
+            fail(error, BAD_OPTION)
+        out.mkdir(exist_ok=True)
+        moments = importance == "obs" and prune is not None
+        calibration = compress.calibrate(task.model, task.batches, ignore=recipe.ignore, second_moment=moments)
+        teacher = copy.deepcopy(task.model) if task.loss is None else None
+        done = compress.distill(
+            task.model,
+            teacher,
+            task.batches,
+            steps=steps,
+            recipe=recipe,
+            calibration=calibration,
+            loss=loss if teacher is not None else task.loss,
+            match_hidden=match_hidden or (),
+            learning_rate=rate,
+            checkpoint=out / "distill.pt",
+        )
+        checkpoint.save(task.model, out / WEIGHTS, recipe)
+        for suffix in (".json", ".png"):
+            done.save(out / f"distillation{suffix}")
+    last = done.losses[-max(1, steps // 20) :]
+    typer.echo(f"{steps} steps, {done.resumed_from} of them before; loss at the end {sum(last) / len(last):.4g}")
+    typer.echo(f"{out}: {WEIGHTS}, distillation.json, .png")

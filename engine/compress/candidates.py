@@ -1,0 +1,185 @@
+"""The compressed twin of each target: what a recipe makes of its weight, before anything is measured or replaced."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import ops
+from engine.compress import importance
+from engine.compress.calibrate import Calibration, InputStatistics
+from engine.compress.recipe import Prune, Quantize, Recipe
+from engine.compress.targets import Target
+from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
+from engine.nn._replace import is_conv1d
+from engine.ops._block import block_norms
+
+Compressed = CompressedLinear | CompressedEmbedding | CompressedConv2d
+
+
+def needs_inputs(recipe: Recipe) -> str | None:
+    """What of the recipe can be decided only by looking at inputs."""
+    if recipe.quantize is not None and recipe.quantize.activation == "static":
+        return "static activations are"
+    if recipe.prune is not None and recipe.prune.importance != "magnitude":
+        return f"importance {recipe.prune.importance!r} is"
+    return None
+
+
+def make_candidates(
+    targets: list[Target], recipe: Recipe, calibration: Calibration | None, left: dict[str, str]
+) -> dict[str, Compressed]:
+    """The compressed module for every name; a target without one goes to `left` with the reason."""
+    quantize, prune, needs = recipe.quantize, recipe.prune, needs_inputs(recipe)
+    prunable = [t for t in targets if t.prunable] if prune else []
+    thresholds = thresholds_of(prunable, prune) if prune and is_plain(prune) and prunable else {}
+    prunes = {target.name for target in prunable}
+    made: dict[str, Compressed] = {}
+    for target in targets:
+        if quantize is None and target.name not in prunes:
+            left |= dict.fromkeys(target.names, "embeddings, and what is tied to one, are quantised but never pruned")
+            continue
+        seen = (
+            next((calibration.layers[n] for n in target.names if n in calibration.layers), None)
+            if calibration
+            else None
+        )
+        static = quantize is not None and quantize.activation == "static" and target.multiplied
+        if needs and seen is None and (static or target.name in prunes):
+            left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
+            continue
+        with torch.no_grad():
+            input_scale = _input_scale(target, quantize, seen) if static else None
+            how: dict[str, Any] = {} if input_scale is None else {"input_scale": input_scale}
+            if target.name in prunes:
+                assert prune is not None
+                limit = thresholds.get(target.name)
+                weight, threshold, scale = weight_to_pack(target, prune, quantize, seen, limit, input_scale)
+                values = torch.int8 if quantize is not None else None
+                format: Format
+                if prune.pattern == "2:4":
+                    format = SemiStructured.from_dense(weight, values, scale=scale, **how)
+                elif prune.pattern == "block":
+                    format = Block.from_dense(weight, threshold, values, scale=scale, **how)
+                else:
+                    format = Bitmap.from_dense(weight, threshold, values, scale=scale, **how)
+            else:
+                assert quantize is not None
+                how["activation"] = quantize.activation if target.multiplied else "dynamic"
+                if quantize.weight_clip and target.multiplied:
+                    mean_square = seen.channel_mean_square if seen else None
+                    how["scale"] = importance.clip_scales(*_smoothed(target.matrix, mean_square, input_scale))
+                format = DenseInt8.from_dense(target.matrix, **how)
+        twins: dict[int, Compressed] = {}
+        for name, module in zip(target.names, target.modules, strict=True):
+            if id(module) not in twins:
+                twins[id(module)] = _module_over(format, module)
+                format = twins[id(module)].format  # the next one shares these parameters
+            made[name] = twins[id(module)]
+    return made
+
+
+def thresholds_of(targets: list[Target], prune: Prune) -> dict[str, Tensor | float]:
+    """The threshold for each target, by name."""
+    if prune.threshold is not None:
+        return dict.fromkeys((target.name for target in targets), prune.threshold)
+    assert prune.sparsity is not None
+    weights = [target.matrix for target in targets]
+    if prune.pattern == "block":
+        weights = [block_norms(weight) for weight in weights]
+    if prune.scope == "model":
+        shared = ops.magnitude_threshold(weights, prune.sparsity)
+        return dict.fromkeys((target.name for target in targets), shared)
+    scope = "row" if prune.scope == "row" else "tensor"
+    return {
+        target.name: ops.magnitude_threshold(weight, prune.sparsity, scope)
+        for target, weight in zip(targets, weights, strict=True)
+    }
+
+
+def is_plain(prune: Prune) -> bool:
+    """Whether thresholds on magnitudes alone say what goes."""
+    return prune.importance == "magnitude" and prune.pattern != "2:4"
+
+
+def weight_to_pack(
+    target: Target,
+    prune: Prune,
+    quantize: Quantize | None,
+    seen: InputStatistics | None,
+    threshold: Tensor | float | None,
+    input_scale: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """A weight, the threshold to pack it at, and the scales of its rows where they are not those of its amax."""
+    weight = target.matrix
+    mean_square = seen.channel_mean_square if seen is not None else None
+    if prune.importance == "obs":
+        assert seen is not None
+        scale = None
+        # The sum, as the mean would be a copy of K×K, and only proportions count.
+        moment = seen.moment_sum if seen.moment_sum is not None else seen.second_moment
+        weight, mean_square = _smoothed(weight, mean_square, input_scale)
+        if isinstance(input_scale, Tensor):
+            moment = moment / input_scale / input_scale.unsqueeze(1)
+        if quantize is not None:
+            scale = importance.clip_scales(weight, mean_square if quantize.weight_clip else None)
+        how: dict[str, Any] = {"pattern": prune.pattern, "scope": prune.scope, "scale": scale, "name": target.name}
+        corrected = importance.obs_prune(weight, moment, prune.sparsity, **how)
+        if isinstance(input_scale, Tensor):
+            corrected /= input_scale
+        return (corrected if scale is not None else corrected.to(weight.dtype)), 0.0, scale
+    if prune.pattern == "2:4":
+        score = weight.float().abs()
+        if prune.importance == "wanda":
+            assert mean_square is not None
+            score = score * mean_square.sqrt()
+        weight, threshold = importance.semi_structured(weight, score), 0.0
+    elif prune.pattern == "block":
+        score = weight
+        if prune.importance == "wanda":
+            assert mean_square is not None
+            score = weight.float() * mean_square.sqrt()
+        weight, threshold = importance.block(weight, score, prune, threshold), 0.0
+    elif prune.importance == "wanda":
+        assert seen is not None
+        threshold = importance.wanda_threshold(weight, seen, prune)
+    assert threshold is not None
+    if quantize is None or not quantize.weight_clip:
+        return weight, threshold, None
+    weight = ops.threshold_prune(weight, threshold)
+    return weight, 0.0, importance.clip_scales(*_smoothed(weight, mean_square, input_scale))
+
+
+def _input_scale(target: Target, quantize: Quantize | None, seen: InputStatistics | None) -> Tensor | float:
+    """The static scale of the target's input, or one for each channel."""
+    assert quantize is not None and seen is not None
+    if quantize.smooth is not None and target.matrix.shape[1] > 1:
+        return seen.channel_scales(target.matrix, quantize.smooth)
+    return seen.input_scale(quantize.input_scale)
+
+
+def _smoothed(
+    weight: Tensor, mean_square: Tensor | None, input_scale: Tensor | float | None
+) -> tuple[Tensor, Tensor | None]:
+    """A weight `[N, K]` and its input's mean squares `[K]` as they are once the weight has taken over the channels'
+    scales, where there are such.
+    """
+    if not isinstance(input_scale, Tensor):
+        return weight, mean_square
+    return weight.float() * input_scale, None if mean_square is None else mean_square / input_scale.square()
+
+
+def _module_over(format: Any, dense: Any) -> Compressed:
+    """The compressed twin of `dense` over `format`."""
+    module: Compressed
+    if isinstance(dense, nn.Embedding):
+        module = CompressedEmbedding(format, dense.padding_idx, dense.weight.dtype)
+    else:
+        if isinstance(dense, nn.Conv2d):
+            module = CompressedConv2d.over(format, dense, dense.weight.dtype)
+        else:
+            module = CompressedLinear(format, dense.bias, dense.weight.dtype, is_conv1d(dense))
+        if module.values.is_floating_point():
+            module.values.requires_grad_(dense.weight.requires_grad)
+    return module.train(dense.training)
