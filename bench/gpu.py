@@ -161,7 +161,7 @@ def time_all(ops: list[str], report: dict, until: float, keep: Callable[[], None
         keep()
         if left and left[0] == first:
             break
-    report["errors"].update({op: "not timed: no time left" for op in left})
+    report["errors"].update(dict.fromkeys(left, "not timed: no time left"))
 
 
 def describe(device: torch.device) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """block_to_dense on NVIDIA GPUs: one read of what is kept, one write of the matrix.
 
-A first kernel goes over the indices, writes down where in the matrix each block belongs and finds what does not fit. The
-second writes tile by tile, zeros included. The host waits once, at the end, to learn whether it was consistent.
+A first kernel goes over the indices, writes down where in the matrix each block belongs and finds what does not
+fit. The second writes tile by tile, zeros included. The host waits once, at the end, to learn whether all fitted.
 """
 
 import torch
