@@ -135,6 +135,20 @@ def _embedding(op: str, device: torch.device, n: int) -> Iterator[Case]:
     yield Case(f"{count} of {rows} rows of {dim}", functions, 3 * count * dim)
 
 
+def _csr(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    """At 97 %, beside cuSPARSE, which takes x as columns and must be of one dtype."""
+    mask = torch.rand(n, n, device=device) < 0.03
+    dense = torch.randn(n, n, device=device).where(mask, 0.0)
+    crow, col, values = REFERENCES["prune_to_csr"](dense, torch.tensor(0.0, device=device))
+    csr, half = torch.sparse_csr_tensor(crow, col, values, dense.shape), values.bfloat16()
+    size = half.numel() * (half.itemsize + col.itemsize)
+    for m in (1, 16, 256):
+        x, peers = _bf16(m, n, n, device)
+        own = lambda i, x=x: ops.csr_linear(x, crow, col, half)  # noqa: E731
+        peers["CSR matmul fp32"] = lambda i, x=x: csr @ x.t().float()
+        yield Case(f"M {m}, {n}², 97 % pruned", {op: own, **peers}, size + 4 * m * n, 2 * m * half.numel(), "bf16")
+
+
 def _codec(op: str, device: torch.device, n: int) -> Iterator[Case]:
     """A gradient of n² float32; "bitmap" sends one element in a hundred."""
     size = n * n
@@ -319,6 +333,7 @@ CASES: dict[str, Callable[[str, torch.device, int], Iterator[Case]]] = {  # in t
     **dict.fromkeys(("prune_to_bitmap", "prune_quantize_to_bitmap", "prune_to_csr", "threshold_prune"), _packing),
     **dict.fromkeys(("magnitude_threshold", "prune_to_semi_structured", "prune_to_block"), _packing),
     "int8_embedding": _embedding,
+    "csr_linear": _csr,
     **dict.fromkeys(("ring_encode", "ring_decode", "ring_prune_encode"), _codec),
     **dict.fromkeys(("bitmap_to_dense", "block_to_dense", "semi_structured_to_dense"), _to_dense),
 }

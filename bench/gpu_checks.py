@@ -172,6 +172,11 @@ def _semi_structured_int8_checks(x: Tensor, n: int) -> Iterator:
         yield (x, values.to(torch.int8), metadata, torch.rand(n), torch.randn(n), channels), None
 
 
+def _csr_checks(x: Tensor, n: int) -> Iterator:
+    dense = torch.randn(n, x.shape[1]).where(torch.rand(n, x.shape[1]) < 0.05, 0.0).to(x.dtype)
+    yield (x, *REFERENCES["prune_to_csr"](dense, torch.tensor(0.0)), torch.randn(n)), dense
+
+
 def _to_dense_checks(x: Tensor, n: int) -> Iterator:
     for dtype in (x.dtype, torch.int8):
         yield (*bitmap(*x.shape, 0.5, dtype), x.shape[1]), None
@@ -235,6 +240,7 @@ CHECKS: dict[str, Callable[[Tensor, int], Iterator]] = {
     "bitmap_to_dense": _to_dense_checks,
     "block_int8_linear": _block_int8_checks,
     "block_linear": _block_checks,
+    "csr_linear": _csr_checks,
     "block_to_dense": _block_to_dense_checks,
     "int8_dequantize": lambda x, n: (((*REFERENCES["int8_quantize"](x), d), None) for d in FLOATS),
     "int8_embedding": lambda x, n: (

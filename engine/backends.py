@@ -19,6 +19,7 @@ TRITON_KERNELS: tuple[str, ...] = (
     "block_int8_linear",
     "block_linear",
     "block_to_dense",
+    "csr_linear",
     "int8_dequantize",
     "int8_embedding",
     "int8_fake_quantize",

@@ -56,6 +56,7 @@ OWNERS = {
         "block_int8_linear",
         "block_linear",
         "block_to_dense",
+        "csr_linear",
         "int8_dequantize",
         "int8_embedding",
         "int8_fake_quantize",
