@@ -28,7 +28,7 @@ def check(rows, columns, dtype, device="cpu"):
 def test_interpreted_is_reference_to_the_bit():
     for i, shape in enumerate(MATRICES):
         check(*shape, DTYPES[i % 4])
-    for columns in range(1, 18):
+    for columns in range(1, 10):
         check(3, columns, DTYPES[columns % 4])
 
 
