@@ -47,10 +47,10 @@ cuda: $(VENV)/.installed
 # On a machine with an NVIDIA GPU, with the torch that is installed there (CUDA, 2.11 or later) and Triton; nothing is
 # downloaded. Checks and times every op that has a kernel, in 8 minutes, and writes bench/results/<device>.json, line by line.
 # nvcc builds the CUDA C++ kernels in a minute, or `make cuda` has, elsewhere; without them their ops are errors and the
-# others are measured. `make bench-gpu ONLY="int8_linear int8_quantize" OUT=some.json` runs some ops alone.
+# others are measured. `make bench-gpu ONLY="int8_linear int8_quantize" JSON=some.json` runs some ops alone.
 bench-gpu:
 	-$(PYTHON) bench/build_cuda.py
-	$(PYTHON) bench/from_checkout.py $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
+	$(PYTHON) bench/from_checkout.py $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--out $(JSON))
 
 clean:
 	rm -rf build demo_out *.egg-info engine/*.so $(VENV)/.built

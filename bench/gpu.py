@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         return gpu_worker.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="bench-gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="OP", help="these ops alone; written only where --out says")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="where the results go in place of bench/results")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="a file or folder in place of bench/results")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench-gpu: no GPU is visible to torch", file=sys.stderr)
@@ -225,7 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     report: dict = {**describe(torch.device("cuda")), "checked": {}, "rows": [], "errors": {}}
     report["errors"].update({op: "no kernel for CUDA is loaded" for op in ops if op not in owned})
     name = re.sub(r"[^a-z0-9]+", "-", str(report["device"]).lower()).strip("-")
-    path = given.out or (None if given.only else RESULTS / f"{name}.json")
+    path = given.out or (None if given.only else RESULTS)
+    if path is not None and path.suffix != ".json":
+        path = path / f"{name}.json"
 
     def keep() -> None:
         report["seconds"] = round(time.monotonic() - began, 1)
