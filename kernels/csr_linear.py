@@ -1,7 +1,7 @@
 """csr_linear on NVIDIA GPUs: a program has a row of the weight and some tokens.
 
 It goes through the row's values, some at a time, and multiplies each by its column of x for all its tokens: x is
-transposed before, so that those lie side by side. In fp32, like the op: at above 95 % sparsity the bound is reading x
+transposed before, so that those lie side by side, and so is y after. In fp32, like the op: at above 95 % sparsity the bound is reading x
 from the L2 cache, 4 B for each product at worst, and no tensor core would be fed. No one has checked the indices: a row
 that doesn't fit is NaN, as nothing here waits for the host to raise an error.
 """
@@ -28,7 +28,7 @@ def csr_linear_kernel(
     values,  # [nnz], a float dtype
     token_term,  # float32 [m]: 0, or NaN where the token is not finite
     bias,  # [n], a float dtype, or None
-    y,  # [m, n], of the dtype of x
+    y,  # [n, m], of the dtype of x
     m,
     n,
     k,
@@ -58,7 +58,7 @@ def csr_linear_kernel(
     if bias is not None:
         result += tl.load(bias + row).to(tl.float32)
     result = tl.where(bad | (tl.max(outside, axis=0) != 0), float("nan"), result)
-    tl.store(y + token * n + row, result.to(y.dtype.element_ty), mask=token < m)
+    tl.store(y + row * m + token, result.to(y.dtype.element_ty), mask=token < m)
 
 
 def csr_linear(
@@ -76,9 +76,9 @@ def csr_linear(
         expect(bias.dtype in FLOAT_DTYPES and bias.shape == (n,), op, "expected a float bias of shape [n]")
         bias = bias.contiguous()
     same_device(op, x, crow_indices, col_indices, values, bias)
-    flat, y = x.reshape(m, k).contiguous(), x.new_empty((*x.shape[:-1], n))
+    flat, y, sizes = x.reshape(m, k).contiguous(), x.new_empty((n, m)), (*x.shape[:-1], n)
     if y.numel() == 0:
-        return y
+        return y.reshape(sizes)
     term = x.new_empty(m, dtype=torch.float32)
     config = quantize_config(m, k, _device.describe(x.device).multiprocessors)
     tokens = min(MOST_TOKENS, triton.next_power_of_2(m))
@@ -102,7 +102,7 @@ def csr_linear(
             VALUES=min(256, ELEMENTS // tokens),
             num_warps=4,
         )
-    return y
+    return y.t().contiguous().view(sizes)
 
 
 def register() -> None:

@@ -134,6 +134,28 @@ def test_results_are_written_as_tables_too(tmp_path):
     assert "x: it" in (tmp_path / "results/none.md").read_text()
 
 
+def test_all_of_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "describe", lambda device: {"device": "Some GPU (1)", "date": "today"})
+    monkeypatch.setattr(gpu, "owned_ops", lambda: ["int8_linear", "bitmap_gather", "prune_to_csr"])
+    workers(
+        monkeypatch,
+        f"""
+if a[0] == "check": say(**(dict(error="wrong") if a[2] == "prune_to_csr" else dict(checked=1, of=1)))
+else:
+    for op in a[1:]: say(begins=op); say(row={ROW!r}); say(ends=op)
+""",
+    )
+    ops = ["int8_linear", "prune_to_csr", "bitmap_gather", "csr_linear"]
+    assert gpu.main(["--only", *ops, "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "some-gpu-1.json").read_text())
+    assert report["errors"] == {"csr_linear": "no kernel for CUDA is loaded", "prune_to_csr": "wrong"}
+    assert report["rows"] == [ROW] and set(report["checked"]) == {"int8_linear", "bitmap_gather"}
+    assert gpu.main(["--only", "int8_linear"]) == 0
+    assert gpu.main(["--only", "int8_liner"]) == 1
+    assert "there are int8_linear, bitmap_int8_linear" in capsys.readouterr().err
+
+
 def test_the_command_starts_itself():
     assert gpu.worker("check", "1", "x")[-4:] == ["--worker", "check", "1", "x"]
 
