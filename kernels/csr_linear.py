@@ -1,9 +1,9 @@
 """csr_linear on NVIDIA GPUs: a program has a row of the weight and some tokens.
 
 It goes through the row's values, some at a time, and multiplies each by its column of x for all its tokens: x is
-transposed before, so that those lie side by side, and so is y after. In fp32, like the op: at above 95 % sparsity the bound is reading x
-from the L2 cache, 4 B for each product at worst, and no tensor core would be fed. No one has checked the indices: a row
-that doesn't fit is NaN, as nothing here waits for the host to raise an error.
+transposed before, so that those lie side by side, and so is y after. In fp32, like the op: at above 95 % sparsity the
+bound is reading x from the L2 cache, 4 B for each product at worst, and no tensor core would be fed. No one has checked
+the indices: a row that doesn't fit is NaN, as nothing here waits for the host to raise an error.
 """
 
 import torch

@@ -67,7 +67,9 @@ def build(on_gpu):
     text = [SOURCE.read_text(), headers_text("csrc/cuda", "csrc/common", "tests/cuda")]
 
     def make(path):
-        link = [part.replace("-Wl,", "-Xlinker=") for part in LINK] if on_gpu else LINK
+        link = LINK
+        if on_gpu:
+            link = [*(part.replace("-Wl,", "-Xlinker=") for part in LINK), "-Xlinker=--no-as-needed", "-ltorch_cuda"]
         run([*command, "-o", path, *link])
 
     return cached(name, [*command, *text], make)
