@@ -1,5 +1,6 @@
 """What `make bench-gpu` times: for each op the shapes and the peers."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -185,16 +186,18 @@ def _int8_peers(x: Tensor, weight: Callable[[int], Tensor], scale: Tensor) -> Fu
     def scaled_mm(i: int) -> Tensor:
         amax = x.abs().amax(1, keepdim=True).float()
         q = (x * (448 / amax)).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(q, eights(i).t(), amax / 448, scale.unsqueeze(0), out_dtype=torch.bfloat16)
+        return eight_bit(q, i, amax / 448)
+
+    def eight_bit(q: Tensor, i: int, s: Tensor) -> Tensor:
+        how = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        return torch._scaled_mm(q, eights(i).t(), s, scale.unsqueeze(0), **how)
 
     if x.device.type == "cuda":
         n, k = weight(0).shape
         make = lambda: torch.randn(n, k, device=x.device).to(torch.float8_e4m3fn)  # noqa: E731
         eights = _turn(rotated(make, n * k, BEYOND))
         q8, ones = x.to(torch.float8_e4m3fn), torch.ones(x.shape[0], 1, device=x.device)
-        found["FP8 _scaled_mm alone"] = lambda i: torch._scaled_mm(
-            q8, eights(i).t(), ones, scale.unsqueeze(0), out_dtype=torch.bfloat16
-        )
+        found["FP8 _scaled_mm alone"] = lambda i: eight_bit(q8, i, ones)
         found["FP8 with quantisation, not fused"] = scaled_mm
     found["_int_mm + scale"] = int_mm
     return found
@@ -318,6 +321,8 @@ def _cusparselt(x: Tensor, dense: Tensor, int8: bool) -> Functions:
             sparse, activations = torch.sparse.to_sparse_semi_structured(q), (x * 20).to(torch.int8)
         else:
             sparse, activations = torch.sparse.to_sparse_semi_structured(dense), x
+        with contextlib.suppress(Exception):  # the fastest of its algorithms, where it can be asked for
+            sparse.alg_id_cusparselt = torch._cslt_sparse_mm_search(sparse.packed, activations.t())
     except Exception:
         return {}
     return {"cuSPARSELt": lambda i: torch.mm(sparse, activations.t())}
