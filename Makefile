@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format sanitize sanitize-gpu fuzz bench bench-gpu clean
+.PHONY: demo test lint format sanitize sanitize-gpu fuzz bench cuda bench-gpu clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/compress_minilm.py --out demo_out
@@ -40,13 +40,17 @@ fuzz: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/engine bench
 
-# On a machine with an NVIDIA GPU, with the torch that is installed there (CUDA, 2.11 or later), Triton, nvcc and pybind11;
-# nothing is downloaded. Checks and times every op that has a kernel, in 8 minutes, and writes bench/results/<device>.json.
-# Without the libraries that a failed build leaves out, their ops are errors and the others are measured.
-# `make bench-gpu ONLY="int8_linear int8_quantize"` runs some sections alone.
+# The CUDA C++ kernels for one card, by nvcc alone: no GPU and no torch with CUDA is needed. ARCHITECTURE is sm_90a or the card's.
+cuda: $(VENV)/.installed
+	$(BIN)/python bench/build_cuda.py $(if $(ARCHITECTURE),--architecture $(ARCHITECTURE))
+
+# On a machine with an NVIDIA GPU, with the torch that is installed there (CUDA, 2.11 or later) and Triton; nothing is
+# downloaded. Checks and times every op that has a kernel, in 8 minutes, and writes bench/results/<device>.json, line by line.
+# nvcc builds the CUDA C++ kernels in a minute, or `make cuda` has, elsewhere; without them their ops are errors and the
+# others are measured. `make bench-gpu ONLY="int8_linear int8_quantize" JSON=some.json` runs some ops alone.
 bench-gpu:
-	-$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) bench/from_checkout.py $(if $(ONLY),--only $(ONLY))
+	-$(PYTHON) bench/build_cuda.py
+	$(PYTHON) bench/from_checkout.py $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--out $(JSON))
 
 clean:
 	rm -rf build demo_out *.egg-info engine/*.so $(VENV)/.built

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
@@ -71,6 +70,8 @@ def extensions():
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         warnings.warn("no C++ compiler: engine installs without native kernels, by its references", stacklevel=1)
         return []
+    from pybind11.setup_helpers import Pybind11Extension
+
     how = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True}
     found = [
         CppExtension("engine._cpu", CPU_SOURCES, extra_compile_args=CXX, **how),
@@ -82,4 +83,5 @@ def extensions():
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":  # bench/build_cuda.py reads the lists above
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,5 +1,6 @@
 """What `make bench-gpu` times: for each op the shapes and the peers."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -13,10 +14,13 @@ from engine.bench.common import rotated
 from engine.bench.gpu_checks import bitmap, blocks, random_values
 from engine.ops._library import REFERENCES
 from engine.ops._semi_structured import spread
+from engine.ops.ring_codec import wire_bytes
 
 BEYOND = 192 << 20  # bytes that rotated buffers take together: an H200's L2 cache has 50 MiB
 LARGE = 8192
 Functions = dict[str, Callable[[int], object]]
+EAGER = frozenset(("kthvalue", "torch 2:4, its pattern given", "CSR matmul fp32", "cuSPARSELt"))
+EAGER |= {"torchao int8 weight", "bitsandbytes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Case:
         arithmetic: whose rate bounds those, "int8" or "bf16".
         goals: how many times as fast as which peer it should be.
         capture: whether it goes into a CUDA graph; an op that waits to know its result's size can't.
+        eager: peers that no graph can hold, or may: their calls are made one by one.
     """
 
     words: str
@@ -40,6 +45,7 @@ class Case:
     arithmetic: str = "int8"
     goals: dict[str, float] = dataclasses.field(default_factory=dict)
     capture: bool = True
+    eager: frozenset[str] = EAGER
 
 
 def cases(op: str, device: torch.device, small: bool = False) -> Iterator[Case]:
@@ -90,28 +96,77 @@ def _packing(op: str, device: torch.device, n: int) -> Iterator[Case]:
 
 
 def _rows(op: str, device: torch.device, n: int) -> Iterator[Case]:
-    """int8_quantize, int8_dequantize, int8_embedding, bitmap_to_dense."""
+    """Ops that go over rows once: what they read and write is what they cost."""
     x = _weights(n, n, torch.bfloat16, device)
-    peers: Functions = {"clone": lambda i: x(i).clone()}
+    clone: Functions = {"clone": lambda i: x(i).clone()}
     if op == "int8_quantize":
-        yield Case(f"bf16 {n}²", {op: lambda i: ops.int8_quantize(x(i)), **peers}, 3 * n * n, goals={"clone": 1 / 0.85})
-    elif op == "int8_dequantize":
+        yield Case(f"bf16 {n}²", {op: lambda i: ops.int8_quantize(x(i)), **clone}, 3 * n * n, goals={"clone": 1 / 0.85})
+    elif op == "int8_fake_quantize":
+        yield Case(f"bf16 {n}²", {op: lambda i: ops.int8_fake_quantize(x(i)), **clone}, 4 * n * n)
+    else:
         q, scale = _weights(n, n, torch.int8, device), torch.rand(n, device=device)
         own = lambda i: ops.int8_dequantize(q(i), scale, torch.bfloat16)  # noqa: E731
-        yield Case(f"to bf16, {n}²", {op: own, **peers}, 3 * n * n)
-    elif op == "bitmap_to_dense":
+        yield Case(f"to bf16, {n}²", {op: own, **clone}, 3 * n * n)
+
+
+def _to_dense(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    """A bf16 weight of which half is kept, spread. They wait for the word that it was consistent."""
+    x = _weights(n, n, torch.bfloat16, device)
+    if op == "bitmap_to_dense":
         kept = bitmap(n, n, 0.5, torch.bfloat16, device)
-        own = lambda i: ops.bitmap_to_dense(*kept, n)  # noqa: E731
-        yield Case(f"bf16 {n}², 50 % pruned", {op: own, **peers}, 2 * n * n + n * n + n * n // 8)
+        own: Callable[[int], object] = lambda i: ops.bitmap_to_dense(*kept, n)  # noqa: E731
+    elif op == "block_to_dense":
+        kept = blocks(n, n, 32, 0.5, torch.bfloat16, device)
+        own = lambda i: ops.block_to_dense(*kept, n, n)  # noqa: E731
     else:
-        rows, dim, count = 4 * n, n // 2, n
-        table, half = random_values((rows, dim), torch.int8, device), torch.randn(rows, dim, device=device).bfloat16()
-        scale, indices = torch.rand(rows, device=device), torch.randint(0, rows, (8, count), device=device)
-        functions: Functions = {
-            op: lambda i: ops.int8_embedding(indices[i % 8], table, scale, torch.bfloat16),
-            "F.embedding bf16": lambda i: F.embedding(indices[i % 8], half),
-        }
-        yield Case(f"{count} of {rows} rows of {dim}", functions, 3 * count * dim)
+        kept = REFERENCES["prune_to_semi_structured"](x(0))
+        own = lambda i: ops.semi_structured_to_dense(*kept, n)  # noqa: E731
+    moved = 2 * n * n + sum(t.numel() * t.itemsize for t in kept)
+    yield Case(f"bf16 {n}², 50 % pruned", {op: own, "clone": lambda i: x(i).clone()}, moved, capture=False)
+
+
+def _embedding(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    rows, dim, count = 4 * n, n // 2, n
+    table, half = random_values((rows, dim), torch.int8, device), torch.randn(rows, dim, device=device).bfloat16()
+    scale, indices = torch.rand(rows, device=device), torch.randint(0, rows, (8, count), device=device)
+    functions: Functions = {
+        op: lambda i: ops.int8_embedding(indices[i % 8], table, scale, torch.bfloat16),
+        "F.embedding bf16": lambda i: F.embedding(indices[i % 8], half),
+    }
+    yield Case(f"{count} of {rows} rows of {dim}", functions, 3 * count * dim)
+
+
+def _csr(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    """At 97 %, beside cuSPARSE, which takes x as columns and must be of one dtype."""
+    mask = torch.rand(n, n, device=device) < 0.03
+    dense = torch.randn(n, n, device=device).where(mask, 0.0)
+    crow, col, values = REFERENCES["prune_to_csr"](dense, torch.tensor(0.0, device=device))
+    csr, half = torch.sparse_csr_tensor(crow, col, values, dense.shape), values.bfloat16()
+    size = half.numel() * (half.itemsize + col.itemsize)
+    for m in (1, 16, 256):
+        x, peers = _bf16(m, n, n, device)
+        own = lambda i, x=x: ops.csr_linear(x, crow, col, half)  # noqa: E731
+        peers["CSR matmul fp32"] = lambda i, x=x: csr @ x.t().float()
+        yield Case(f"M {m}, {n}², 97 % pruned", {op: own, **peers}, size + 4 * m * n, 2 * m * half.numel(), "bf16")
+
+
+def _codec(op: str, device: torch.device, n: int) -> Iterator[Case]:
+    """A gradient of n² float32; "bitmap" sends one element in a hundred."""
+    size = n * n
+    x, residual, out = (torch.randn(size, device=device) for _ in range(3))
+    for codec in ("bitmap",) if op == "ring_prune_encode" else ("bf16", "int8"):
+        wire = torch.empty(wire_bytes(codec, size), dtype=torch.uint8, device=device)
+        if op == "ring_decode":
+            ops.ring_encode(x, None, codec, wire)
+            own: Callable[[int], object] = lambda i, w=wire, c=codec: ops.ring_decode(w, c, out)  # noqa: E731
+            moved = 4 * size + wire.numel()
+        elif op == "ring_encode":
+            own = lambda i, w=wire, c=codec: ops.ring_encode(x, residual, c, w)  # noqa: E731
+            moved = 12 * size + wire.numel()
+        else:
+            own = lambda i, w=wire: ops.ring_prune_encode(x, residual, 0.01, w)  # noqa: E731
+            moved = 16 * size + wire.numel()
+        yield Case(f"{codec}, {size}", {op: own, "copy": lambda i: out.copy_(x)}, moved)
 
 
 def _bf16(m: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Functions]:
@@ -131,16 +186,18 @@ def _int8_peers(x: Tensor, weight: Callable[[int], Tensor], scale: Tensor) -> Fu
     def scaled_mm(i: int) -> Tensor:
         amax = x.abs().amax(1, keepdim=True).float()
         q = (x * (448 / amax)).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(q, eights(i).t(), amax / 448, scale.unsqueeze(0), out_dtype=torch.bfloat16)
+        return eight_bit(q, i, amax / 448)
+
+    def eight_bit(q: Tensor, i: int, s: Tensor) -> Tensor:
+        how = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        return torch._scaled_mm(q, eights(i).t(), s, scale.unsqueeze(0), **how)
 
     if x.device.type == "cuda":
         n, k = weight(0).shape
         make = lambda: torch.randn(n, k, device=x.device).to(torch.float8_e4m3fn)  # noqa: E731
         eights = _turn(rotated(make, n * k, BEYOND))
         q8, ones = x.to(torch.float8_e4m3fn), torch.ones(x.shape[0], 1, device=x.device)
-        found["FP8 _scaled_mm alone"] = lambda i: torch._scaled_mm(
-            q8, eights(i).t(), ones, scale.unsqueeze(0), out_dtype=torch.bfloat16
-        )
+        found["FP8 _scaled_mm alone"] = lambda i: eight_bit(q8, i, ones)
         found["FP8 with quantisation, not fused"] = scaled_mm
     found["_int_mm + scale"] = int_mm
     return found
@@ -173,21 +230,23 @@ def _int8_weight_linear(op: str, device: torch.device, n: int) -> Iterator[Case]
 
 
 def _torchao(n: int, device: torch.device, x: Tensor) -> Functions:
-    try:
+    try:  # not only an ImportError: of another version it may fail anywhere
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
+
+        linear = torch.nn.Sequential(torch.nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16))
+        quantize_(linear, Int8WeightOnlyConfig())
+    except Exception:
         return {}
-    linear = torch.nn.Sequential(torch.nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16))
-    quantize_(linear, Int8WeightOnlyConfig())
     return {"torchao int8 weight": lambda i: linear(x)}
 
 
 def _bitsandbytes(n: int, device: torch.device, x: Tensor) -> Functions:
     try:
         import bitsandbytes
-    except ImportError:
+
+        linear = bitsandbytes.nn.Linear8bitLt(n, n, bias=False, has_fp16_weights=False).to(device)
+    except Exception:
         return {}
-    linear = bitsandbytes.nn.Linear8bitLt(n, n, bias=False, has_fp16_weights=False).to(device)
     half = x.half()
     return {"bitsandbytes": lambda i: linear(half)}
 
@@ -262,18 +321,24 @@ def _cusparselt(x: Tensor, dense: Tensor, int8: bool) -> Functions:
             sparse, activations = torch.sparse.to_sparse_semi_structured(q), (x * 20).to(torch.int8)
         else:
             sparse, activations = torch.sparse.to_sparse_semi_structured(dense), x
-    except (RuntimeError, NotImplementedError, ValueError, AttributeError):
+        with contextlib.suppress(Exception):  # the fastest of its algorithms, where it can be asked for
+            sparse.alg_id_cusparselt = torch._cslt_sparse_mm_search(sparse.packed, activations.t())
+    except Exception:
         return {}
     return {"cuSPARSELt": lambda i: torch.mm(sparse, activations.t())}
 
 
-CASES: dict[str, Callable[[str, torch.device, int], Iterator[Case]]] = {
-    **dict.fromkeys(("prune_to_bitmap", "prune_to_csr", "prune_quantize_to_bitmap", "threshold_prune"), _packing),
-    **dict.fromkeys(("magnitude_threshold", "prune_to_semi_structured", "prune_to_block"), _packing),
-    **dict.fromkeys(("int8_quantize", "int8_dequantize", "int8_embedding", "bitmap_to_dense"), _rows),
+CASES: dict[str, Callable[[str, torch.device, int], Iterator[Case]]] = {  # in the order in which they are timed
     "int8_linear": _int8_linear,
+    **dict.fromkeys(("bitmap_int8_linear", "bitmap_linear"), _bitmap_linear),
+    **dict.fromkeys(("semi_structured_int8_linear", "semi_structured_linear"), _semi_structured),
+    **dict.fromkeys(("block_int8_linear", "block_linear"), _block_linear),
     "int8_weight_linear": _int8_weight_linear,
-    **dict.fromkeys(("bitmap_linear", "bitmap_int8_linear"), _bitmap_linear),
-    **dict.fromkeys(("block_linear", "block_int8_linear"), _block_linear),
-    **dict.fromkeys(("semi_structured_linear", "semi_structured_int8_linear"), _semi_structured),
+    **dict.fromkeys(("int8_quantize", "int8_fake_quantize", "int8_dequantize"), _rows),
+    **dict.fromkeys(("prune_to_bitmap", "prune_quantize_to_bitmap", "prune_to_csr", "threshold_prune"), _packing),
+    **dict.fromkeys(("magnitude_threshold", "prune_to_semi_structured", "prune_to_block"), _packing),
+    "int8_embedding": _embedding,
+    "csr_linear": _csr,
+    **dict.fromkeys(("ring_encode", "ring_decode", "ring_prune_encode"), _codec),
+    **dict.fromkeys(("bitmap_to_dense", "block_to_dense", "semi_structured_to_dense"), _to_dense),
 }

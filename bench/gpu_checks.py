@@ -1,6 +1,9 @@
 """What `make bench-gpu` checks each op with: small and odd inputs, and their truth."""
 
 import itertools
+import math
+import random
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,6 +14,7 @@ from engine.ops._bitmap import pack_mask
 from engine.ops._block import from_blocks
 from engine.ops._library import REFERENCES
 from engine.ops._semi_structured import spread
+from engine.ops.ring_codec import wire_bytes
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 33, 384), (5, 19, 65), (16, 96, 512), (70, 50, 300), (200, 160, 256)]  # M, N, K
@@ -42,37 +46,42 @@ def _bitmap_dense(bitmask: Tensor, row_offsets: Tensor, values: Tensor, k: int) 
     return REFERENCES["bitmap_to_dense"](bitmask, row_offsets, values, k)
 
 
-def check(op: str, device: torch.device) -> int:
-    """Compares the op on `device` with its reference on small and odd inputs; returns how many there were.
+def check(op: str, device: torch.device, seconds: float = math.inf) -> tuple[int, int]:
+    """Compares the op on `device` with its reference on small and odd inputs; returns how many, and of how many.
 
-    Integers, and what is only moved or rounded once, must be equal to the bit. A float product's error against float64
-    is at most twice PyTorch's own plus 2 units in the last place.
+    They come in a random order, the same each time, until `seconds` are over. Integers, and what is only moved or
+    rounded once, must be equal to the bit. A float product's error against float64 is at most twice PyTorch's own plus
+    2 units in the last place.
 
     Raises:
         AssertionError: a result is another one.
         LookupError: there is nothing to check this op with.
     """
-    count = 0
-    for args, dense in _checks(op):
+    began, inputs = time.monotonic(), list(_checks(op))
+    random.Random(0).shuffle(inputs)
+    for count, (args, dense) in enumerate(inputs):
+        if time.monotonic() - began > seconds:
+            return count, len(inputs)
         moved = [_moved(a, device) for a in args]
         got = getattr(torch.ops.engine, op)(*moved)
         where = f"{op} of {[list(a.shape) if isinstance(a, Tensor) else a for a in args if a is not None]}"
         if dense is None:
             want = REFERENCES[op](*args)
+            if want is None:  # they write into their arguments
+                got, want = (tuple(a for a in some if isinstance(a, Tensor)) for some in (moved, args))
             pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
             for have, expected in pairs:
                 same = torch.equal(_bits(have.cpu()), _bits(expected))
                 assert same, f"{where} is not equal to its reference to the bit"
         else:
             _check_product(where, got.cpu(), args[0], dense, args[-1])
-        count += 1
-    return count
+    return len(inputs), len(inputs)
 
 
 def _moved(argument: object, device: torch.device) -> object:
     if isinstance(argument, list):
         return [_moved(a, device) for a in argument]
-    return argument.to(device) if isinstance(argument, Tensor) else argument
+    return argument.to(device, copy=True) if isinstance(argument, Tensor) else argument
 
 
 def _bits(t: Tensor) -> Tensor:
@@ -110,6 +119,12 @@ def _int8_linear_checks(x: Tensor, n: int) -> Iterator:
     weight, scale, bias = random_values((n, x.shape[1]), torch.int8), torch.rand(n), torch.randn(n).bfloat16()
     yield (x, weight, scale, bias, None), None
     yield (x, weight, scale, None, torch.tensor(0.02)), None
+    yield (x, weight, scale, None, _channels(x)), None
+
+
+def _channels(x: Tensor) -> Tensor:
+    """A scale for each of its columns."""
+    return torch.rand(x.shape[1]) / 20 + 1e-3
 
 
 def _int8_weight_checks(x: Tensor, n: int) -> Iterator:
@@ -125,18 +140,25 @@ def _bitmap_linear_checks(x: Tensor, n: int) -> Iterator:
 
 def _bitmap_int8_checks(x: Tensor, n: int) -> Iterator:
     for sparsity in (0.0, 0.5, 1.0):
-        yield (x, *bitmap(n, x.shape[1], sparsity, torch.int8), torch.rand(n), torch.randn(n)), None
+        kept, channels = bitmap(n, x.shape[1], sparsity, torch.int8), _channels(x) if sparsity == 0.5 else None
+        yield (x, *kept, torch.rand(n), torch.randn(n), channels), None
+
+
+def _block_sizes(x: Tensor) -> tuple[int, ...]:
+    """Each is a kernel to compile for: all for one dtype only."""
+    return (16, 32, 128) if x.dtype == torch.bfloat16 else (32,)
 
 
 def _block_checks(x: Tensor, n: int) -> Iterator:
-    for size in (16, 32, 128):
+    for size in _block_sizes(x):
         kept = blocks(n, x.shape[1], size, 0.5, x.dtype, x.device)
         yield (x, *kept, n, torch.randn(n)), from_blocks(*kept, n, x.shape[1])
 
 
 def _block_int8_checks(x: Tensor, n: int) -> Iterator:
-    for size in (16, 32, 128):
-        yield (x, *blocks(n, x.shape[1], size, 0.5, torch.int8, x.device), torch.rand(n), None, None), None
+    for size in _block_sizes(x):
+        channels = _channels(x) if size == 32 else None
+        yield (x, *blocks(n, x.shape[1], size, 0.5, torch.int8, x.device), torch.rand(n), None, channels), None
 
 
 def _semi_structured_checks(x: Tensor, n: int) -> Iterator:
@@ -146,12 +168,59 @@ def _semi_structured_checks(x: Tensor, n: int) -> Iterator:
 
 def _semi_structured_int8_checks(x: Tensor, n: int) -> Iterator:
     values, metadata = REFERENCES["prune_to_semi_structured"](random_values((n, x.shape[1]), torch.int8).float())
-    yield (x, values.to(torch.int8), metadata, torch.rand(n), torch.randn(n), None), None
+    for channels in (None, _channels(x)):
+        yield (x, values.to(torch.int8), metadata, torch.rand(n), torch.randn(n), channels), None
+
+
+def _csr_checks(x: Tensor, n: int) -> Iterator:
+    dense = torch.randn(n, x.shape[1]).where(torch.rand(n, x.shape[1]) < 0.05, 0.0).to(x.dtype)
+    yield (x, *REFERENCES["prune_to_csr"](dense, torch.tensor(0.0)), torch.randn(n)), dense
 
 
 def _to_dense_checks(x: Tensor, n: int) -> Iterator:
     for dtype in (x.dtype, torch.int8):
         yield (*bitmap(*x.shape, 0.5, dtype), x.shape[1]), None
+
+
+def _block_to_dense_checks(x: Tensor, n: int) -> Iterator:
+    for dtype in (x.dtype, torch.int8):
+        yield (*blocks(*x.shape, 32, 0.5, dtype, x.device), *x.shape), None
+
+
+def _semi_structured_to_dense_checks(x: Tensor, n: int) -> Iterator:
+    values, metadata = REFERENCES["prune_to_semi_structured"](x.nan_to_num())
+    yield (values, metadata, x.shape[1]), None
+    yield (values.clamp(-100, 100).to(torch.int8), metadata, x.shape[1]), None
+
+
+def _fake_quantize_checks(x: Tensor, n: int) -> Iterator:
+    for scale in (None, torch.tensor(0.02)):
+        yield (x, scale), None
+
+
+def _encode_checks(x: Tensor, n: int) -> Iterator:
+    flat = x.float().flatten()
+    for codec, residual in itertools.product(("bf16", "int8"), (None, torch.randn(flat.shape))):
+        wire = torch.empty(wire_bytes(codec, len(flat)), dtype=torch.uint8)
+        yield (flat.clone(), residual, codec, wire), None
+
+
+def _prune_encode_checks(x: Tensor, n: int) -> Iterator:
+    flat = x.float().flatten()
+    for residual in (None, torch.randn(flat.shape)):
+        wire = torch.empty(wire_bytes("bitmap", len(flat)), dtype=torch.uint8)
+        yield (flat.clone(), residual, 0.01, wire), None
+
+
+def _decode_checks(x: Tensor, n: int) -> Iterator:
+    for encodes in (_encode_checks, _prune_encode_checks):
+        for (flat, residual, codec, wire), _ in encodes(x, n):
+            op = "ring_encode" if isinstance(codec, str) else "ring_prune_encode"
+            REFERENCES[op](flat, residual, codec, wire)
+            yield (
+                (wire, codec if isinstance(codec, str) else "bitmap", 1 / 3, n % 2 == 0, torch.randn(flat.shape)),
+                None,
+            )
 
 
 def _gather_checks(x: Tensor, n: int) -> Iterator:
@@ -171,11 +240,14 @@ CHECKS: dict[str, Callable[[Tensor, int], Iterator]] = {
     "bitmap_to_dense": _to_dense_checks,
     "block_int8_linear": _block_int8_checks,
     "block_linear": _block_checks,
+    "csr_linear": _csr_checks,
+    "block_to_dense": _block_to_dense_checks,
     "int8_dequantize": lambda x, n: (((*REFERENCES["int8_quantize"](x), d), None) for d in FLOATS),
     "int8_embedding": lambda x, n: (
         ((torch.randint(0, len(x), (n,)), random_values(x.shape, torch.int8), torch.rand(len(x)), d), None)
         for d in FLOATS
     ),
+    "int8_fake_quantize": _fake_quantize_checks,
     "int8_linear": _int8_linear_checks,
     "int8_quantize": lambda x, n: [((x,), None)],
     "int8_weight_linear": _int8_weight_checks,
@@ -186,7 +258,11 @@ CHECKS: dict[str, Callable[[Tensor, int], Iterator]] = {
     "prune_to_block": lambda x, n: [((x, torch.rand(-(-x.shape[0] // 16), -(-x.shape[1] // 32)) < 0.5, 16, 32), None)],
     "prune_to_csr": _thresholds,
     "prune_to_semi_structured": lambda x, n: [((x,), None)],
+    "ring_decode": _decode_checks,
+    "ring_encode": _encode_checks,
+    "ring_prune_encode": _prune_encode_checks,
     "semi_structured_int8_linear": _semi_structured_int8_checks,
     "semi_structured_linear": _semi_structured_checks,
+    "semi_structured_to_dense": _semi_structured_to_dense_checks,
     "threshold_prune": _thresholds,
 }

@@ -25,8 +25,9 @@ def block_int8_linear(
     n = scale.shape[0]
     check_block(op, x, crow_indices, col_indices, values, n, bias)
     if input_scale is not None:
-        fits = input_scale.dtype == torch.float32 and input_scale.numel() == 1
-        expect(fits, op, "expected a float32 input_scale of one element")
+        fits = input_scale.numel() == 1 or input_scale.shape == x.shape[-1:]
+        fits &= input_scale.dtype == torch.float32
+        expect(fits, op, "expected a float32 input_scale of one element or shape [k]")
     same_device(op, x, scale, input_scale)
     flat, y = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), x.new_empty((*x.shape[:-1], n))
     if y.numel():

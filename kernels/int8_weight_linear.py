@@ -113,7 +113,8 @@ def write_out(
     output = row + tl.arange(0, OUTPUTS)[:, None]
     token = first + tl.arange(0, TOKENS)[None, :]
     unusual = (acc.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= INFINITY_BITS
-    if tl.max(tl.max(unusual.to(tl.int32), axis=1), axis=0) != 0:
+    # By one axis after the other Triton 3.6 finds no layout on sm_100, whose sums lie in tensor memory.
+    if tl.max(tl.ravel(unusual.to(tl.int32), can_reorder=True), axis=0) != 0:
         bits = tl.zeros([TOKENS], tl.int32)
         for at in range(0, k, BLOCK_K):
             values = load_tile(x, first, at, m, k, k, TOKENS, BLOCK_K, BY_DESCRIPTOR)

@@ -2,9 +2,8 @@
 // which lane holds what and runs where kernels are emulated on a CPU.
 //
 // In a matrix product of one warp, lane = 4 g + t. A fragment is described in bytes, as it is the same for int8 and for
-// 16-bit floats: a "row" has 32 bytes of the summed dimension, and lane (g, t) holds bytes [4t, 4t + 4) and [16 + 4t,
-// 16
-// + 4t + 4) of it.
+// 16-bit floats: a "row" has 32 bytes of the summed dimension, of which lane (g, t) holds four from byte 4t on and four
+// from byte 16 + 4t on. tests/cuda/test_lanes.py has these layouts from CuTe, LLVM and PyTorch, and compares.
 #pragma once
 
 #include <cstdint>
@@ -73,20 +72,24 @@ __device__ inline void load_matrices(uint32_t (&at)[4], const void* shared_row) 
                  : "memory");
 }
 
+// Volatile: what all lanes must do together may not sink into a branch that only some of them take.
 __device__ inline void multiply_add(FragmentD<int32_t>& d, const FragmentA& a, const FragmentB& b, int8_t) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+r"(d.at[0]), "+r"(d.at[1]), "+r"(d.at[2]), "+r"(d.at[3])
         : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
 }
 __device__ inline void multiply_add(FragmentD<float>& d, const FragmentA& a, const FragmentB& b, Half) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
         : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
 }
 __device__ inline void multiply_add(FragmentD<float>& d, const FragmentA& a, const FragmentB& b, BFloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
         "%2, %3};"
         : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
         : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
@@ -94,7 +97,8 @@ __device__ inline void multiply_add(FragmentD<float>& d, const FragmentA& a, con
 
 __device__ inline void multiply_add_sparse(FragmentD<int32_t>& d, const FragmentA& a, uint32_t metadata,
                                            const FragmentB2& b, int8_t) {
-    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
         : "+r"(d.at[0]), "+r"(d.at[1]), "+r"(d.at[2]), "+r"(d.at[3])
         : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]), "r"(b.at[2]),
@@ -102,7 +106,8 @@ __device__ inline void multiply_add_sparse(FragmentD<int32_t>& d, const Fragment
 }
 __device__ inline void multiply_add_sparse(FragmentD<float>& d, const FragmentA& a, uint32_t metadata,
                                            const FragmentB2& b, Half) {
-    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
         : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
         : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]), "r"(b.at[2]),
@@ -110,7 +115,8 @@ __device__ inline void multiply_add_sparse(FragmentD<float>& d, const FragmentA&
 }
 __device__ inline void multiply_add_sparse(FragmentD<float>& d, const FragmentA& a, uint32_t metadata,
                                            const FragmentB2& b, BFloat16) {
-    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
         : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
         : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]), "r"(b.at[2]),

@@ -17,16 +17,15 @@ void check(const Tensor& x, const Tensor& values, const Tensor& metadata, const 
     STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == values.size(0), kSemiStructuredInt8Linear,
                     ": scale: expected float32 [N]");
     check_scales(kSemiStructuredInt8Linear, x, values, scale, bias, input_scale);
-    STD_TORCH_CHECK(!input_scale || input_scale->numel() == 1, kSemiStructuredInt8Linear,
-                    ": input_scale: expected one float32");
 }
 
 Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadata_in, Tensor scale_in,
-                                   std::optional<Tensor> bias_in, std::optional<Tensor> input_scale) {
-    check(x_in, values_in, metadata_in, scale_in, bias_in, input_scale);
+                                   std::optional<Tensor> bias_in, std::optional<Tensor> input_scale_in) {
+    check(x_in, values_in, metadata_in, scale_in, bias_in, input_scale_in);
     const Tensor x = as_contiguous(x_in), values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
     const Tensor scale = as_contiguous(scale_in);
     const std::optional<Tensor> bias = contiguous_bias(bias_in, "semi_structured_int8_linear: bias");
+    const auto input_scale = input_scale_in ? std::optional<Tensor>(as_contiguous(*input_scale_in)) : std::nullopt;
     const int64_t n = values.size(0);
     const Rows rows = rows_of(x);
     Tensor y = new_tensor(x, output_sizes(x, n), x.scalar_type());

@@ -82,6 +82,9 @@ def csr_linear(
     The indices are checked on the way: what does not fit together is refused. A row of `x` that holds a NaN or an
     infinity makes its row of `y` NaN, and no other.
 
+    On CUDA nothing waits for the GPU, so that indices which do not fit together raise no error there: the outputs of
+    the rows that they are wrong about are NaN.
+
     Has gradients for `x`, `values` and `bias`.
 
     Args:

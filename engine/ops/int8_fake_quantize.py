@@ -22,7 +22,7 @@ def _check_arguments(x: Tensor, scale: Tensor | float | None = None) -> None:
 def _reference(x: Tensor, scale: Tensor | None = None) -> Tensor:
     _check_arguments(x, scale)
     q, row_scale = REFERENCES["int8_quantize"](x) if scale is None else _quantize_by(x, scale)
-    return (q.float() * row_scale.unsqueeze(-1)).to(x.dtype)
+    return ((q.float() + 0.0) * row_scale.unsqueeze(-1)).to(x.dtype)  # an int8 zero has no sign
 
 
 def _fake(x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -87,6 +87,19 @@ def test_rows_that_are_not_finite_and_static_scales(m):
         check_float(x.to(dtype), weight_of(9, 70, dtype), torch.randn(9))
 
 
+@pytest.mark.parametrize("m", [4, 20])
+def test_a_scale_for_each_channel(m):
+    x, channels = activations(m, 70), torch.rand(2 * 70)[::2] / 20 + 1e-3  # not contiguous
+    weight = weight_of(9, 70, torch.int8)
+    check_int8(x, weight, torch.randn(9), channels)
+    x[1, 3] = torch.nan
+    check_int8(x.half(), weight, None, channels)
+    for unusable in (0.0, torch.inf):  # every row of y becomes NaN
+        check_int8(x, weight, None, channels.index_fill(0, torch.tensor(69), unusable))
+    with pytest.raises(ValueError, match="input_scale: expected one element or shape"):
+        semi_structured_int8_linear(*on(x, *weight, torch.ones(9), None, channels[:69]))
+
+
 def test_views_and_leading_dimensions():
     values, metadata = weight_of(20, 64, torch.int8)
     scale, x = torch.rand(20), torch.randn(2, 3, 64)

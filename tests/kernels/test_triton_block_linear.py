@@ -80,6 +80,14 @@ def test_interpreted_is_as_good_as_torch(case):
 
 
 @interpreted
+def test_a_scale_for_each_channel():
+    channels = torch.rand(130) / 20 + 1e-3
+    for m, k in ((3, 130), (40, 65)):
+        check_int8(m, 70, k, (32, 32), torch.float32, None, channels[:k])
+    check_int8(3, 70, 130, (32, 32), torch.float32, None, channels.index_fill(0, torch.tensor(129), 0.0))
+
+
+@interpreted
 def test_every_dtype():
     for x, values in itertools.product(FLOAT_DTYPES, FLOAT_DTYPES):
         check(3, 20, 50, (16, 16), x, values, torch.float32)
@@ -143,6 +151,7 @@ def test_refuses():
         (x, crow, col, values, scale.to("meta")),
         (x, crow, col, values, scale, torch.ones(3)),
         (x, crow, col, values, scale, None, torch.ones(2)),
+        (x, crow, col, values, scale, None, torch.ones(1, 32)),
     ):
         with pytest.raises(RuntimeError, match="block_int8_linear: expected"):
             block_int8_linear(*args)

@@ -1,0 +1,327 @@
+"""ring_encode, ring_prune_encode and ring_decode on NVIDIA GPUs, to the bit as on the CPU (`csrc/ring/codec.h`).
+
+Encoding never waits for the host. Decoding a bitmap does, once: it may contradict itself, and `x` is not touched then.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels._device import expect, own_cuda, same_device
+from engine.kernels.int8_quantize import amax_bits, quantize, row_scale
+
+BLOCK = 256  # elements that share a scale in "int8"
+HEADER = 8  # bytes before the bitmask in "bitmap": how many values follow, and whether all of x is NaN
+ELEMENTS = 2048  # of a program
+INFINITY_BITS = tl.constexpr(0x7F800000)
+BFLOAT16_NAN = tl.constexpr(0x7FC0)
+
+
+@triton.jit
+def finite(x):
+    """Whether it is a number; fast-math could not take this away."""
+    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < INFINITY_BITS
+
+
+@triton.jit
+def bfloat16_bits(x):
+    """Rounded half to even, as int16; every NaN has the same bits."""
+    return tl.where(x == x, x.to(tl.bfloat16).to(tl.int16, bitcast=True), tl.full(x.shape, BFLOAT16_NAN, tl.int16))
+
+
+@triton.jit
+def sum_of(x, residual, at, inside):
+    """What is encoded: x, and what was left the last time."""
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if residual is not None:
+        value += tl.load(residual + at, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
+def encode_bf16_kernel(
+    x,  # float32 [n]
+    residual,  # float32 [n], or None
+    sent,  # int16 [n]: the wire
+    n,
+    ELEMENTS: tl.constexpr,
+):
+    """Rounds, and keeps what rounding takes away."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < n
+    value = sum_of(x, residual, at, inside)
+    bits = bfloat16_bits(value)
+    tl.store(sent + at, bits, mask=inside)
+    if residual is not None:
+        received = bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+        tl.store(residual + at, value - received, mask=inside & finite(received))
+
+
+@triton.jit
+def encode_int8_kernel(
+    x,  # float32 [n]
+    residual,  # float32 [n], or None
+    scale,  # float32 [blocks]: the wire's first part
+    sent,  # int8 [n]: the wire's second
+    n,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # blocks of a program
+):
+    """Quantises blocks as int8_quantize does rows, and keeps what that takes away."""
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = at < n
+    value = sum_of(x, residual, at, inside)
+    s, inverse, usable = row_scale(amax_bits(value))
+    q = quantize(value, inverse[:, None], usable)
+    tl.store(scale + block, s, mask=block * BLOCK < n)
+    tl.store(sent + at, q, mask=inside)
+    if residual is not None:
+        received = q.to(tl.float32) * s[:, None]
+        tl.store(residual + at, value - received, mask=inside & finite(received))
+
+
+@triton.jit
+def deliver(x, at, value, inside, ADD: tl.constexpr):
+    """Stores what was received, or adds it."""
+    if ADD:
+        value = tl.load(x + at, mask=inside) + value
+    tl.store(x + at, value, mask=inside)
+
+
+@triton.jit
+def decode_bf16_kernel(sent, x, factor, n, ADD: tl.constexpr, ELEMENTS: tl.constexpr):
+    """`sent` int16 [n] times factor, into float32 [n]."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < n
+    value = tl.load(sent + at, mask=inside, other=0).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    deliver(x, at, value * factor, inside, ADD)
+
+
+@triton.jit
+def decode_int8_kernel(scale, sent, x, factor, n, ADD: tl.constexpr, BLOCK: tl.constexpr, ELEMENTS: tl.constexpr):
+    """`sent` int8 [n] times (`scale` float32 [blocks] times factor), into float32 [n]."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < n
+    s = tl.load(scale + at // BLOCK, mask=inside, other=0.0) * factor
+    deliver(x, at, tl.load(sent + at, mask=inside, other=0).to(tl.float32) * s, inside, ADD)
+
+
+@triton.jit
+def is_kept(value, limit):
+    """A NaN is kept."""
+    return (tl.abs(value) <= limit) == 0
+
+
+@triton.jit
+def count_kept_kernel(
+    x,  # float32 [n]
+    residual,  # float32 [n], or None
+    threshold,  # float32, one element
+    counts,  # int32 [programs]: how many each keeps
+    not_finite,  # int32 [1], 0 at first: whether any is a NaN or an infinity
+    n,
+    ELEMENTS: tl.constexpr,
+):
+    """The first of two passes over x."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < n
+    value = sum_of(x, residual, at, inside)
+    kept = is_kept(value, tl.load(threshold)) & inside
+    tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32), axis=0))
+    if tl.max((finite(value) == 0).to(tl.int32), axis=0) != 0:
+        tl.store(not_finite, 1)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def send_kept_kernel(
+    x,  # float32 [n], which becomes 0
+    residual,  # float32 [n], or None
+    threshold,  # float32, one element
+    through,  # int64 [programs]: how many all programs up to each keep
+    mask,  # uint8 [8 * ceil(n / 64)], 0 at first
+    sent,  # int16 [capacity]
+    n,
+    capacity,
+    ELEMENTS: tl.constexpr,
+):
+    """The second: the bit of each that is sent, its value, and the rest into the residual."""
+    program = tl.program_id(0).to(tl.int64)
+    at = program * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < n
+    value = sum_of(x, residual, at, inside)
+    kept = (is_kept(value, tl.load(threshold)) & inside).to(tl.int32)
+    count = tl.sum(kept, axis=0)
+    rank = tl.load(through + program) - count + tl.cumsum(kept, axis=0) - kept
+    goes = (kept != 0) & (rank < capacity)
+    bits = bfloat16_bits(value)
+    tl.store(sent + rank, bits, mask=goes)
+    octets = tl.reshape(goes.to(tl.int32), [ELEMENTS // 8, 8]) << tl.arange(0, 8)[None, :]
+    byte = program * (ELEMENTS // 8) + tl.arange(0, ELEMENTS // 8)
+    tl.store(mask + byte, tl.sum(octets, axis=1).to(tl.uint8), mask=byte * 8 < n)
+    if residual is not None:
+        received = tl.where(goes, bits.to(tl.bfloat16, bitcast=True).to(tl.float32), 0.0)
+        rest = tl.where(finite(value) & finite(received), value - received, 0.0)
+        tl.store(residual + at, rest, mask=inside)
+    tl.store(x + at, tl.zeros([ELEMENTS], tl.float32), mask=inside)
+
+
+@triton.jit
+def bits_of(mask, at, inside):
+    """The bits of a bitmask, 0 or 1."""
+    return (tl.load(mask + at // 8, mask=inside, other=0).to(tl.int32) >> (at % 8).to(tl.int32)) & 1
+
+
+@triton.jit
+def count_bits_kernel(mask, counts, bits, ELEMENTS: tl.constexpr):
+    """How many of a bitmask's `bits` bits each program finds set: int32 [programs]."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    tl.store(counts + tl.program_id(0), tl.sum(bits_of(mask, at, at < bits), axis=0))
+
+
+@triton.jit
+def decode_bitmap_kernel(mask, through, sent, x, factor, n, ADD: tl.constexpr, ELEMENTS: tl.constexpr):
+    """`sent` int16 at the places whose bit is set, times factor, and 0 elsewhere, into float32 [n]."""
+    program = tl.program_id(0).to(tl.int64)
+    at = program * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < n
+    bit = bits_of(mask, at, inside)
+    rank = tl.load(through + program) - tl.sum(bit, axis=0) + tl.cumsum(bit, axis=0) - bit
+    value = tl.load(sent + rank, mask=bit != 0, other=0).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    deliver(x, at, tl.where(bit != 0, value * factor, 0.0), inside, ADD)
+
+
+def bitmap_bytes(n: int) -> int:
+    """Of "bitmap", those before the values."""
+    return HEADER + 8 * triton.cdiv(n, 64)
+
+
+def check_wire(op: str, wire: Tensor, codec: str, *floats: Tensor | None) -> int:
+    """Raises RuntimeError unless they fit together; returns n."""
+    given = [t for t in floats if t is not None]
+    n = given[0].numel()
+    same = all(t.dtype == torch.float32 and t.shape == (n,) and t.is_contiguous() for t in given)
+    expect(same, op, "expected contiguous float32 tensors of one size")
+    expect(wire.dtype == torch.uint8 and wire.dim() == 1 and wire.is_contiguous(), op, "expected a contiguous wire")
+    sizes = {"bf16": 2 * n, "int8": 4 * triton.cdiv(n, BLOCK) + n}
+    expect(codec == "bitmap" or codec in sizes, op, "expected another codec")
+    room = wire.numel() - bitmap_bytes(n)
+    fits = room >= 0 and room % 2 == 0 if codec == "bitmap" else wire.numel() == sizes[codec]
+    expect(fits, op, "expected a wire of another size")
+    same_device(op, wire, *given)
+    return n
+
+
+def aligned(wire: Tensor) -> bool:
+    """Whether its words can be read where they lie: it may be any slice of a buffer."""
+    return wire.storage_offset() % 8 == 0 and wire.data_ptr() % 8 == 0
+
+
+def programs(n: int) -> tuple[int]:
+    """One for each ELEMENTS."""
+    return (triton.cdiv(n, ELEMENTS),)
+
+
+def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) -> None:
+    """`engine::ring_encode` for CUDA."""
+    op = "ring_encode"
+    expect(codec in ("bf16", "int8"), op, "expected bf16 or int8")
+    n = check_wire(op, wire, codec, x, residual)
+    if n == 0:
+        return
+    to = wire if aligned(wire) else torch.empty_like(wire)
+    with torch.cuda.device_of(x):
+        if codec == "bf16":
+            encode_bf16_kernel[programs(n)](x, residual, to.view(torch.int16), n, ELEMENTS=ELEMENTS, num_warps=8)
+        else:
+            scales, rows = 4 * triton.cdiv(n, BLOCK), ELEMENTS // BLOCK
+            scale, sent = to[:scales].view(torch.float32), to[scales:].view(torch.int8)
+            encode_int8_kernel[programs(n)](
+                x, residual, scale, sent, n, BLOCK=BLOCK, ROWS=rows, num_warps=8, enable_fp_fusion=False
+            )
+    if to is not wire:
+        wire.copy_(to)
+
+
+def threshold_of(x: Tensor, residual: Tensor | None, density: float) -> Tensor:
+    """One unit in the last place below the smallest of evenly spread samples that is kept; 0 where that is 0."""
+    n = x.numel()
+    samples = min(n, max(1024, math.ceil(40 / density)))
+    places = torch.arange(samples, device=x.device) * n // samples
+    values = x[places] if residual is None else x[places] + residual[places]
+    key = values.abs().view(torch.int32).sort().values[samples - max(1, round(density * samples))]
+    return (key.clamp(max=INFINITY_BITS.value) - 1).clamp(min=0).view(torch.float32)
+
+
+def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:
+    """`engine::ring_prune_encode` for CUDA."""
+    op = "ring_prune_encode"
+    expect(0 < density <= 1, op, "expected a density in (0, 1]")
+    n = check_wire(op, wire, "bitmap", x, residual)
+    wire.zero_()
+    if n == 0:
+        return
+    to = wire if aligned(wire) else torch.zeros_like(wire)
+    capacity, threshold = (wire.numel() - bitmap_bytes(n)) // 2, threshold_of(x, residual, density)
+    counts = torch.empty(programs(n), dtype=torch.int32, device=x.device)
+    header = torch.zeros(2, dtype=torch.int32, device=x.device)
+    mask, sent = to[HEADER : bitmap_bytes(n)], to[bitmap_bytes(n) :].view(torch.int16)
+    with torch.cuda.device_of(x):
+        count_kept_kernel[programs(n)](x, residual, threshold, counts, header[1:], n, ELEMENTS=ELEMENTS, num_warps=8)
+        through = counts.cumsum(0)
+        send_kept_kernel[programs(n)](
+            x, residual, threshold, through, mask, sent, n, capacity, ELEMENTS=ELEMENTS, num_warps=8
+        )
+    header[:1] = through[-1:].clamp(max=capacity)
+    to[:HEADER].copy_(header.view(torch.uint8))
+    if to is not wire:
+        wire.copy_(to)
+
+
+def ring_decode(wire: Tensor, codec: str, factor: float, add: bool, x: Tensor) -> None:
+    """`engine::ring_decode` for CUDA."""
+    n = check_wire("ring_decode", wire, codec, x)
+    if not aligned(wire):
+        wire = wire.clone()
+    how = {"ADD": add, "ELEMENTS": ELEMENTS, "num_warps": 8, "enable_fp_fusion": False}
+    with torch.cuda.device_of(x):
+        if codec == "bitmap":
+            decode_bitmap(wire, factor, x, how)
+        elif n > 0 and codec == "bf16":
+            decode_bf16_kernel[programs(n)](wire.view(torch.int16), x, factor, n, **how)
+        elif n > 0:
+            scales = 4 * triton.cdiv(n, BLOCK)
+            scale, sent = wire[:scales].view(torch.float32), wire[scales:].view(torch.int8)
+            decode_int8_kernel[programs(n)](scale, sent, x, factor, n, BLOCK=BLOCK, **how)
+
+
+def decode_bitmap(wire: Tensor, factor: float, x: Tensor, how: dict) -> None:
+    """Of "bitmap", after it was looked at whether it agrees with itself."""
+    n, bits = x.numel(), 64 * triton.cdiv(x.numel(), 64)
+    mask, sent = wire[HEADER : bitmap_bytes(n)], wire[bitmap_bytes(n) :].view(torch.int16)
+    counts = torch.zeros(max(1, *programs(bits)), dtype=torch.int32, device=x.device)
+    if bits:
+        count_bits_kernel[programs(bits)](mask, counts, bits, ELEMENTS=ELEMENTS, num_warps=8)
+    through = counts.cumsum(0)
+    beyond = mask[n // 8 :].clone()  # of which only bits of elements may be set
+    if n % 8:
+        beyond[0] >>= n % 8
+    looked_at = torch.cat([wire[:HEADER].view(torch.int32).long(), through[-1:], beyond.sum().view(1)])
+    count, flags, found, stray = looked_at.tolist()  # the one wait
+    good = 0 <= count <= sent.numel() and flags in (0, 1)
+    if good and flags:
+        x.fill_(torch.nan)
+        return
+    expect(good and found == count and stray == 0, "ring_decode", "wire: expected a bitmap that agrees with itself")
+    if n:
+        decode_bitmap_kernel[programs(n)](mask, through, sent, x, factor, n, **how)
+
+
+def register() -> None:
+    """Makes these kernels the owners of the codec's ops for CUDA."""
+    own_cuda("ring_encode", ring_encode)
+    own_cuda("ring_prune_encode", ring_prune_encode)
+    own_cuda("ring_decode", ring_decode)

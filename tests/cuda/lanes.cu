@@ -1,0 +1,97 @@
+// The instructions of ptx.cuh one by one: what every lane gives and gets as a row of a tensor, for test_lanes.py.
+
+#include "common/dtype.h"
+#include "cuda/ptx.cuh"
+
+namespace engine {
+namespace {
+
+constexpr const char* kLanes = "engine_lanes";
+
+template <class T, class Acc>
+__global__ void multiply_kernel(const FragmentA* a, const FragmentB* b, FragmentD<Acc>* d) {
+    FragmentD<Acc> sum{};
+    multiply_add(sum, a[threadIdx.x], b[threadIdx.x], T{});
+    d[threadIdx.x] = sum;
+}
+template <class T, class Acc>
+__global__ void multiply_sparse_kernel(const FragmentA* a, const uint32_t* metadata, const FragmentB2* b,
+                                       FragmentD<Acc>* d) {
+    FragmentD<Acc> sum{};
+    multiply_add_sparse(sum, a[threadIdx.x], metadata[threadIdx.x], b[threadIdx.x], T{});
+    d[threadIdx.x] = sum;
+}
+
+template <class T, class Acc>
+void multiply_as(const Tensor& a, const std::optional<Tensor>& metadata, const Tensor& b, Tensor& d) {
+    const OnDeviceOf device(a);
+    const auto* left = static_cast<const FragmentA*>(a.const_data_ptr());
+    auto* to = static_cast<FragmentD<Acc>*>(d.mutable_data_ptr());
+    if (metadata) {
+        launch(multiply_sparse_kernel<T, Acc>, kLanes, 1, kWarp, device, left,
+               static_cast<const uint32_t*>(metadata->const_data_ptr()),
+               static_cast<const FragmentB2*>(b.const_data_ptr()), to);
+    } else {
+        launch(multiply_kernel<T, Acc>, kLanes, 1, kWarp, device, left,
+               static_cast<const FragmentB*>(b.const_data_ptr()), to);
+    }
+}
+
+// a int32 [32, 4], metadata int32 [32] or none, b int32 [32, 2] or [32, 4]: registers; `of` has the dtype multiplied.
+Tensor multiply(Tensor a, std::optional<Tensor> metadata, Tensor b, Tensor of) {
+    const bool int8 = of.scalar_type() == ScalarType::Char;
+    Tensor d = new_tensor(a, {kWarp, 4}, int8 ? ScalarType::Int : ScalarType::Float);
+    if (int8) {
+        multiply_as<int8_t, int32_t>(a, metadata, b, d);
+    } else if (of.scalar_type() == ScalarType::Half) {
+        multiply_as<Half, float>(a, metadata, b, d);
+    } else {
+        multiply_as<BFloat16, float>(a, metadata, b, d);
+    }
+    return d;
+}
+
+__global__ void matrices_kernel(const uint4* memory, const int32_t* rows, uint4* out) {
+    struct alignas(16) Rows {
+        uint4 at[kWarp];
+    };
+    ENGINE_SHARED(shared, Rows);
+    copy_16_async(&shared.at[threadIdx.x], &memory[threadIdx.x]);
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+    uint32_t at[4];
+    load_matrices(at, &shared.at[rows[threadIdx.x]]);
+    out[threadIdx.x] = {at[0], at[1], at[2], at[3]};
+}
+
+// int32 [32, 4], rows of 16 bytes; int32 [32]: the row whose address each lane gives.
+Tensor matrices(Tensor memory, Tensor rows) {
+    Tensor out = new_tensor(memory, {kWarp, 4}, ScalarType::Int);
+    launch(matrices_kernel, kLanes, 1, kWarp, OnDeviceOf(memory), static_cast<const uint4*>(memory.const_data_ptr()),
+           data<int32_t>(rows), static_cast<uint4*>(out.mutable_data_ptr()));
+    return out;
+}
+
+__global__ void bytes_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint2* out) {
+    const uint32_t i = threadIdx.x;
+    out[i] = {byte_permute(a[i], b[i], c[i] & 0x7777u), funnel_right(a[i], b[i], c[i])};
+}
+
+// int32 [32] each: [32, 2], prmt of (a, b) by the selector c % 8 a digit, and (b, a) >> c % 32.
+Tensor bytes(Tensor a, Tensor b, Tensor c) {
+    Tensor out = new_tensor(a, {kWarp, 2}, ScalarType::Int);
+    const auto words = [](const Tensor& t) { return static_cast<const uint32_t*>(t.const_data_ptr()); };
+    launch(bytes_kernel, kLanes, 1, kWarp, OnDeviceOf(a), words(a), words(b), words(c),
+           static_cast<uint2*>(out.mutable_data_ptr()));
+    return out;
+}
+
+}  // namespace
+}  // namespace engine
+
+STABLE_TORCH_LIBRARY_IMPL(engine_lanes, CUDA, m) {
+    m.impl("multiply", TORCH_BOX(&engine::multiply));
+    m.impl("matrices", TORCH_BOX(&engine::matrices));
+    m.impl("bytes", TORCH_BOX(&engine::bytes));
+}
