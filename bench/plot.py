@@ -40,7 +40,8 @@ def _panel(axis, title: str, rows: list[dict]) -> None:
                 axis.plot(row["fraction_of_limit"] * own / timing["median"], y, marker, color=colour, markersize=5)
     axis.axvline(1, color=LIMIT, linewidth=1)
     for i, name in enumerate(peers):
-        axis.plot([], [], "os^Dv"[i // len(PEERS) % 5], color=PEERS[i % len(PEERS)], markersize=5, label=name)
+        label = f"torch.{name}" if name.startswith("_") else name  # matplotlib leaves names with a first _ out
+        axis.plot([], [], "os^Dv"[i // len(PEERS) % 5], color=PEERS[i % len(PEERS)], markersize=5, label=label)
     axis.barh([0], [0], color=OWN, label=rows[0]["own"])
     axis.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
