@@ -133,7 +133,8 @@ def _op_panel(axis, title: str, rows: list[dict]) -> None:
     axis.axvline(1, color=LIMIT, linewidth=1)
     for i, name in enumerate(peers):
         marker = MARKERS[i // len(PEERS) % len(MARKERS)]
-        axis.plot([], [], marker, color=PEERS[i % len(PEERS)], markersize=5, label=name)
+        label = f"torch.{name}" if name.startswith("_") else name  # matplotlib leaves names with a first _ out
+        axis.plot([], [], marker, color=PEERS[i % len(PEERS)], markersize=5, label=label)
     axis.barh([0], [0], color=OWN, label=rows[0]["own"])
     axis.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)

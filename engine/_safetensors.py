@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -39,6 +40,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library reads no longer one
 REOPEN_BYTES = 64 << 20  # mapped pages that were read count as this process's memory until the file is closed
 WRITE_BYTES = 64 << 20  # a single write takes no more than 2 GiB on Linux
+LONGEST_NAME = 200  # bytes of a file's name, of the 255 that most file systems take: temporary ones add to it
 
 
 class CheckpointError(ValueError):
@@ -188,7 +190,7 @@ class TensorWriter:
         self._missing = set(entries)
         self.nbytes = len(self._header) + end
         self._fd = -1
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
+        self._temporary = _beside(self.path, f"{secrets.token_hex(6)}.tmp")
         self._keep = resume is not None
         if resume is not None:
             self._temporary = partial_path(self.path)
@@ -211,6 +213,9 @@ class TensorWriter:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._fd, 0, self.nbytes)
             self._write_at(0, memoryview(self._header))
+        except OSError as error:  # about the file that was asked for, not the temporary one
+            self._discard()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         except BaseException:
             self._discard()
             raise
@@ -263,13 +268,21 @@ class TensorWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if not self._keep:  # where it was renamed it is gone by now
+        if not self._keep and self._temporary.parent.is_dir():  # where it was renamed it is gone by now
             self._temporary.unlink(missing_ok=True)
 
 
 def partial_path(path: Path) -> Path:
     """Where a file is written that an interrupted run may go on with."""
-    return path.with_name(f".{path.name}.partial")
+    return _beside(path, "partial")
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A hidden name beside `path`, shortened where it would be longer than a file system takes."""
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f"{name[:40]}~{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return path.with_name(f".{name}.{ending}")
 
 
 def _item_size(name: str, entry: Entry) -> int:

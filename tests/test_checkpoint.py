@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -370,6 +371,14 @@ DAMAGE = {
         edit_metadata("engine_weights", {"other.weight": WEIGHT}),
         "other.weight: other.weight.shape is missing",
     ),
+    "transposed": (
+        edit_metadata("engine_weights", {"first.weight": {**WEIGHT, "transposed": 1}}),
+        "transposed: expect",
+    ),
+    "transposed kernel": (
+        edit_metadata("engine_weights", {"first.weight": {**WEIGHT, "transposed": True, "kernel_size": [3, 3]}}),
+        "transposed: expected true or false, and true for no convolution",
+    ),
     "not int8": (
         edit_metadata("engine_weights", {"head.weight": {"format": "DenseInt8", "dtype": "float32"}}),
         "head.weight: quantize_input",
@@ -670,3 +679,14 @@ def test_convolutions_by_name_alone(path, tmp_path):
     compress_(model, Recipe(prune=Prune(sparsity=0.5), quantize=Quantize(), guard="none"))
     for name in ("stem", "wide", "point"):
         assert torch.equal(fresh.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_names_of_every_length(tmp_path):
+    longest = tmp_path / ("é" * 120 + "x" * 15)  # 255 bytes, and the temporary file's name is longer than the file's
+    save(Mlp(), longest)
+    load_(Mlp(), longest)
+    for path in (tmp_path / "no folder" / "x", longest / "x", tmp_path / ("x" * 256)):
+        with pytest.raises(OSError, match=re.escape(path.name)) as caught:
+            save(Mlp(), path)
+        assert ".tmp" not in str(caught.value)
+    assert os.listdir(tmp_path) == [longest.name]

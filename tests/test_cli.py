@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from engine import backends, cli
-from engine.checkpoint import CheckpointFile, load_
+from engine._source import Source
+from engine.checkpoint import CheckpointFile, load_, save
 from engine.compress import Prune, Quantize, Recipe, Search, compress_, measure
 
 X = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
@@ -345,8 +346,8 @@ def test_a_killed_compression_goes_on(model, out, tmp_path, scope, monkeypatch):
     run("compress", model, "-o", whole, *options)
     tensors = len(load_file(model))
     reads = []
-    read = cli.Source.read
-    monkeypatch.setattr(cli.Source, "read", lambda self, name: reads.append(name) or read(self, name))
+    read = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, name: reads.append(name) or read(self, name))
     for stop in (2, tensors + 3):  # while it looks, and while it writes
         done = subprocess.run([sys.executable, "-c", KILLED, model, out, str(stop), scope])
         assert done.returncode == -9 and not out.exists()
@@ -437,3 +438,16 @@ def test_distill(task, tmp_path):
 def test_search_and_distill_refuse(task, tmp_path, arguments, code, message):
     words = [str(a).replace("TASK", task).replace("FOLDER", str(tmp_path)) for a in arguments]
     assert message in run(*words, "-o", tmp_path / "out", code=code)
+
+
+def test_ties_of_a_saved_model_stay(tmp_path):
+    path, out = tmp_path / "tied.safetensors", tmp_path / "small.safetensors"
+    torch.manual_seed(0)
+    model = TinyLm()
+    save(model, path)
+    run("compress", path, "-o", out, "--sparsity", "0.5", "--int8", "--guard", "none")
+    assert CheckpointFile(out).aliases == {"lm_head.weight": "embed.weight"}
+    small = load_(TinyLm(tied=False), out)
+    assert small.lm_head.values is small.embed.values
+    run("compress", path, "-o", out, "--int8", "--ignore", "lm_head", "--force")
+    assert "embed.weight" not in CheckpointFile(out).weights

@@ -13,7 +13,7 @@ from torch import nn
 import engine
 from engine import Prune, Quantize, Recipe
 from engine.compress import measure
-from engine.compress.report import Layer, Report
+from engine.compress.report import Layer, Report, _short_names
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn.conv2d import as_matrix
 
@@ -395,6 +395,26 @@ def test_report_files(tmp_path):
     assert "data:image/png;base64," in page and "ignored by" in page and "http" not in page
     with pytest.raises(ValueError, match=r"\.json, \.png or \.html"):
         report.save(tmp_path / "report.pdf")
+
+
+def test_what_no_target_means_is_told(tmp_path):
+    attention = nn.MultiheadAttention(64, 2)  # two matrices that no Linear holds
+    model = nn.ModuleDict({"a": attention, "b": nn.Linear(64, 64), "c": nn.Linear(64, 64)})
+    report = engine.compress_(model, Recipe(quantize=Quantize(), ignore=("c",), guard="none"))
+    assert report.others == {"a.in_proj_weight": 4 * 3 * 64 * 64, "a.out_proj.weight": 4 * 64 * 64}
+    assert "meant by no target: 65.5 kB in a.in_proj_weight, a.out_proj.weight" in str(report)
+    report.save(tmp_path / "report.html")
+    assert "meant by no target: 65.5 kB" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_of_nothing_and_of_long_names(tmp_path):
+    report = engine.compress_(Mlp(4, 4), Recipe(prune=Prune(threshold=0.0), guard="size"))
+    report.save(tmp_path / "empty.html")
+    page = (tmp_path / "empty.html").read_text()
+    assert "No layer was compressed" in page and "<img" not in page
+    names = _short_names([f"model.language_model.decoder.layers.{i}.attention.projection" for i in (1, 11)])
+    assert names == ["…1.attention.projection", "…11.attention.projection"]
+    assert _short_names(["x" * 100])[0] == "…" + "x" * 63 and _short_names([]) == []
 
 
 def test_prints_nothing(capfd):

@@ -111,6 +111,8 @@ def test_every_format(conv):
     assert error < (0.05 if conv.values.dtype == torch.int8 else 1e-6)
     assert (conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups) == (C, N, (3, 3), 1)
     assert conv.weight.shape == (N, C, 3, 3) and conv(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(x), conv(x.bfloat16()))
 
 
 def test_a_nan_stays_in_the_patches_that_hold_it():

@@ -211,3 +211,48 @@ def test_forward_mode_derivatives_are_refused(linear):
             torch.func.jvp(linear, (x,), (torch.ones_like(x),))
     with torch.autograd.forward_ad.dual_level():
         assert torch.equal(linear(x), linear(x))  # without a tangent it is as ever
+
+
+def test_a_state_dict_of_another_format_is_refused():
+    cases = [
+        (
+            Bitmap,
+            {"threshold": 0.1},
+            9,
+            Bitmap,
+            {"threshold": 0.1},
+            16,
+            "Bitmap columns=9, the model's Bitmap columns=16",
+        ),
+        (DenseInt8, {}, 8, DenseInt8, {"activation": "none"}, 8, "quantize_input=True, the model's DenseInt8"),
+        (Bitmap, {"threshold": 0.1}, 8, DenseInt8, {}, 8, "columns=8, the model's DenseInt8"),
+    ]
+    for kind, how, k, other_kind, other_how, other_k, message in cases:
+        state = nn.Sequential(CompressedLinear.from_dense(nn.Linear(k, 4), kind, **how)).state_dict()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        model = nn.Sequential(CompressedLinear.from_dense(nn.Linear(other_k, 4), other_kind, **other_how))
+        with pytest.raises(RuntimeError, match=f"0: is .*{message}"):
+            model.load_state_dict(torch.load(buffer))
+
+
+def test_inputs_of_another_width_are_refused(linear):
+    with pytest.raises(ValueError, match=r"CompressedLinear: x: expected \[..., 96\], got \[2, 95\]"):
+        linear(torch.randn(2, 95))
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        linear([1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_answers_as_for_a_dense_layer(linear, dtype):
+    x = torch.randn(2, 96)
+    with torch.autocast("cpu", dtype):
+        y = linear(x)
+    assert y.dtype == dtype and torch.equal(y, linear(x.to(dtype)))
+    assert linear(x).dtype == torch.float32
+
+
+def test_the_weight_cannot_be_set(linear):
+    with pytest.raises(AttributeError, match="CompressedLinear: weight: can't be set"):
+        linear.weight = nn.Parameter(torch.zeros(40, 96))

@@ -107,6 +107,8 @@ def _check_out(model: Path, out: Path, force: bool, resume: bool) -> None:
     left = {partial_path(out / WEIGHTS).name, journal_path(out / WEIGHTS).name} if resume else set()
     if out.exists() and not force and (out.is_file() or any(path.name not in left for path in out.iterdir())):
         raise ValueError(f"{out}: exists; --force replaces it")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise ValueError(f"{out.parent}: is a file, not a folder to write into")
     if not out.parent.is_dir():
         raise FileNotFoundError(2, "", str(out.parent))
 

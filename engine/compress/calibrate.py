@@ -177,7 +177,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    targets: tuple[str, ...] = ("Linear", "Conv2d"),
+    targets: tuple[str, ...] = ("Linear", "Conv2d", "Conv1D"),
     ignore: tuple[str, ...] = (),
     second_moment: bool = False,
     progress: bool = True,

@@ -69,6 +69,7 @@ def compress_(
         calibration = calibrate(model, [example_inputs], progress=False, **how)
     described = recipes[0].to_dict() if by_layer is None else {n: each.to_dict() for n, each in by_layer.items()}
     report = Report(recipe=described, layers=[], left_alone=left, bytes_before=model_bytes(model))
+    report.others = _others(model, {*left, *(name for target in targets for name in target.names)})
     chosen: dict[str, Compressed] = {}
     attempt = functools.partial(try_recipe, model, example_inputs, calibration, chosen, report)
     for each, group in groups:
@@ -84,6 +85,17 @@ def compress_(
     measure.replace_(model, chosen)
     report.bytes_after = model_bytes(model)
     return report
+
+
+def _others(model: nn.Module, meant: set[str]) -> dict[str, int]:
+    """Bytes of the parameters of two dimensions or more that are in none of these modules, tied ones once."""
+    seen = {id(parameter) for name in meant for parameter in model.get_submodule(name).parameters()}
+    lazy = nn.parameter.UninitializedParameter
+    return {
+        name: parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in seen and not isinstance(parameter, lazy) and parameter.dim() > 1
+    }
 
 
 def _by_recipe(targets: list[Target], recipes: Mapping[str, Recipe]) -> list[tuple[Recipe, list[Target]]]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.compress.report import _STYLE, _html_row, _without_nan
+from engine.compress.report import _STYLE, _html_row, _short, _without_nan
 
 if TYPE_CHECKING:
     from engine.compress.distill import Distillation
@@ -41,11 +41,11 @@ def frontier(search: "Search") -> bytes:
     if search.chosen.loss > 0:
         spot = (base / search.chosen.seconds, search.chosen.loss)
         axes.scatter(*spot, 190, COLOURS[4], marker="*", zorder=4, label="chosen")
-    for point in shown:
-        if point.uniform:
-            axes.annotate(
-                point.name, (base / point.seconds, point.loss), (6, 5), textcoords="offset points", fontsize=8
-            )
+    below, last = False, 0.0
+    for point in sorted((point for point in shown if point.uniform), key=lambda point: point.loss):
+        below, last = not below and point.loss < 1.5 * last, point.loss  # of names at one height one goes down
+        spot = (base / point.seconds, point.loss)
+        axes.annotate(point.name, spot, (6, -12 if below else 5), textcoords="offset points", fontsize=8)
     ((what, most),) = search.budget.items()
     if what == "loss" and most > 0:
         axes.axhline(most, color="#000000", linestyle=":", linewidth=1, label="budget")
@@ -56,7 +56,7 @@ def frontier(search: "Search") -> bytes:
     axes.set(xlabel="times as fast as dense", ylabel="loss (relative squared error unless given)")
     axes.set_title("Loss over speed, the whole model measured", fontsize=11, loc="left")
     axes.grid(True, which="major", color="#e5e5e5", zorder=0)
-    axes.margins(0.12)
+    axes.margins(0.2, 0.12)  # room for names on the right
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return _png(figure)
 
@@ -130,7 +130,7 @@ def page(search: "Search | None" = None, distillations: "Mapping[str, Distillati
     if distillations:
         parts += ["<h2>Training</h2>", _image(curves(distillations), "Training losses by step")]
     if search is not None:
-        machine = "".join(_html_row("td", (str(k), str(v))) for k, v in search.machine.items())
+        machine = "".join(_html_row("td", (k, "none" if v is None else str(v))) for k, v in search.machine.items())
         recipes = json.dumps(_without_nan(search.candidates), indent=2)
         parts += [f"<h2>Candidates</h2><pre>{html.escape(recipes)}</pre><h2>Machine</h2><table>{machine}</table>"]
     return (
@@ -152,7 +152,8 @@ def _choices(search: "Search") -> str:
         shape = "×".join(map(str, row["shape"]))
         body += _html_row("td", (row["name"], shape, search.chosen.options[row["name"]], gain, losses))
     header = _html_row("th", ("layer", "shape", "chosen", "time", "loss alone"))
-    return f"<h2>What was chosen, the most sensitive layers first</h2><table class=numbers>{header}{body}</table>"
+    title = "<h2>What was chosen, the most sensitive layers first</h2>"
+    return f"{title}<table class='numbers wordy'>{header}{body}</table>"
 
 
 def _points(search: "Search") -> str:
@@ -170,10 +171,6 @@ def _points(search: "Search") -> str:
 def _drawn(loss: float) -> float:
     """A loss as it can stand on a logarithmic axis."""
     return min(max(loss, 1e-12), 1e12)
-
-
-def _short(name: str, most: int = 44) -> str:
-    return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
 def _figure(width: float, height: float) -> Any:

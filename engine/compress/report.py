@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+OTHERS_NAMED = 3
+LONG_NAME = 44
 MOST_BARS = 60  # a picture of thousands of layers is too tall to be drawn or read
 
 
@@ -48,6 +50,8 @@ class Report:
         recipe: the recipe as a dict.
         layers: what was compressed.
         left_alone: qualified name to reason, for everything that a target meant and that stayed as it was.
+        others: bytes of each parameter, by name, that is a matrix or more and that no target meant: of layers whose
+            class has no compressed twin (the experts of a mixture, say), or that the recipe doesn't name.
         bytes_before, bytes_after: parameters and buffers of the whole model.
         seconds_before, seconds_after: median of a forward pass on the example inputs, None without them.
         machine: what it was measured on.
@@ -61,6 +65,7 @@ class Report:
     seconds_before: float | None = None
     seconds_after: float | None = None
     machine: dict[str, Any] = dataclasses.field(default_factory=lambda: _machine())
+    others: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         """A table: a line a layer, then the whole model, then what was left alone and why."""
@@ -77,17 +82,27 @@ class Report:
         if self.left_alone:
             lines += ["", f"left alone ({len(self.left_alone)}):"]
             lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
+        if others := self._others():
+            lines += ["", others]
         return "\n".join(lines)
 
     def summary(self) -> str:
         """The whole model in one line."""
-        size = f"model: {_megabytes(self.bytes_before)} → {_megabytes(self.bytes_after)}"
+        size = f"model: {_size(self.bytes_before)} → {_size(self.bytes_after)}"
         size += f" ({self.bytes_before / max(1, self.bytes_after):.2f}x smaller)"
         if self.seconds_before is None or self.seconds_after is None:
             return size
         before, after = self.seconds_before * 1e3, self.seconds_after * 1e3
         change = f"{before / after:.2f}x faster" if after <= before else f"{after / before:.2f}x slower"
         return f"{size}, {before:.2f} → {after:.2f} ms a forward pass ({change})"
+
+    def _others(self) -> str:
+        """The parameters that no target meant in one line, the largest by name; nothing below 1 % of the model."""
+        if sum(self.others.values()) < self.bytes_before / 100 or not self.others:
+            return ""
+        largest = sorted(self.others, key=lambda name: -self.others[name])[:OTHERS_NAMED]
+        more = f" and {len(self.others) - len(largest)} more" if len(self.others) > len(largest) else ""
+        return f"meant by no target: {_size(sum(self.others.values()))} in {', '.join(largest)}{more}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -111,8 +126,8 @@ class Report:
         else:
             raise ValueError(f"engine.Report.save: expected a name ending in .json, .png or .html, got {path.name!r}")
 
-    def _chart(self) -> bytes:
-        """Bytes and µs a layer, before and after, as PNG."""
+    def _chart(self, titled: bool = True) -> bytes:
+        """Bytes and times of each layer, before and after, as PNG."""
         from matplotlib.figure import Figure  # takes a second to import, and only this needs it
 
         shown = sorted(self.layers, key=lambda layer: -layer.bytes_before)[:MOST_BARS]
@@ -121,14 +136,19 @@ class Report:
         count = max(1, len(shown))
         figure = Figure(figsize=(7.5 * (1 + timed), 1.6 + 0.27 * count), layout="constrained")
         axes = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
-        names = [layer.name for layer in shown]
+        names = _short_names([layer.name for layer in shown])
         _bars(axes[0], names, [(y.bytes_before / 1e6, y.bytes_after / 1e6) for y in shown], "MB")
         if timed:
-            times = [((y.seconds_before or 0) * 1e6, (y.seconds_after or 0) * 1e6) for y in shown]
-            _bars(axes[1], names, times, "µs a forward pass")
-        axes[0].legend(loc="lower right", frameon=False)
-        more = f"\nthe {count} largest of {len(self.layers)} layers" if count < len(self.layers) else ""
-        figure.suptitle(self.summary() + more, fontsize=11)
+            seconds = [(y.seconds_before or 0, y.seconds_after or 0) for y in shown]
+            unit, scale = ("ms", 1e3) if max(map(max, seconds)) >= 0.01 else ("µs", 1e6)
+            times = [(before * scale, after * scale) for before, after in seconds]
+            _bars(axes[1], names, times, f"{unit} a forward pass")
+        if shown:
+            handles = axes[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
+        titles = [self.summary()] * titled
+        titles += [f"the {count} largest of {len(self.layers)} layers"] * (count < len(self.layers))
+        figure.suptitle("\n".join(titles), fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         return buffer.getvalue()
@@ -138,15 +158,21 @@ class Report:
         body = "".join(_html_row("td", _cells(layer)) for layer in self.layers)
         noted = _html_reasons("Done in part", {layer.name: layer.note for layer in self.layers if layer.note})
         left = _html_reasons("Left alone", self.left_alone)
-        chart = base64.b64encode(self._chart()).decode()
-        facts = "".join(_html_row("td", (str(k), str(v))) for k, v in self.machine.items())
+        if others := self._others():
+            left += f"<p>{html.escape(others)}</p>"
+        chart = "<p>No layer was compressed.</p>"
+        if self.layers:
+            chart = base64.b64encode(self._chart(titled=False)).decode()
+            chart = (
+                f'<img alt="Bytes and time of each layer, before and after" src="data:image/png;base64,{chart}">'
+                f"<h2>Layers</h2><table class=numbers>{_html_row('th', header)}{body}</table>"
+            )
+        facts = "".join(_html_row("td", (k, "none" if v is None else str(v))) for k, v in self.machine.items())
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Compression report</title>'
             f"<style>{_STYLE}</style></head><body><h1>Compression report</h1>"
             f"<p>{html.escape(self.summary())}</p>"
-            f'<img alt="Bytes and time of each layer, before and after" src="data:image/png;base64,{chart}">'
-            f"<h2>Layers</h2><table class=numbers>{_html_row('th', header)}{body}</table>{noted}{left}"
-            f"<h2>Recipe</h2><pre>{html.escape(json.dumps(self.recipe, indent=2))}</pre>"
+            f"{chart}{noted}{left}<h2>Recipe</h2><pre>{html.escape(json.dumps(self.recipe, indent=2))}</pre>"
             f"<h2>Machine</h2><table>{facts}</table></body></html>\n"
         )
 
@@ -155,7 +181,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
 img { max-width: 100% } table { border-collapse: collapse; font-size: 14px } th { text-align: left }
 th, td { padding: .2em .9em .2em 0; border-bottom: 1px solid #ddd; vertical-align: top }
-.numbers td:nth-child(n+4) { font-variant-numeric: tabular-nums; white-space: nowrap }
+td:first-child { overflow-wrap: break-word } .numbers { font-variant-numeric: tabular-nums }
+.numbers th, .numbers td:nth-child(n+2) { white-space: nowrap } .wordy td:last-child { white-space: normal }
 pre { background: #f5f5f5; padding: 1em }
 """
 
@@ -195,7 +222,9 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 
 def _html_row(tag: str, cells: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    escaped = [html.escape(cell) for cell in cells]
+    escaped[0] = escaped[0].replace(".", ".<wbr>")  # a long name may be broken after a dot
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in escaped) + "</tr>"
 
 
 def _without_nan(value: Any) -> Any:
@@ -214,8 +243,21 @@ def _html_reasons(title: str, reasons: dict[str, str]) -> str:
     return f"<h2>{title}</h2><table>{_html_row('th', ('layer', 'reason'))}{rows}</table>"
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """The names without the parts with which all of them begin, where any is long, and then their ends."""
+    shared = 0
+    if max(map(len, names), default=0) > LONG_NAME and len(names) > 1:
+        shared = os.path.commonprefix(names).rfind(".") + 1  # noqa: RUF071
+    return [_short("…" * (shared > 0) + name[shared:], LONG_NAME + 20) for name in names]
+
+
+def _short(name: str, most: int = LONG_NAME) -> str:
+    """The end of a long name, which tells layers apart."""
+    return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
 def _machine() -> dict[str, Any]:

@@ -16,7 +16,6 @@ from engine.ops._check import FLOAT_DTYPES
 
 LOG = logging.getLogger("engine")
 COMPRESSIBLE = (nn.Linear, nn.Embedding, nn.Conv2d)  # exactly these: a subclass may read its weight in ways of its own
-STANDARD = {kind.__name__: f"nn.{kind.__name__}" for kind in COMPRESSIBLE} | {"Conv1D": "Hugging Face's Conv1D"}
 
 
 def compressible(module: nn.Module) -> bool:
@@ -127,8 +126,9 @@ def find_targets(
             elif pattern in DEFAULT_TARGETS and type(module).__name__ == pattern:
                 if any(compressible(child) for child in module.modules()):
                     continue  # a wrapper, of which the inside is found by itself
-                what = "a subclass of" if isinstance(module, COMPRESSIBLE) else "another than"
-                others[name] = f"its class is {what} {STANDARD[pattern]}, and may compute something else"
+                standard = "Hugging Face's Conv1D" if pattern == "Conv1D" else pattern
+                what = "a subclass of" if isinstance(module, COMPRESSIBLE) else "not"
+                others[name] = f"its class is {what} {standard}, which may compute something else"
             elif inside is None:
                 chosen |= _compressible_below(name, module, pattern, owner)
     missed = [pattern for pattern, count in matched_by.items() if count == 0]

@@ -24,6 +24,7 @@ class _Compressed(nn.Module):
 
     values: nn.Parameter
     scale: nn.Parameter
+    input_scale: nn.Parameter | None
     _dtype_marker: Tensor
 
     def __init__(self, format: Format, dtype: torch.dtype | None = None) -> None:
@@ -64,6 +65,14 @@ class _Compressed(nn.Module):
         if not may_be_lazy(sources):
             return make(*sources)
         return LazyWeight(make, sources, self._as_weight(torch.empty(format.shape, dtype=dtype, device="meta")))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"engine.nn.{type(self).__name__}: weight: can't be set, it is made of the compressed tensors: "
+                "replace the module, or tie and resize weights before the model is compressed"
+            )
+        super().__setattr__(name, value)
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         """The matrix `[N, K]` in the shape that the dense layer has its weight."""
@@ -161,6 +170,12 @@ class CompressedLinear(_Compressed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype (under autocast, in autocast's)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"engine.nn.CompressedLinear: x: expected a tensor, got {type(x).__name__}")
+        if (
+            x.dim() == 0 or x.size(-1) != self.in_features
+        ):  # of a bitmap's columns an op knows only how many bytes they are
+            raise ValueError(f"engine.nn.CompressedLinear: x: expected [..., {self.in_features}], got {list(x.shape)}")
         return self.format.linear(in_autocast(x), self.bias)
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
@@ -199,7 +214,11 @@ class CompressedEmbedding(_Compressed):
 
     def forward(self, indices: Tensor) -> Tensor:
         """`indices` `[...]` to rows `[..., embedding_dim]`."""
-        return ops.int8_embedding(indices, self.values, self.scale, self._dtype_marker.dtype)
+        dtype, input_scale = self._dtype_marker.dtype, self.input_scale
+        if input_scale is None or input_scale.dim() == 0:
+            return ops.int8_embedding(indices, self.values, self.scale, dtype)
+        # Tied to a smoothed linear layer: the values have taken over its channels' scales.
+        return (ops.int8_embedding(indices, self.values, self.scale, torch.float32) / input_scale).to(dtype)
 
     def extra_repr(self) -> str:
         """What `repr` shows between the parentheses."""
