@@ -87,7 +87,7 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Every compressed weight replaces the nn.Linear, nn.Embedding, nn.Conv2d or Conv1D at its name; all other tensors
     are copied into the model's own. What was tied when the file was written is tied again. Names that differ from the
-    model's by one prefix common to all of them ("bert.") are taken as the same. The whole file is checked before the
+    model's by one prefix ("bert.") are taken as the same. The whole file is checked before the
     model changes at all, and after an error or an interrupt the model is as it was. The file is closed on return.
 
     Args:
@@ -148,10 +148,12 @@ def _match_names(file: CheckpointFile, slots: _Slots) -> dict[str, str]:
         for name, identity in slots.identity.items():  # what the model ties may be stored under one of its names
             if name not in names and identity in sources:
                 names[name] = sources[identity]
+        placed = {source for name, source in names.items() if name in slots.identity}
+        second = {rename(alias) for alias, source in file.aliases.items() if source in placed}  # names of what has one
         missing = sorted(slots.identity.keys() - names.keys())
-        unexpected = sorted(names.keys() - slots.identity.keys() - slots.skipped)
+        unexpected = sorted(names.keys() - slots.identity.keys() - slots.skipped - second)
         if not missing and not unexpected:
-            return {name: source for name, source in names.items() if name not in slots.skipped}
+            return {name: source for name, source in names.items() if name in slots.identity}
         problem = problem or (missing, unexpected)
     assert problem is not None
     described = [
@@ -164,12 +166,23 @@ def _match_names(file: CheckpointFile, slots: _Slots) -> dict[str, str]:
 
 
 def _renamings(stored: Mapping[str, str], slots: _Slots) -> Iterator[Callable[[str], str]]:
-    """Names as they are; without a prefix that all of the file's share; with one that all of the model's share."""
+    """Names as they are; without a prefix that all of the file's share, or some (a model, from the file of one with a
+    head); with a prefix that all of the model's share, or some (a model with a head, from the file of one without).
+    """
     yield lambda name: name
     for prefix in _common_prefixes(stored):
         yield lambda name, prefix=prefix: name[len(prefix) :]  # type: ignore[misc]
     for prefix in _common_prefixes(slots.identity):
         yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
+    for prefix in _first_parts(stored):
+        yield lambda name, prefix=prefix: name.removeprefix(prefix)  # type: ignore[misc]
+    for prefix in _first_parts(slots.identity):
+        yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
+
+
+def _first_parts(names: Mapping[str, Any]) -> list[str]:
+    found = dict.fromkeys(name.partition(".")[0] + "." for name in names if "." in name)
+    return list(found)[:MOST_PREFIX_PARTS]
 
 
 def _common_prefixes(names: Mapping[str, Any]) -> list[str]:
