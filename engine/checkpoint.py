@@ -5,6 +5,7 @@ How the file looks is said in engine/_checkpoint_file.py.
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -87,8 +88,9 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Every compressed weight replaces the nn.Linear, nn.Embedding, nn.Conv2d or Conv1D at its name; all other tensors
     are copied into the model's own. What was tied when the file was written is tied again. Names that differ from the
-    model's by one prefix ("bert.") are taken as the same. The whole file is checked before the
-    model changes at all, and after an error or an interrupt the model is as it was. The file is closed on return.
+    model's by one prefix ("bert."), or as transformers renames them, are taken as the same. The whole file is checked
+    before the model changes at all, and after an error or an interrupt the model is as it was. The file is closed on
+    return.
 
     Args:
         model: freshly constructed, or compressed in the same places.
@@ -166,6 +168,26 @@ def _match_names(file: CheckpointFile, slots: _Slots) -> dict[str, str]:
 
 
 def _renamings(stored: Mapping[str, str], slots: _Slots) -> Iterator[Callable[[str], str]]:
+    """What the names in a file may have to be called in the model, the likeliest first."""
+    yield from _by_prefix(stored, slots)
+    if library := _by_library(slots.model):
+        for prefixed in _by_prefix({library(name): source for name, source in stored.items()}, slots):
+            yield lambda name, prefixed=prefixed: prefixed(library(name))  # type: ignore[misc]
+
+
+def _by_library(model: nn.Module) -> Callable[[str], str] | None:
+    """How transformers renames what is in its files when it loads them into `model`, where that is one of its models.
+
+    Only whole names: where it puts tensors together (the experts of a mixture), a compressed one is not what it means.
+    """
+    modeling, mapping = (sys.modules.get(f"transformers.{part}") for part in ("modeling_utils", "conversion_mapping"))
+    if modeling is None or mapping is None or not isinstance(model, modeling.PreTrainedModel):
+        return None
+    steps = [step for step in mapping.get_model_conversion_mapping(model) if not hasattr(step, "operations")]
+    return lambda name: functools.reduce(lambda name, step: step.rename_source_key(name)[0], steps, name)
+
+
+def _by_prefix(stored: Mapping[str, Any], slots: _Slots) -> Iterator[Callable[[str], str]]:
     """Names as they are; without a prefix that all of the file's share, or some (a model, from the file of one with a
     head); with a prefix that all of the model's share, or some (a model with a head, from the file of one without).
     """

@@ -205,3 +205,19 @@ def test_a_weight_stays_differentiable():
     layer = CompressedLinear.from_dense(nn.Linear(8, 4), Bitmap, threshold=0.1)
     layer.weight.sum().backward()
     assert torch.equal(layer.values.grad, torch.ones_like(layer.values))
+
+
+def test_names_that_transformers_changes_as_it_loads(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    make = transformers.ViTForImageClassification
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **sizes)
+    model, fresh, x = make(config).eval(), make(config).eval(), torch.randn(1, 3, 16, 16)
+    model.save_pretrained(tmp_path / "whole")
+    assert any("attention.query" in name for name in CheckpointFile(tmp_path / "whole" / "model.safetensors").plain)
+    small = tmp_path / "small"
+    result = CliRunner().invoke(cli.app, ["compress", str(tmp_path / "whole"), "-o", str(small), "--int8"])
+    assert result.exit_code == 0, result.stderr
+    engine.compress_(model, Recipe(quantize=Quantize(), guard="size"))
+    engine.load_(fresh, small / "model.safetensors")
+    assert torch.equal(fresh(x).logits, model(x).logits)
