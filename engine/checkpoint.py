@@ -5,8 +5,9 @@ How the file looks is said in engine/_checkpoint_file.py.
 
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,6 +121,7 @@ class _Slots:
         modules: by the name of its weight, each module that is compressed or may be replaced.
         identity: for each name, what is equal for two names exactly when they mean the same memory.
         skipped: buffers that are not in the state dict: a file from another version of the model may have them.
+        ignored: patterns of names that a file may have besides, as transformers' models declare them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -137,6 +139,7 @@ class _Slots:
                 continue
             self.modules[f"{prefix}weight"] = module
         self.identity |= {name: id(tensor) for name, tensor in self.tensors.items()}
+        self.ignored: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         self.skipped = {name for name, _ in model.named_buffers(remove_duplicate=False)} - self.identity.keys()
 
 
@@ -154,6 +157,7 @@ def _match_names(file: CheckpointFile, slots: _Slots) -> dict[str, str]:
         second = {rename(alias) for alias, source in file.aliases.items() if source in placed}  # names of what has one
         missing = sorted(slots.identity.keys() - names.keys())
         unexpected = sorted(names.keys() - slots.identity.keys() - slots.skipped - second)
+        unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in slots.ignored)]
         if not missing and not unexpected:
             return {name: source for name, source in names.items() if name in slots.identity}
         problem = problem or (missing, unexpected)

@@ -207,6 +207,20 @@ def test_a_weight_stays_differentiable():
     assert torch.equal(layer.values.grad, torch.ones_like(layer.values))
 
 
+def test_gpt2_as_its_own_file_is_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=8)
+    make = transformers.GPT2LMHeadModel
+    model, path, small = make(config).eval(), tmp_path / "gpt2.safetensors", tmp_path / "small.safetensors"
+    state = {n.removeprefix("transformer."): t.clone() for n, t in model.transformer.state_dict().items()}
+    save_file(state | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, path)  # a mask, of which the model knows no more
+    assert CliRunner().invoke(cli.app, ["compress", str(path), "-o", str(small), "--int8"]).exit_code == 0
+    engine.compress_(model, Recipe(quantize=Quantize(), guard="size"))
+    for whole, name in ((make(config), "transformer."), (transformers.GPT2Model(config), "")):
+        loaded = engine.load_(whole, small).state_dict()
+        assert torch.equal(loaded[f"{name}h.0.attn.c_proj.values"], model.transformer.h[0].attn.c_proj.values)
+
+
 def test_names_that_transformers_changes_as_it_loads(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
