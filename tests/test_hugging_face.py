@@ -100,15 +100,13 @@ def test_conv1d_by_names_and_biases(tmp_path):
     }
     engine.compress_(model, RECIPE)
     assert torch.equal(engine.load_(fresh, small)(TOKENS), model(TOKENS))
-    # A square Linear among Linears is none, and one that was taken for a Conv1D is loaded as what it means.
-    linears = {
-        f"{n}.{k}": t
-        for n, m in (("a", nn.Linear(64, 32)), ("c_proj", nn.Linear(64, 64)))
-        for k, t in m.state_dict().items()
-    }
+    # A square Linear among Linears is none; nor is a layer with a bias an embedding, whatever its name.
+    names = (("a", nn.Linear(64, 32)), ("c_proj", nn.Linear(64, 64)), ("embed_project", nn.Linear(32, 64)))
+    linears = {f"{name}.{k}": t for name, layer in names for k, t in layer.state_dict().items()}
     save_file(linears, path)
     assert CliRunner().invoke(cli.app, [*options, "--force"]).exit_code == 0
-    assert not any(w.transposed for w in CheckpointFile(small).weights.values())
+    found = CheckpointFile(small).weights.values()
+    assert len(found) == 3 and not any(w.transposed or w.format is not Bitmap for w in found)
 
 
 def test_conv1d_is_pruned_and_trained(tmp_path):
