@@ -111,7 +111,7 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
         if last != "weight" or len(entry.shape) not in (2, 4):
             continue
         homes = [module, *(alias.rpartition(".")[0] for alias, stored in source.aliases.items() if stored == name)]
-        embeds = any(map(EMBEDDING.search, homes))
+        embeds = any(map(EMBEDDING.search, homes)) and f"{module}.bias" not in source.files  # no embedding has one
         kind = "Conv2d" if len(entry.shape) == 4 else "Embedding" if embeds else "Linear"
         if name in transposed and not embeds:
             kind = CONV1D

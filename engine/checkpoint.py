@@ -5,13 +5,14 @@ How the file looks is said in engine/_checkpoint_file.py.
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, read_weight, weight_parts
+from engine._match_names import Slots, match_names
 from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
@@ -21,8 +22,6 @@ from engine.nn.conv2d import why_not
 
 __all__ = ["CheckpointError", "CheckpointFile", "load_", "read_weight", "save"]
 
-MOST_PREFIX_PARTS = 16
-NAMES_SHOWN = 5
 REPLACED = (nn.Linear, nn.Embedding, nn.Conv2d, CompressedLinear, CompressedEmbedding, CompressedConv2d)
 
 
@@ -87,8 +86,9 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Every compressed weight replaces the nn.Linear, nn.Embedding, nn.Conv2d or Conv1D at its name; all other tensors
     are copied into the model's own. What was tied when the file was written is tied again. Names that differ from the
-    model's by one prefix common to all of them ("bert.") are taken as the same. The whole file is checked before the
-    model changes at all, and after an error or an interrupt the model is as it was. The file is closed on return.
+    model's by one prefix ("bert."), or as transformers renames them, are taken as the same. The whole file is checked
+    before the model changes at all, and after an error or an interrupt the model is as it was. The file is closed on
+    return.
 
     Args:
         model: freshly constructed, or compressed in the same places.
@@ -102,83 +102,15 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         CheckpointError: the file is damaged, or not for this model; the message names the tensor.
     """
     file = CheckpointFile(path)
-    slots = _Slots(model)
-    names = _match_names(file, slots)
+    slots = Slots(model)
+    names = match_names(file, slots)
     replacements = _replacements(file, slots, names)
     copies, ties = _copies(file, slots, names)
     _commit(model, file, replacements, copies, ties)
     return model
 
 
-class _Slots:
-    """What a model has to be loaded: modules with a weight, and tensors, by the names that the file has for them.
-
-    Attributes:
-        tensors: parameters and buffers in the state dict, but for those of compressed modules.
-        modules: by the name of its weight, each module that is compressed or may be replaced.
-        identity: for each name, what is equal for two names exactly when they mean the same memory.
-        skipped: buffers that are not in the state dict: a file from another version of the model may have them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.tensors: dict[str, Any] = dict(model.state_dict(keep_vars=True))
-        self.modules: dict[str, nn.Module] = {}
-        self.identity: dict[str, Any] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            prefix = f"{path}." if path else ""
-            if isinstance(module, _Compressed):
-                for field in module.format.TENSORS:
-                    self.tensors.pop(prefix + field, None)
-                self.identity[f"{prefix}weight"] = id(module._parameters["values"])
-            elif f"{prefix}weight" not in self.tensors:
-                continue
-            self.modules[f"{prefix}weight"] = module
-        self.identity |= {name: id(tensor) for name, tensor in self.tensors.items()}
-        self.skipped = {name for name, _ in model.named_buffers(remove_duplicate=False)} - self.identity.keys()
-
-
-def _match_names(file: CheckpointFile, slots: _Slots) -> dict[str, str]:
-    """For every name in the model the name of the weight or tensor in the file that belongs there."""
-    stored = {**{name: name for name in (*file.weights, *file.plain)}, **file.aliases}
-    problem = None
-    for rename in _renamings(stored, slots):
-        names = {rename(name): source for name, source in stored.items()}
-        sources = {slots.identity[name]: source for name, source in names.items() if name in slots.identity}
-        for name, identity in slots.identity.items():  # what the model ties may be stored under one of its names
-            if name not in names and identity in sources:
-                names[name] = sources[identity]
-        missing = sorted(slots.identity.keys() - names.keys())
-        unexpected = sorted(names.keys() - slots.identity.keys() - slots.skipped)
-        if not missing and not unexpected:
-            return {name: source for name, source in names.items() if name not in slots.skipped}
-        problem = problem or (missing, unexpected)
-    assert problem is not None
-    described = [
-        f"{what} {', '.join(found[:NAMES_SHOWN])}"
-        + (f" and {len(found) - NAMES_SHOWN} more" * (len(found) > NAMES_SHOWN))
-        for what, found in zip(("missing:", "unexpected:"), problem, strict=True)
-        if found
-    ]
-    raise CheckpointError(f"{file.path}: not for this {type(slots.model).__name__}: {'; '.join(described)}")
-
-
-def _renamings(stored: Mapping[str, str], slots: _Slots) -> Iterator[Callable[[str], str]]:
-    """Names as they are; without a prefix that all of the file's share; with one that all of the model's share."""
-    yield lambda name: name
-    for prefix in _common_prefixes(stored):
-        yield lambda name, prefix=prefix: name[len(prefix) :]  # type: ignore[misc]
-    for prefix in _common_prefixes(slots.identity):
-        yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
-
-
-def _common_prefixes(names: Mapping[str, Any]) -> list[str]:
-    # By characters, and then back to the last whole part.
-    shared = os.path.commonprefix(list(names)).split(".")[:-1][:MOST_PREFIX_PARTS]  # noqa: RUF071
-    return [".".join(shared[: i + 1]) + "." for i in range(len(shared))]
-
-
-def _replacements(file: CheckpointFile, slots: _Slots, names: Mapping[str, str]) -> dict[str, nn.Module]:
+def _replacements(file: CheckpointFile, slots: Slots, names: Mapping[str, str]) -> dict[str, nn.Module]:
     """The compressed modules by qualified name: read, checked, and fit for the modules that they replace."""
     homes: dict[str, list[str]] = {}
     for name, source in names.items():
@@ -201,7 +133,7 @@ def _replacements(file: CheckpointFile, slots: _Slots, names: Mapping[str, str])
     return found
 
 
-def _stays_dense(file: CheckpointFile, slots: _Slots, name: str, source: str) -> bool:
+def _stays_dense(file: CheckpointFile, slots: Slots, name: str, source: str) -> bool:
     """Whether a compressed weight is for a layer that can't be replaced, and so is loaded as the dense weight it means.
 
     A file that was compressed by the names of its tensors may hold such: the weight of a Conv1D that was taken for a
@@ -218,7 +150,7 @@ def _stays_dense(file: CheckpointFile, slots: _Slots, name: str, source: str) ->
     return not (is_conv1d(module) if transposed else type(module) is nn.Linear)
 
 
-def _check_home(file: CheckpointFile, slots: _Slots, name: str, source: str) -> None:
+def _check_home(file: CheckpointFile, slots: Slots, name: str, source: str) -> None:
     """Raises unless the module at `name` can be replaced by a compressed one of the file's dtype."""
     where, module = f"{file.path}: {source}", slots.modules.get(name)
     kind = type(module)
@@ -291,7 +223,7 @@ def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
 
 
 def _copies(
-    file: CheckpointFile, slots: _Slots, names: Mapping[str, str]
+    file: CheckpointFile, slots: Slots, names: Mapping[str, str]
 ) -> tuple[list[tuple[Tensor, str]], list[tuple[str, Tensor]]]:
     """Checked: what of the file to copy into which tensor of the model, and which names to tie to which tensor."""
     copies: list[tuple[Tensor, str]] = []
@@ -316,7 +248,7 @@ def _copies(
     return copies, ties
 
 
-def _check_tensor(file: CheckpointFile, slots: _Slots, name: str, source: str) -> None:
+def _check_tensor(file: CheckpointFile, slots: Slots, name: str, source: str) -> None:
     """Raises unless the file's tensor can be copied to where the model has `name`."""
     where, tensor = f"{file.path}: {source}", slots.tensors.get(name)
     shape: tuple[int, ...]

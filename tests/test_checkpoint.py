@@ -690,3 +690,33 @@ def test_names_of_every_length(tmp_path):
             save(Mlp(), path)
         assert ".tmp" not in str(caught.value)
     assert os.listdir(tmp_path) == [longest.name]
+
+
+class Head(nn.Module):
+    """A model around another, whose output layer is tied to the other's embedding, or is its own."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.base = nn.ModuleDict({"embed": nn.Embedding(40, 32), "up": nn.Linear(32, 32)})
+        self.head = nn.Linear(32, 40, bias=False)
+        if tied:
+            self.head.weight = self.base["embed"].weight
+
+
+def test_with_and_without_a_head(path):
+    recipe = Recipe(quantize=Quantize(), guard="none")
+    whole, other = Head(), Head()
+    compress_(whole, recipe)
+    save(whole, path)
+    base = load_(Head().base, path)
+    assert torch.equal(base["up"].values, whole.base["up"].values) and type(base["embed"]) is CompressedEmbedding
+    save(whole.base, path)
+    load_(other, path)
+    assert torch.equal(other.head.weight, whole.head.weight) and other.head.values is other.base["embed"].values
+    with pytest.raises(CheckpointError, match=r"missing: base.embed.weight, base.up.bias, base.up.weight, head.weight"):
+        load_(Head(tied=False), path)
+    untied = Head(tied=False)
+    compress_(untied, recipe)
+    save(untied, path)
+    with pytest.raises(CheckpointError, match=r"unexpected: base.embed.weight"):
+        load_(Head().base, path)

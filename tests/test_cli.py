@@ -183,6 +183,7 @@ def test_bad_files(model, out, tmp_path):
         ):
             assert "bad.safetensors" in run(*command, code=1)
     assert "no such file" in run("compress", model, "-o", tmp_path / "none" / "x", "--int8", code=1)
+    assert "is a file, not a folder" in run("compress", model, "-o", model / "x", "--int8", code=1)
     run("compress", model, "-o", out, "--int8")
     assert "compressed already" in run("compress", out, "-o", tmp_path / "again.safetensors", "--int8", code=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors", "model.safetensors", "small.safetensors"]

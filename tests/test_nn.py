@@ -240,8 +240,13 @@ def test_a_state_dict_of_another_format_is_refused():
 def test_inputs_of_another_width_are_refused(linear):
     with pytest.raises(ValueError, match=r"CompressedLinear: x: expected \[..., 96\], got \[2, 95\]"):
         linear(torch.randn(2, 95))
-    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+    with pytest.raises(TypeError, match="x: expected a float32, float16 or bfloat16 tensor, got list"):
         linear([1.0])
+
+
+def test_symbolic_tracing(linear):
+    x = torch.randn(3, 96)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(linear))(x), linear(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

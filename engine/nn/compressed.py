@@ -170,11 +170,8 @@ class CompressedLinear(_Compressed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype (under autocast, in autocast's)."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"engine.nn.CompressedLinear: x: expected a tensor, got {type(x).__name__}")
-        if (
-            x.dim() == 0 or x.size(-1) != self.in_features
-        ):  # of a bitmap's columns an op knows only how many bytes they are
+        # Of a bitmap's columns an op knows only how many bytes they are. What is no tensor may be torch.fx's stand-in.
+        if isinstance(x, Tensor) and (x.dim() == 0 or x.size(-1) != self.in_features):
             raise ValueError(f"engine.nn.CompressedLinear: x: expected [..., {self.in_features}], got {list(x.shape)}")
         return self.format.linear(in_autocast(x), self.bias)
 
