@@ -1,7 +1,8 @@
-"""One timer and one printer for every benchmark: peers interleaved in one loop, buffers rotated, limits measured."""
+"""One timer and one printer for every benchmark: peers interleaved in shuffled order, buffers rotated, limits measured."""
 
 import dataclasses
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -52,17 +53,22 @@ RESULTS: list[dict] = []  # every row printed in this process, for --json and --
 
 
 def time_interleaved(functions: dict[str, Callable[[int], object]], repeats: int = 15) -> dict[str, Timing]:
-    """Times every function once a round, in turn, so that noise falls on all of them alike.
+    """Times every function once a round, so that noise falls on all of them alike, each round in an order of its own.
 
-    Each is called with the round's number, by which it picks one of its rotated buffers.
+    In one order for all rounds each function would always follow the same other, with the caches, the allocator and
+    the awake or sleeping threads as that one leaves them: the same code came out 1.2 times apart by its neighbour.
+    Orders are drawn from a fixed seed, so that a run can be repeated. Each function is called with the round's number,
+    by which it picks one of its rotated buffers.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function(0)
+    order, shuffle = list(functions), random.Random(0).shuffle
     for i in range(max(2, repeats)):
-        for name, function in functions.items():
+        shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            function(i)
+            functions[name](i)
             times[name].append(time.perf_counter() - start)
     return {name: _timing(seconds) for name, seconds in times.items()}
 

@@ -1,6 +1,7 @@
 """The benchmark harness: its timer, its limits, its output. What it measures decides no test."""
 
 import importlib
+import itertools
 import json
 
 import pytest
@@ -28,8 +29,13 @@ def test_every_public_op_has_a_benchmark():
 
 def test_timer_interleaves_and_rotates():
     calls = []
-    timings = common.time_interleaved({"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i))}, 3)
-    assert calls == [("a", 0), ("b", 0), *((name, i) for i in range(3) for name in "ab")]  # a warm-up of each first
+    functions = {name: lambda i, name=name: calls.append((name, i)) for name in "abc"}
+    timings = common.time_interleaved(functions, 20)
+    assert calls[:3] == [("a", 0), ("b", 0), ("c", 0)]  # a warm-up of each first
+    rounds = [calls[i : i + 3] for i in range(3, 63, 3)]
+    assert [sorted(one) for one in rounds] == [[(name, i) for name in "abc"] for i in range(20)]
+    followed = {(first, second) for one in rounds for (first, _), (second, _) in itertools.pairwise(one)}
+    assert len(followed) == 6  # everyone behind everyone else
     assert all(0 < t.p10 <= t.median <= t.p90 for t in timings.values())
     assert common.copies(1 << 20, 3 << 20) == 3 and common.copies(4 << 20, 3 << 20) == common.copies(0) == 1
 
