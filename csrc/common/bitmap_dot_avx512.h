@@ -148,7 +148,8 @@ struct MatrixAvx512 {
     }
 };
 
-// More rows of activations: four weight rows are spread to memory once, and multiplied as if they were dense.
+// More rows of activations: four weight rows are spread to memory once, and multiplied as if they were dense. Memory is
+// asked for the next four while these are multiplied: while they are spread, 20 KB at once would be more than it gives.
 struct SpreadAvx512 {
     using Q = int8_t;
     static constexpr int kColumns = kDotColumns;
@@ -173,7 +174,6 @@ struct SpreadAvx512 {
             for (int64_t i = k; i < k + 512; i += 64) {
                 uint64_t bits;
                 std::memcpy(&bits, mask + i / 8, 8);
-                __builtin_prefetch(values + column.values_ahead);
                 values = spread(bits, values, out + i);
             }
         }
@@ -184,14 +184,30 @@ struct SpreadAvx512 {
     static void stretch(const int8_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
         constexpr int64_t kStride = kDepth + 64;  // not a power of two: rows would drive each other out of the cache
         alignas(64) int8_t w[kColumns * kStride];
-        for (int c = 0; c < kColumns; ++c) expand(columns[c], kc, w + c * kStride);
+        const int8_t* next[kColumns];  // where the values of the next four rows lie, about
+        for (int c = 0; c < kColumns; ++c) {
+            next[c] = columns[c].values + columns[c].values_ahead;
+            expand(columns[c], kc, w + c * kStride);
+        }
         constexpr int64_t kRows = DotTilesAvx512::kRows;
         const int64_t tiles = (m + kRows - 1) / kRows;
+        const int64_t asked = tiles < kColumns ? 2 : 1;  // rows that a tile asks for, so that the first ask for all
         for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-            const int64_t count = (m - row + tiles - tile - 1) / (tiles - tile);
-            const int8_t* next = q + (row + count) % m * q_stride;
+            const int64_t count = (m - row + tiles - tile - 1) / (tiles - tile), first = tile * asked;
+            const bool asks = first < kColumns;
             int32_t part[(kRows + 3) / 4 * 4 * kColumns];
-            dot_tile<DotTilesAvx512>(count, {q + row * q_stride, q_stride, w, kStride, kc, w, 0, next, w}, part);
+            dot_tile<DotTilesAvx512>(count,
+                                     {.q = q + row * q_stride,
+                                      .q_stride = q_stride,
+                                      .w = w,
+                                      .stride = kStride,
+                                      .kc = kc,
+                                      .ahead = asks ? next[first] : w,
+                                      .ahead_stride = asks && asked == 2 ? next[first + 1] - next[first] : 0,
+                                      .asked = asks ? asked : 0,
+                                      .next_q = q + (row + count) % m * q_stride,
+                                      .next_w = w},
+                                     part);
             std::copy_n(part, count * kColumns, sums + row * kColumns);
             row += count;
         }

@@ -41,8 +41,10 @@ class _Compressed(nn.Module):
     @property
     def format(self) -> Format:
         """The format over this module's tensors, without a copy."""
-        tensors = {name: self._parameters[name] for name in self._format_type.TENSORS}
-        return self._format_type(**tensors, **self._settings)  # type: ignore[arg-type]
+        fields, parameters = self._settings.copy(), self._parameters
+        for name in self._format_type.TENSORS:
+            fields[name] = parameters[name]
+        return self._format_type(**fields)
 
     @property
     def weight(self) -> Tensor:
@@ -120,7 +122,7 @@ class CompressedLinear(_Compressed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype."""
-        return self.format.linear(x, self.bias)
+        return self.format.linear(x, self._parameters["bias"])  # as an attribute it would cost 0.5 µs more
 
     def extra_repr(self) -> str:
         """What `repr` shows between the parentheses."""
