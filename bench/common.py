@@ -1,4 +1,4 @@
-"""One timer and one printer for every benchmark: peers interleaved in shuffled order, buffers rotated, limits measured."""
+"""One timer and one printer for every benchmark: peers in shuffled order, buffers rotated, limits measured."""
 
 import dataclasses
 import math
