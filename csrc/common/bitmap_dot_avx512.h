@@ -72,16 +72,21 @@ struct MatrixAvx512 {
     static constexpr bool kShifted = true, kReadsAhead = true;
     static int64_t depth(int64_t m) { return std::min(kExactDepth, (128 << 10) / m / 64 * 64); }  // activations in L2
 
-    // 64 weights of C rows by R rows of activations. Unrolled by force, else GCC keeps the sums in memory.
-    template <int R, int C>
+    // 64 weights of C rows by R rows of activations. Unrolled by force, else GCC keeps the sums in memory. What was
+    // spread is kept in `out` where there are tiles to come; these ask for memory then.
+    template <int R, int C, int64_t kept>
     ENGINE_AVX512 ENGINE_INLINE static void step(const uint64_t (&bits)[C], const int64_t (&ahead)[C],
                                                  const int8_t* (&values)[C], const int8_t* q, int64_t q_stride,
+                                                 int8_t* out,  // [C, kept], or nothing where kept is 0
                                                  __m512i (&acc)[R * C]) {
         __m512i w[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            __builtin_prefetch(values[c] + ahead[c]);
+            if constexpr (kept == 0) __builtin_prefetch(values[c] + ahead[c]);
             w[c] = expand_shifted_avx512(values[c], bits[c]);
+            if constexpr (kept != 0) {
+                _mm512_store_si512(out + c * kept, _mm512_xor_si512(w[c], _mm512_set1_epi8(-128)));
+            }
         }
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
@@ -91,9 +96,11 @@ struct MatrixAvx512 {
         }
     }
 
-    template <int R, int C>
+    template <int R, int C, int64_t kept = 0>
     ENGINE_AVX512 __attribute__((noinline)) static void tile(const int8_t* q, int64_t q_stride, Column* columns,
-                                                             int64_t kc, int32_t* sums) {  // [R, kColumns]
+                                                             int64_t kc,
+                                                             int32_t* sums,  // [R, kColumns]
+                                                             int8_t* out = nullptr) {
         __m512i acc[R * C];
 #pragma GCC unroll 24
         for (auto& a : acc) a = _mm512_setzero_si512();
@@ -113,9 +120,9 @@ struct MatrixAvx512 {
                 std::memcpy(&bits[c], mask[c] + k / 8, 8);
                 __builtin_prefetch(mask[c] + k / 8 + columns[0].mask_ahead);
             }
-            step<R, C>(bits, ahead, values, q, q_stride, acc);
+            step<R, C, kept>(bits, ahead, values, q, q_stride, kept ? out + k : nullptr, acc);
         }
-        if (whole < kc) step<R, C>(rest, ahead, values, q, q_stride, acc);
+        if (whole < kc) step<R, C, kept>(rest, ahead, values, q, q_stride, kept ? out + whole : nullptr, acc);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) columns[c].values = values[c];
         alignas(16) int32_t flat[(R * C + 3) / 4 * 4];
@@ -131,24 +138,19 @@ struct MatrixAvx512 {
         }
     }
 
+    // m ≤ kTwo
     static void stretch(const int8_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
-        constexpr decltype(&tile<1, 4>) kTiles[] = {tile<1, 4>, tile<2, 4>,  tile<3, 4>,  tile<4, 4>,
-                                                    tile<5, 4>, tile<6, 4>,  tile<7, 2>,  tile<8, 2>,
-                                                    tile<9, 2>, tile<10, 2>, tile<11, 2>, tile<12, 2>};
-        if (m <= kFour) return kTiles[m - 1](q, q_stride, columns, kc, sums);
-        for (int c = 0; c < kColumns; c += 2) {
-            const Column start[] = {columns[c], columns[c + 1]};
-            const int64_t rows = m > kTwo ? (m + 1) / 2 : m;  // two tiles of one size; of 13 rows they share one
-            for (int64_t row = 0;; row = m - rows) {
-                std::copy_n(start, 2, columns + c);
-                kTiles[rows - 1](q + row * q_stride, q_stride, columns + c, kc, sums + row * kColumns + c);
-                if (row + rows >= m) break;
-            }
-        }
+        using Tile = void (*)(const int8_t*, int64_t, Column*, int64_t, int32_t*, int8_t*);
+        constexpr Tile kTiles[] = {tile<1, 4>, tile<2, 4>, tile<3, 4>, tile<4, 4>,  tile<5, 4>,  tile<6, 4>,
+                                   tile<7, 2>, tile<8, 2>, tile<9, 2>, tile<10, 2>, tile<11, 2>, tile<12, 2>};
+        if (m <= kFour) return kTiles[m - 1](q, q_stride, columns, kc, sums, nullptr);
+        for (int c = 0; c < kColumns; c += 2) kTiles[m - 1](q, q_stride, columns + c, kc, sums + c, nullptr);
     }
 };
 
-// More rows of activations: four weight rows are spread to memory once, and multiplied as if they were dense.
+// More rows of activations: the first tile multiplies four weight rows as it spreads them, and keeps them for the
+// others, which multiply them as if they were dense. Those ask memory for the next four: with the first alone it would
+// be more at a time than memory gives.
 struct SpreadAvx512 {
     using Q = int8_t;
     static constexpr int kColumns = kDotColumns;
@@ -157,41 +159,32 @@ struct SpreadAvx512 {
     static int64_t depth(int64_t) { return kDepth; }
     static int64_t rows(int64_t k) { return DotTilesAvx512::rows(k); }
 
-    ENGINE_AVX512 ENGINE_INLINE static const int8_t* spread(uint64_t bits, const int8_t* values, int8_t* out) {
-        const uint64_t kept = integer_bits(bits);
-        _mm512_store_si512(out, expand_lanes_avx512<int8_t>(kept, _mm512_loadu_si512(values)));
-        return values + popcount64(kept);
-    }
-
-    ENGINE_AVX512 static void expand(Column& column, int64_t kc, int8_t* out) {
-        const uint8_t* mask = column.mask;
-        const int8_t* values = column.values;
-        int64_t k = 0;
-        for (; k + 512 <= kc; k += 512) {
-            __builtin_prefetch(mask + k / 8 + column.mask_ahead);
-#pragma GCC unroll 8
-            for (int64_t i = k; i < k + 512; i += 64) {
-                uint64_t bits;
-                std::memcpy(&bits, mask + i / 8, 8);
-                __builtin_prefetch(values + column.values_ahead);
-                values = spread(bits, values, out + i);
-            }
-        }
-        for (; k < kc; k += 64) values = spread(mask_bits(mask, k, kc), values, out + k);
-        column.values = values;
-    }
-
     static void stretch(const int8_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
         constexpr int64_t kStride = kDepth + 64;  // not a power of two: rows would drive each other out of the cache
         alignas(64) int8_t w[kColumns * kStride];
-        for (int c = 0; c < kColumns; ++c) expand(columns[c], kc, w + c * kStride);
+        const int8_t* next[kColumns];  // where the values of the next four rows lie, about
+        for (int c = 0; c < kColumns; ++c) next[c] = columns[c].values + columns[c].values_ahead;
+        constexpr int64_t kFirst = MatrixAvx512::kFour;
+        MatrixAvx512::tile<kFirst, kColumns, kStride>(q, q_stride, columns, kc, sums, w);
         constexpr int64_t kRows = DotTilesAvx512::kRows;
-        const int64_t tiles = (m + kRows - 1) / kRows;
-        for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-            const int64_t count = (m - row + tiles - tile - 1) / (tiles - tile);
-            const int8_t* next = q + (row + count) % m * q_stride;
+        const int64_t tiles = (m - kFirst + kRows - 1) / kRows;  // at least two, as m > kTwo
+        const int64_t asked = tiles < kColumns ? 2 : 1;  // rows that a tile asks for, so that the first ask for all
+        for (int64_t tile = 0, row = kFirst; tile < tiles; ++tile) {
+            const int64_t count = (m - row + tiles - tile - 1) / (tiles - tile), first = tile * asked;
+            const bool asks = first < kColumns;
             int32_t part[(kRows + 3) / 4 * 4 * kColumns];
-            dot_tile<DotTilesAvx512>(count, {q + row * q_stride, q_stride, w, kStride, kc, w, 0, next, w}, part);
+            dot_tile<DotTilesAvx512>(count,
+                                     {.q = q + row * q_stride,
+                                      .q_stride = q_stride,
+                                      .w = w,
+                                      .stride = kStride,
+                                      .kc = kc,
+                                      .ahead = asks ? next[first] : w,
+                                      .ahead_stride = asks && asked == 2 ? next[first + 1] - next[first] : 0,
+                                      .asked = asks ? asked : 0,
+                                      .next_q = q + (row + count) % m * q_stride,
+                                      .next_w = w},
+                                     part);
             std::copy_n(part, count * kColumns, sums + row * kColumns);
             row += count;
         }

@@ -16,8 +16,9 @@ struct DotTile {
     int64_t q_stride;
     const int8_t* w;  // [kDotColumns, stride]
     int64_t stride, kc;
-    const int8_t* ahead;   // [asked, stride], weights to ask memory for; or w itself
-    int64_t asked;         // of kDotColumns
+    const int8_t* ahead;  // [asked, ahead_stride], weights to ask memory for, kc bytes of each; or w itself
+    int64_t ahead_stride;
+    int64_t asked;         // at most kDotColumns
     const Q* next_q;       // what the next tile begins with, and
     const int8_t* next_w;  // lies in L2 by now
 };
@@ -36,13 +37,13 @@ struct DotTilesAvx512 {
 
     template <int R, int asked, bool whole>
     ENGINE_AVX512 ENGINE_INLINE static void step(__m512i (&acc)[R][kDotColumns], const int8_t* q, int64_t q_stride,
-                                                 const int8_t* w, int64_t stride, __mmask64 inside,
-                                                 const int8_t* ahead) {
+                                                 const int8_t* w, int64_t stride, __mmask64 inside, const int8_t* ahead,
+                                                 int64_t ahead_stride) {
         const __m512i shift = _mm512_set1_epi8(-128);
         __m512i shifted[kDotColumns];
 #pragma GCC unroll 4
         for (int j = 0; j < kDotColumns; ++j) {
-            if (j < asked) __builtin_prefetch(ahead + j * stride, 0, 2);
+            if (j < asked) __builtin_prefetch(ahead + j * ahead_stride, 0, 2);
             const int8_t* from = w + j * stride;
             const __m512i weights = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(inside, from);
             shifted[j] = _mm512_xor_si512(weights, shift);
@@ -72,7 +73,7 @@ struct DotTilesAvx512 {
         const DotTile<int8_t>& t,
         int32_t* sums) {  // [R up to a multiple of 4, kDotColumns], 128 · (sum of q) too large
         const int8_t *q = t.q, *w = t.w, *ahead = t.ahead;
-        const int64_t q_stride = t.q_stride, stride = t.stride, kc = t.kc;
+        const int64_t q_stride = t.q_stride, stride = t.stride, ahead_stride = t.ahead_stride, kc = t.kc;
         __m512i acc[R][kDotColumns];
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
@@ -80,10 +81,11 @@ struct DotTilesAvx512 {
             for (int j = 0; j < kDotColumns; ++j) acc[r][j] = _mm512_setzero_si512();
         }
         int64_t k = 0;
-        for (; k + 64 <= kc; k += 64) step<R, asked, true>(acc, q + k, q_stride, w + k, stride, 0, ahead + k);
+        for (; k + 64 <= kc; k += 64)
+            step<R, asked, true>(acc, q + k, q_stride, w + k, stride, 0, ahead + k, ahead_stride);
         if (k < kc) {
             const __mmask64 inside = ~uint64_t{0} >> (64 - (kc - k));
-            step<R, asked, false>(acc, q + k, q_stride, w + k, stride, inside, ahead + k);
+            step<R, asked, false>(acc, q + k, q_stride, w + k, stride, inside, ahead + k, ahead_stride);
         }
         for (int line = 0; line < kNextLines; ++line) {
 #pragma GCC unroll 6

@@ -9,7 +9,8 @@
 //
 //   const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride);
 //
-// and, where what is asked for ahead comes in time, another: ask(row, rows, k0, kc), for what a later block() reads.
+// and, where what is asked for ahead comes in time, another: ask(row, rows, k0, kc, lines), which adds what a later
+// block() reads to LinesAhead.
 //
 // block returns the weights [row, row + rows) × [k0, k0 + kc) as rows of int8, *stride apart: where they are, or
 // written to `scratch`, which holds kProviderScratch bytes (a row needs kPanelDepth at most) and is 64-byte aligned.
@@ -32,6 +33,23 @@ constexpr int64_t kProviderScratch = kPanelColumns * (kPanelDepth + 64) + 64;
 // How far apart a provider writes rows of kc weights: an odd number of lines, which uses all sets of the cache.
 constexpr int64_t provider_stride(int64_t kc) { return ((kc + 63) / 64 | 1) * 64; }
 
+// Lines of memory that will be wanted. The microkernel asks for one at each step along K: many at once would take all
+// of the buffers for misses, and hold up what it reads from L2 itself.
+struct LinesAhead {
+    static constexpr int64_t kMost = kPanelDepth / 4;
+    const void* lines[kMost];
+    int64_t count = 0;
+
+    static void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
+    void add(const void* line) {
+        if (count < kMost) {
+            lines[count++] = line;
+        } else {
+            ask(line);
+        }
+    }
+};
+
 // Weights that lie in memory as rows of int8.
 struct DenseProvider {
     const int8_t* weight;  // [n, k]
@@ -40,9 +58,9 @@ struct DenseProvider {
         *stride = k;
         return weight + row * k + k0;
     }
-    void ask(int64_t row, int64_t rows, int64_t k0, int64_t kc) const {
+    void ask(int64_t row, int64_t rows, int64_t k0, int64_t kc, LinesAhead& lines) const {
         for (int64_t j = row; j < row + rows; ++j) {
-            for (int64_t i = 0; i < kc; i += 64) __builtin_prefetch(weight + j * k + k0 + i, 0, 2);
+            for (int64_t i = 0; i < kc; i += 64) lines.add(weight + j * k + k0 + i);
         }
     }
 };

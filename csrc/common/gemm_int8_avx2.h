@@ -172,7 +172,7 @@ struct PanelAvx2 {
         }
     }
     static void tile(int64_t rows, int64_t columns, const int16_t* q, int64_t stride, const void* strip, int64_t kc,
-                     bool add, int32_t* sums, int64_t width) {
+                     bool add, int32_t* sums, int64_t width, const LinesAhead* = nullptr) {
         if (columns > 8) return tile_rows<2>(rows, q, stride, strip, kc, add, sums, width);
         tile_rows<1>(rows, q, stride, strip, kc, add, sums, width);
     }

@@ -77,7 +77,7 @@ struct PanelAvx512 {
                                                                 const uint8_t* strip,  // [fours, 64, 4]
                                                                 int64_t fours, bool add,
                                                                 int32_t* sums,  // [R, width]
-                                                                int64_t width) {
+                                                                int64_t width, const LinesAhead* ahead) {
         __m512i acc[R][V];
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
@@ -89,7 +89,10 @@ struct PanelAvx512 {
         const int8_t* row[R];
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) row[r] = q + r * stride;
+        const void* const* line = ahead->lines;
+        const void* const* const lines_end = line + ahead->count;
         for (int64_t f = 0; f < fours; ++f) {
+            if (line < lines_end) LinesAhead::ask(*line++);
             __m512i w[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) w[v] = _mm512_load_si512(strip + f * kColumns * 4 + 64 * v);
@@ -107,34 +110,35 @@ struct PanelAvx512 {
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) _mm512_store_si512(sums + r * width + 16 * v, acc[r][v]);
         }
+        while (line < lines_end) LinesAhead::ask(*line++);
     }
 
     template <int V>
     static void tile_rows(int64_t rows, const int8_t* q, int64_t stride, const uint8_t* strip, int64_t fours, bool add,
-                          int32_t* sums, int64_t width) {
+                          int32_t* sums, int64_t width, const LinesAhead* ahead) {
         switch (rows) {
             case 6:
-                return tile_of<6, V>(q, stride, strip, fours, add, sums, width);
+                return tile_of<6, V>(q, stride, strip, fours, add, sums, width, ahead);
             case 5:
-                return tile_of<5, V>(q, stride, strip, fours, add, sums, width);
+                return tile_of<5, V>(q, stride, strip, fours, add, sums, width, ahead);
             case 4:
-                return tile_of<4, V>(q, stride, strip, fours, add, sums, width);
+                return tile_of<4, V>(q, stride, strip, fours, add, sums, width, ahead);
             case 3:
-                return tile_of<3, V>(q, stride, strip, fours, add, sums, width);
+                return tile_of<3, V>(q, stride, strip, fours, add, sums, width, ahead);
             case 2:
-                return tile_of<2, V>(q, stride, strip, fours, add, sums, width);
+                return tile_of<2, V>(q, stride, strip, fours, add, sums, width, ahead);
             default:
-                return tile_of<1, V>(q, stride, strip, fours, add, sums, width);
+                return tile_of<1, V>(q, stride, strip, fours, add, sums, width, ahead);
         }
     }
     static void tile(int64_t rows, int64_t columns, const int8_t* q, int64_t stride, const void* strip, int64_t kc,
-                     bool add, int32_t* sums, int64_t width) {
+                     bool add, int32_t* sums, int64_t width, const LinesAhead* ahead) {
         const auto* w = static_cast<const uint8_t*>(strip);
         const int64_t fours = (kc + 3) / 4;  // activations end in zeros
-        if (columns > 48) return tile_rows<4>(rows, q, stride, w, fours, add, sums, width);
-        if (columns > 32) return tile_rows<3>(rows, q, stride, w, fours, add, sums, width);
-        if (columns > 16) return tile_rows<2>(rows, q, stride, w, fours, add, sums, width);
-        tile_rows<1>(rows, q, stride, w, fours, add, sums, width);
+        if (columns > 48) return tile_rows<4>(rows, q, stride, w, fours, add, sums, width, ahead);
+        if (columns > 32) return tile_rows<3>(rows, q, stride, w, fours, add, sums, width, ahead);
+        if (columns > 16) return tile_rows<2>(rows, q, stride, w, fours, add, sums, width, ahead);
+        tile_rows<1>(rows, q, stride, w, fours, add, sums, width, ahead);
     }
 
     template <class T, class Acc>

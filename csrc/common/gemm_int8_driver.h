@@ -9,7 +9,7 @@
 //                    before they are written
 //   kStripBytes      bytes of a packed strip of kDepth
 //   pack(...)        weights to a strip
-//   tile(...)        rows × columns sums of one strip
+//   tile(...)        rows × columns sums of one strip, and on the way, where it asks, LinesAhead
 //   finish(...)      sums to outputs
 #pragma once
 
@@ -31,14 +31,19 @@ struct PanelPlan {
     int64_t blocks;      // tasks along the rows of a chunk
     int64_t groups;      // tasks along the outputs
     bool one_stretch;    // K fits one panel: sums need no memory but the tile's
-    bool rows_first;     // tasks go through the outputs block by block, so that a block's activations stay in L2
+    bool rows_first;     // tasks go through the outputs block by block; a thread quantises its own blocks, to its L2
+    bool by_thread;      // else: each thread quantises the chunk for itself; or all do it together, and share
+    bool ask_outputs;    // y may not be in the caches
     bool wide;           // K is too long for int32 sums
+
+    int64_t own_rows() const { return rows_first ? block_rows : by_thread ? chunk_rows : 0; }
 };
 
 template <class Kernel>
 PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
     constexpr int64_t kBlockRows = 1024;        // sums of a task: up to 256 KB
     constexpr int64_t kBlockBytes = 400 << 10;  // of activations: most of an L2
+    constexpr int64_t kCachedOutputs = 1 << 18;
     const int64_t row_bytes = QuantizedRows<typename Kernel::Q>::stride_for(k) * sizeof(typename Kernel::Q);
     const int64_t tile = Kernel::kRows;
     const auto whole_tiles = [tile](int64_t rows) { return (rows + tile - 1) / tile * tile; };
@@ -47,13 +52,17 @@ PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
         std::min(m, whole_tiles(std::max<int64_t>(192, kActivationBytes / std::max<int64_t>(1, row_bytes))));
     plan.groups = (n + Kernel::kStrips * Kernel::kColumns - 1) / (Kernel::kStrips * Kernel::kColumns);
     plan.one_stretch = k <= Kernel::kDepth;
+    plan.ask_outputs = m * n > kCachedOutputs;
     plan.wide = k > kExactDepth;
-    // Each block packs the weights again, which is little where it serves many rows.
-    int64_t wanted = (plan.chunk_rows * row_bytes + kBlockBytes - 1) / kBlockBytes;
-    plan.rows_first = plan.one_stretch && wanted > 1;
-    if (plan.rows_first) {
-        wanted = (wanted + threads - 1) / threads * threads;
-    } else {  // few groups are shared out unevenly: cut along the rows too
+    // Blocks that fit L2, as many for each thread. Each packs the weights again, which costs as much as kPackRows rows:
+    // cheaper than to share activations (quantize_by_thread) where that is little of a block.
+    constexpr int64_t kPackRows = 6, kQuantizeOutputs = 16;
+    int64_t wanted = std::max<int64_t>(1, (plan.chunk_rows * row_bytes + kBlockBytes - 1) / kBlockBytes);
+    wanted = (wanted + threads - 1) / threads * threads;
+    plan.by_thread = quantize_by_thread(plan.chunk_rows, row_bytes, n, threads);
+    plan.rows_first = plan.one_stretch && plan.chunk_rows / wanted >= 10 * kPackRows &&
+                      (!plan.by_thread || kPackRows * n * (wanted / threads) <= kQuantizeOutputs * plan.chunk_rows);
+    if (!plan.rows_first) {  // few groups are shared out unevenly: cut along the rows too
         wanted = plan.groups % threads == 0 ? 1 : (4 * threads + plan.groups - 1) / plan.groups;
     }
     plan.block_rows = std::max(whole_tiles((plan.chunk_rows + wanted - 1) / wanted), whole_tiles(48));
@@ -86,11 +95,11 @@ struct PanelMemory {
 
 // The lines that finish will write, of which the cache needs to know what they hold.
 template <class T>
-void ask_outputs(const FinishRows<T>& f) {
+void ask_outputs(const FinishRows<T>& f, LinesAhead& lines) {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t r = 0; r < f.rows; ++r) {
         const T* y = f.call.y + (f.row + r) * f.call.n + f.column;
-        for (int64_t j = 0; j < f.columns; j += kLine) __builtin_prefetch(y + j, 1, 2);
+        for (int64_t j = 0; j < f.columns; j += kLine) lines.add(y + j);
     }
 }
 
@@ -119,19 +128,21 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
             const int64_t tile_rows = std::min<int64_t>(Kernel::kRows, end - row);
             int32_t* sums = memory.sums + (plan.one_stretch ? 0 : (row - begin) * kGroup);
             const FinishRows<T> f{call, rows.scale + row, rows.sum + row, chunk + row, tile_rows, column, columns};
-            if (Kernel::kAsk && last) ask_outputs(f);
-            if constexpr (Kernel::kAsk && requires { weights.ask(column, columns, k0, kc); }) {
+            LinesAhead lines;
+            if (Kernel::kAsk && plan.ask_outputs && last) ask_outputs(f, lines);
+            if constexpr (Kernel::kAsk && requires { weights.ask(column, columns, k0, kc, lines); }) {
                 // The next weights, a part with each tile.
                 const int64_t next = last ? column + columns : column, next_k = last ? 0 : k0 + kc;
                 const int64_t there = std::max<int64_t>(0, std::min(kGroup, call.n - next));
                 const int64_t from = there * (row - begin) / (end - begin);
                 const int64_t to = there * (row + tile_rows - begin) / (end - begin);
-                weights.ask(next + from, to - from, next_k, std::min(Kernel::kDepth, call.k - next_k));
+                weights.ask(next + from, to - from, next_k, std::min(Kernel::kDepth, call.k - next_k), lines);
             }
             for (int64_t s = 0; s < strips; ++s) {
                 const int64_t first = s * Kernel::kColumns;
                 Kernel::tile(tile_rows, std::min(Kernel::kColumns, columns - first), rows.q + row * rows.stride + k0,
-                             rows.stride, memory.strips + s * Kernel::kStripBytes, kc, add, sums + first, kGroup);
+                             rows.stride, memory.strips + s * Kernel::kStripBytes, kc, add, sums + first, kGroup,
+                             &lines);
             }
             if (widen) {
                 int64_t* wide = memory.wide + (row - begin) * kGroup;
@@ -152,25 +163,33 @@ void panel_linear(const LinearCall<T>& call, const Provider& weights) {
     const bool serial = call.m * call.n * call.k < kSerialWork;
     const PanelPlan plan = plan_panels<Kernel>(call.m, call.n, call.k,
                                                serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads()));
-    ActivationScratch scratch(Rows::scratch_bytes(plan.chunk_rows, call.k));
-    const Rows memory_rows(scratch, plan.chunk_rows, call.k);
+    const ActivationQuantizer<typename Kernel::Q, T> quantize(call);
+    const bool share = plan.own_rows() == 0;
+    ActivationScratch scratch(share ? Rows::scratch_bytes(plan.chunk_rows, call.k) : 0);
+    const Rows shared(scratch, share ? plan.chunk_rows : 0, call.k);
     for (int64_t chunk = 0; chunk < call.m; chunk += plan.chunk_rows) {
-        Rows rows = memory_rows;
-        rows.rows = std::min(plan.chunk_rows, call.m - chunk);
-        quantize_activations(call, chunk, rows);
+        const int64_t count = std::min(plan.chunk_rows, call.m - chunk);
+        if (share) quantize.all(chunk, count, shared);
         const auto tasks = [&](int64_t first, int64_t last) {
             Scratch<PanelScratch> own(PanelMemory<Kernel>::bytes(plan));
             const PanelMemory<Kernel> memory(own, plan);
+            ActivationScratch own_scratch(share ? 0 : Rows::scratch_bytes(plan.own_rows(), call.k));
+            const Rows rows = share ? shared : Rows(own_scratch, plan.own_rows(), call.k);
+            int64_t held = share ? 0 : -1;  // the row of the chunk that is row 0 of `rows`
             Provider position = weights;
             for (int64_t task = first; task < last; ++task) {
                 const int64_t group = plan.rows_first ? task % plan.groups : task / plan.blocks;
                 const int64_t block = plan.rows_first ? task / plan.groups : task % plan.blocks;
                 const int64_t column = group * kGroup, begin = block * plan.block_rows;
-                const int64_t end = std::min(rows.rows, begin + plan.block_rows);
-                if (begin < end) {
-                    panel_task<Kernel>(call, rows, plan, memory, position, chunk, begin, end, column,
-                                       std::min(kGroup, call.n - column));
+                const int64_t end = std::min(count, begin + plan.block_rows);
+                if (begin >= end) continue;
+                const int64_t wanted = plan.rows_first ? begin : 0;
+                if (held != wanted) {
+                    held = wanted;
+                    quantize(chunk + held, plan.rows_first ? end - begin : count, rows);
                 }
+                panel_task<Kernel>(call, rows, plan, memory, position, chunk + held, begin - held, end - held, column,
+                                   std::min(kGroup, call.n - column));
             }
         };
         if (serial) {

@@ -29,7 +29,7 @@ struct PanelPortable {
                      const void* strip,  // [kColumns, kDepth]
                      int64_t kc, bool add,
                      int32_t* sums,  // [rows, width]
-                     int64_t width) {
+                     int64_t width, const LinesAhead* = nullptr) {
         const auto* w = static_cast<const int16_t*>(strip);
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t j = 0; j < columns; ++j) {

@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/int8_activations_avx2.h"
+#include "common/int8_activations_avx512.h"
 #include "common/isa.h"
 #include "common/quantize.h"
 #include "common/tensor.h"
@@ -165,16 +166,14 @@ struct LinearInput {
     const Patches* where() const { return patches ? &*patches : nullptr; }  // for LinearCall
 };
 
-// The rows that are to be quantised: from row `first` on of `x`.
+// The rows that are to be quantised.
 template <class T>
 struct ActivationSource {
     const T* x;              // [m, k], or an image
     const Patches* patches;  // or null
-    int64_t first;
 
     // One of them, [k]: where it lies, or put together in `scratch` [k].
     const T* row(int64_t index, int64_t k, T* scratch) const {
-        index += first;
         if (!patches) return x + index * k;
         const Patches& p = *patches;
         const int64_t line = index / p.width;
@@ -229,68 +228,48 @@ ENGINE_INLINE int64_t row_sum(const Q* q,  // [stride]
     return sum;
 }
 
-// A row's scale, written to `rows`, and where nothing is to be quantised its q and sum too. `amax` is amax_bits of it.
-template <class Q>
-ENGINE_INLINE RowScale begin_row(uint32_t amax,
-                                 const float* input_scale,  // [1], or null: by the row's own maximum
-                                 const QuantizedRows<Q>& rows, int64_t row) {
-    const RowScale s = input_scale ? static_scale(*input_scale, amax) : row_scale(amax);
-    rows.scale[row] = s.scale;
-    if (s.inverse == 0.0f) {
-        Q* q = rows.q + row * rows.stride;
-        std::fill(q, q + rows.stride, Q{0});
-        rows.sum[row] = 0;
-    }
-    return s;
+template <class T>
+void scale_row_portable(const T* x, const float* factors, int64_t k, float* scaled) {
+    for (int64_t i = 0; i < k; ++i) scaled[i] = to_float(x[i]) * factors[i];
 }
 
-// `input_scale` [1], or null: each row by its own maximum. `inverses` [rows.k], or null: channels are multiplied by
-// them first, and input_scale is 1.
 template <class Q, class T>
-void quantize_activation_rows_portable(const ActivationSource<T>& source, const float* input_scale,
-                                       const float* inverses, const QuantizedRows<Q>& rows, int64_t begin,
-                                       int64_t end) {
-    const int64_t k = rows.k;
-    Scratch<PatchScratch> patch(source.scratch_bytes(k));
-    T* const together = patch.template take<T>(0);
-    for (int64_t row = begin; row < end; ++row) {
-        const T* from = source.row(row, k, together);
-        Q* q = rows.q + row * rows.stride;
-        const RowScale s = begin_row(amax_bits(from, k), input_scale, rows, row);
-        if (s.inverse == 0.0f) continue;
-        if (inverses) {
-            for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(from[i]), inverses[i]));
-        } else {
-            for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(from[i]), s.inverse));
-        }
-        std::fill(q + k, q + rows.stride, Q{0});
-        rows.sum[row] = row_sum(q, rows.stride);
-    }
+int64_t quantize_row_portable(const T* x, int64_t k, float inverse, Q* q, int64_t stride) {
+    for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(x[i]), inverse));
+    std::fill(q + k, q + stride, Q{0});
+    return row_sum(q, stride);
 }
+
+// How this processor quantises a row.
+template <class Q, class T>
+struct RowKernels {
+    template <class X>
+    using Quantize = int64_t (*)(const X* x,  // [k]
+                                 int64_t k, float inverse,
+                                 Q* q,                       // [stride]: all of it is written
+                                 int64_t stride);            // returns QuantizedRows::sum
+    uint32_t (*amax)(const T* x, int64_t k) = amax_bits<T>;  // of quantize.h
+    Quantize<T> quantize = quantize_row_portable<Q, T>;
+    // The same where each channel is multiplied by its own factor first.
+    void (*scale)(const T* x, const float* factors, int64_t k, float* scaled) = scale_row_portable<T>;
+    Quantize<float> quantize_scaled = quantize_row_portable<Q, float>;
+
+    RowKernels() {
 #if ENGINE_X86
-template <class Q, class T>
-ENGINE_AVX2 void quantize_activation_rows_avx2(const ActivationSource<T>& source, const float* input_scale,
-                                               const float* inverses, const QuantizedRows<Q>& rows, int64_t begin,
-                                               int64_t end) {
-    const int64_t k = rows.k;
-    Scratch<ScaledScratch> scratch(inverses ? k * static_cast<int64_t>(sizeof(float)) : 0);
-    float* scaled = inverses ? scratch.take<float>(k) : nullptr;
-    Scratch<PatchScratch> patch(source.scratch_bytes(k));
-    T* const together = patch.template take<T>(0);
-    for (int64_t row = begin; row < end; ++row) {
-        const T* from = source.row(row, k, together);
-        const RowScale s = begin_row(amax_bits_avx2(from, k), input_scale, rows, row);
-        if (s.inverse == 0.0f) continue;
-        Q* q = rows.q + row * rows.stride;
-        if (inverses) {  // the row is in L1 by now: another pass over it costs little, and no second kind of kernel
-            scale_row_avx2(from, inverses, k, scaled);
-            rows.sum[row] = quantize_row_avx2(scaled, k, 1.0f, q, rows.stride);
-        } else {
-            rows.sum[row] = quantize_row_avx2(from, k, s.inverse, q, rows.stride);
+        if (isa() == Isa::portable) return;
+        amax = amax_bits_avx2<T>;
+        quantize = quantize_row_avx2<Q, T>;
+        scale = scale_row_avx2<T>;
+        quantize_scaled = quantize_row_avx2<Q, float>;
+        if constexpr (sizeof(Q) == 1) {
+            if (isa() != Isa::avx512) return;
+            amax = amax_bits_avx512<T>;
+            quantize = quantize_row_avx512<T>;
+            quantize_scaled = quantize_row_avx512<float>;
         }
-    }
-}
 #endif
+    }
+};
 
 // The reciprocal of each channel's scale; false where one can't be used, as in static_scale: then every row is NaN.
 inline bool invert_scales(const float* scales, int64_t k, float* inverses) {
@@ -315,26 +294,97 @@ struct LinearCall {
     const Patches* patches = nullptr;
 };
 
-// Quantises the call's rows from `first` on to all of `rows`, on torch's threads where it is worth it.
+// Quantises rows of a call. Made once a call; its threads share it.
+template <class Q, class T>
+class ActivationQuantizer {
+  public:
+    explicit ActivationQuantizer(const LinearCall<T>& call)
+        : source_{call.x, call.patches},
+          k_(call.k),
+          input_scale_(call.input_scale.values),
+          inverse_memory_(call.input_scale.by_channel ? call.k * static_cast<int64_t>(sizeof(float)) : 0) {
+        if (!call.input_scale.by_channel) return;
+        inverses_ = inverse_memory_.template take<float>(k_);
+        // What channels were divided by already is 1; by 0 no row can be divided, and all are NaN.
+        static constexpr float kOne = 1.0f, kNone = 0.0f;
+        input_scale_ = invert_scales(call.input_scale.values, k_, inverses_) ? &kOne : &kNone;
+    }
+
+    // The call's rows [first, first + count) to the first of `rows`, on this thread.
+    void operator()(int64_t first, int64_t count, const QuantizedRows<Q>& rows) const { part(first, 0, count, rows); }
+
+    // The same on torch's threads, where it is worth it.
+    void all(int64_t first, int64_t count, const QuantizedRows<Q>& rows) const {
+        parallel_rows(count, k_ * static_cast<int64_t>(sizeof(T) + sizeof(Q)),
+                      [&](int64_t begin, int64_t end) { part(first, begin, end, rows); });
+    }
+
+  private:
+    void part(int64_t first, int64_t begin, int64_t end, const QuantizedRows<Q>& rows) const {
+        Scratch<ScaledScratch> scaled_memory(inverses_ ? k_ * static_cast<int64_t>(sizeof(float)) : 0);
+        float* scaled = scaled_memory.take<float>(0);
+        Scratch<PatchScratch> patch(source_.scratch_bytes(k_));
+        T* const together = patch.template take<T>(0);
+        for (int64_t row = begin; row < end; ++row) {
+            const T* from = source_.row(first + row, k_, together);
+            const uint32_t amax = kernels_.amax(from, k_);
+            const RowScale s = input_scale_ ? static_scale(*input_scale_, amax) : row_scale(amax);
+            Q* q = rows.q + row * rows.stride;
+            rows.scale[row] = s.scale;
+            if (s.inverse == 0.0f) {
+                std::fill(q, q + rows.stride, Q{0});
+                rows.sum[row] = 0;
+            } else if (inverses_) {  // the row is in L1 by now: another pass over it costs little
+                kernels_.scale(from, inverses_, k_, scaled);
+                rows.sum[row] = kernels_.quantize_scaled(scaled, k_, 1.0f, q, rows.stride);
+            } else {
+                rows.sum[row] = kernels_.quantize(from, k_, s.inverse, q, rows.stride);
+            }
+        }
+    }
+
+    RowKernels<Q, T> kernels_;
+    ActivationSource<T> source_;
+    int64_t k_;
+    const float* input_scale_;  // [1], or null: each row by its own maximum
+    Scratch<InverseScratch> inverse_memory_;
+    float* inverses_ = nullptr;  // [k], or null
+};
+
 template <class Q, class T>
 void quantize_activations(const LinearCall<T>& call, int64_t first, const QuantizedRows<Q>& rows) {
-    const InputScale input_scale = call.input_scale;
-    const ActivationSource<T> source{call.x, call.patches, first};
-    auto kernel = quantize_activation_rows_portable<Q, T>;
-#if ENGINE_X86
-    if (isa() != Isa::portable) kernel = quantize_activation_rows_avx2<Q, T>;
-#endif
-    const float* scale = input_scale.values;
-    float* inverses = nullptr;
-    float one = 1.0f;
-    Scratch<InverseScratch> scratch(input_scale.by_channel ? rows.k * static_cast<int64_t>(sizeof(float)) : 0);
-    if (input_scale.by_channel) {
-        inverses = scratch.take<float>(rows.k);
-        if (!invert_scales(input_scale.values, rows.k, inverses)) one = 0.0f;  // which no row can be divided by
-        scale = &one;
-    }
-    parallel_rows(rows.rows, rows.k * static_cast<int64_t>(sizeof(T) + sizeof(Q)),
-                  [&](int64_t begin, int64_t end) { kernel(source, scale, inverses, rows, begin, end); });
+    ActivationQuantizer<Q, T>(call).all(first, rows.rows, rows);
+}
+
+// Whether each thread had better quantise all rows for itself than share them. What one core wrote comes to another's
+// cache line by line, at about 25 ns each (two cores of Zen 4), and is as slow to be written over at the next call:
+// three times what it takes to quantise 64 values. A value costs as much time as 16 outputs' products.
+inline bool quantize_by_thread(int64_t rows, int64_t row_bytes, int64_t n, int64_t threads) {
+    constexpr int64_t kMost = 768 << 10;                         // bytes, most of an L2
+    return rows * row_bytes <= kMost && 10 * 16 * threads <= n;  // a tenth of the work at most
+}
+
+// Calls f(rows, begin, end) for outputs [begin, end) on torch's threads, with all rows of the call quantised. For a few
+// rows memory decides, and of much x both threads would read all: 3 to 5 % slower at 16 × 4096 than to share.
+template <class Q, class T, class F>
+void with_quantized_rows(const LinearCall<T>& call, int64_t bytes_per_output, const F& f) {
+    using Rows = QuantizedRows<Q>;
+    const ActivationQuantizer<Q, T> quantize(call);
+    constexpr int64_t kFewValues = 32 << 10;
+    const bool by_thread =
+        call.m * call.k <= kFewValues && quantize_by_thread(call.m, call.k * static_cast<int64_t>(sizeof(Q)), call.n,
+                                                            static_cast<int64_t>(torch::stable::get_num_threads()));
+    const auto with_own = [&](int64_t begin, int64_t end) {
+        ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
+        const Rows rows(scratch, call.m, call.k);
+        quantize(0, call.m, rows);
+        f(rows, begin, end);
+    };
+    if (by_thread) return parallel_rows(call.n, bytes_per_output, with_own);
+    ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
+    const Rows rows(scratch, call.m, call.k);
+    quantize.all(0, call.m, rows);
+    parallel_rows(call.n, bytes_per_output, [&](int64_t begin, int64_t end) { f(rows, begin, end); });
 }
 
 // The last step of every kernel, always in this order and in fp32, then cast: (float(acc) · (s_x · s_w)) + bias.

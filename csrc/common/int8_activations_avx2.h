@@ -1,5 +1,5 @@
-// The quantisation of activation rows (common/int8_activations.h) by AVX2 intrinsics, for AVX-512 processors too:
-// compilers narrow 32-bit integers in a roundabout way. The arithmetic is that of common/quantize.h, to the bit.
+// The quantisation of activation rows (common/int8_activations.h) by AVX2 intrinsics: compilers narrow 32-bit integers
+// in a roundabout way. The arithmetic is that of common/quantize.h, to the bit.
 #pragma once
 
 #include "common/isa.h"
@@ -24,7 +24,7 @@ ENGINE_AVX2 ENGINE_INLINE __m256 load_8_floats_avx2(const Half* x) {
 
 // amax_bits of quantize.h.
 template <class T>
-ENGINE_AVX2 ENGINE_INLINE uint32_t amax_bits_avx2(const T* x, int64_t k) {
+ENGINE_AVX2 uint32_t amax_bits_avx2(const T* x, int64_t k) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i amax[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     int64_t i = 0;
@@ -74,10 +74,10 @@ ENGINE_AVX2 ENGINE_INLINE int64_t sum_lanes_avx2(__m256i lanes) {
 
 // A row as fp32, each channel multiplied by its own factor.
 template <class T>
-ENGINE_AVX2 ENGINE_INLINE void scale_row_avx2(const T* x,            // [k]
-                                              const float* factors,  // [k]
-                                              int64_t k,
-                                              float* scaled) {  // [k]
+ENGINE_AVX2 void scale_row_avx2(const T* x,            // [k]
+                                const float* factors,  // [k]
+                                int64_t k,
+                                float* scaled) {  // [k]
     int64_t i = 0;
     for (; i + 8 <= k; i += 8) {
         _mm256_storeu_ps(scaled + i, _mm256_mul_ps(load_8_floats_avx2(x + i), _mm256_loadu_ps(factors + i)));
@@ -87,10 +87,10 @@ ENGINE_AVX2 ENGINE_INLINE void scale_row_avx2(const T* x,            // [k]
 
 // Writes all of a row, zeros beyond k, and returns its sum (QuantizedRows::sum).
 template <class Q, class T>
-ENGINE_AVX2 ENGINE_INLINE int64_t quantize_row_avx2(const T* x,  // [k]
-                                                    int64_t k, float inverse,
-                                                    Q* q,  // [stride]
-                                                    int64_t stride) {
+ENGINE_AVX2 int64_t quantize_row_avx2(const T* x,  // [k]
+                                      int64_t k, float inverse,
+                                      Q* q,  // [stride]
+                                      int64_t stride) {
     constexpr int64_t kStretch = 1 << 15;  // sums of a stretch fit 32 bits
     const __m256 by = _mm256_set1_ps(inverse);
     const int64_t whole = k / 16 * 16;

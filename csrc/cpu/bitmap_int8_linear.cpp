@@ -89,12 +89,11 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 
 template <class Kernel, class T>
 void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
-    using Rows = QuantizedRows<typename Kernel::Q>;
-    ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
-    const Rows rows(scratch, call.m, call.k);
-    quantize_activations(call, 0, rows);
-    parallel_rows(call.n, call.k * (1 + call.m / 4),
-                  [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end, bad); });
+    using Q = typename Kernel::Q;
+    with_quantized_rows<Q>(call, call.k * (1 + call.m / 4),
+                           [&](const QuantizedRows<Q>& rows, int64_t begin, int64_t end) {
+                               dot_outputs<Kernel>(call, rows, weight, begin, end, bad);
+                           });
 }
 
 template <class T>

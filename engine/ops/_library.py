@@ -58,6 +58,7 @@ def _without_autograd_overhead(op: torch._ops.OpOverload) -> Callable:
     That kernel is Python in PyTorch and costs 8 µs a call under `torch.no_grad()`, more than a small layer; inference
     mode skips it by itself.
     """
+    direct = op._op  # what `op` itself calls, a Python frame later
 
     def call(*args):
         if torch.compiler.is_compiling():
@@ -65,9 +66,9 @@ def _without_autograd_overhead(op: torch._ops.OpOverload) -> Callable:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return op(*args)
+            return direct(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return direct(*args)
 
     return call
 

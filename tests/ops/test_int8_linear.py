@@ -133,9 +133,11 @@ def test_leading_dimensions_and_strides(variant):
     assert_same(int8_linear(x.flip(1), weight, scale), reference(x.flip(1), weight, scale))
 
 
-@pytest.mark.parametrize("m", [8, 100, 300])
-def test_threads_give_the_same_bits(variant, m):
-    x, (weight, scale) = activations(m, 500), weights(300, 500)
+# Activations quantised by all threads together, by each for itself, and by each its own rows.
+@pytest.mark.parametrize("n", [300, 330])
+@pytest.mark.parametrize("m, k", [(8, 500), (100, 500), (300, 500), (300, 200)])
+def test_threads_give_the_same_bits(variant, m, n, k):
+    x, (weight, scale) = activations(m, k), weights(n, k)
     y = int8_linear(x, weight, scale)
     try:
         torch.set_num_threads(1)
