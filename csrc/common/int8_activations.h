@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/int8_activations_avx2.h"
+#include "common/int8_activations_avx512.h"
 #include "common/isa.h"
 #include "common/quantize.h"
 #include "common/tensor.h"
@@ -90,6 +91,7 @@ struct QuantizedRows {
     float* scale;  // [rows]; NaN for a row that is not finite (its q are 0)
     int64_t* sum;  // [rows]: of int8_t the sum of a row's q; of int16_t that of q[i] q[i + 2], i = 0, 1, 4, 5, ...
     int64_t rows, k, stride;  // stride is a multiple of 64
+    Q zero = 0;               // what 0 is written as: -128, with AVX-512 alone, where a kernel wants q unsigned
 
     // Rows a power of two apart share a few sets of the cache and drive each other out. Long rows are spread evenly
     // over the sets, which repeat every 4 KB, by a step of 26 or 38 of its 64 lines: near the golden section.
@@ -238,7 +240,7 @@ ENGINE_INLINE RowScale begin_row(uint32_t amax,
     rows.scale[row] = s.scale;
     if (s.inverse == 0.0f) {
         Q* q = rows.q + row * rows.stride;
-        std::fill(q, q + rows.stride, Q{0});
+        std::fill(q, q + rows.stride, rows.zero);
         rows.sum[row] = 0;
     }
     return s;
@@ -290,6 +292,28 @@ ENGINE_AVX2 void quantize_activation_rows_avx2(const ActivationSource<T>& source
         }
     }
 }
+template <class T>
+ENGINE_AVX512 void quantize_activation_rows_avx512(const ActivationSource<T>& source, const float* input_scale,
+                                                   const float* inverses, const QuantizedRows<int8_t>& rows,
+                                                   int64_t begin, int64_t end) {
+    const int64_t k = rows.k;
+    Scratch<ScaledScratch> scratch(inverses ? k * static_cast<int64_t>(sizeof(float)) : 0);
+    float* scaled = inverses ? scratch.take<float>(k) : nullptr;
+    Scratch<PatchScratch> patch(source.scratch_bytes(k));
+    T* const together = patch.template take<T>(0);
+    for (int64_t row = begin; row < end; ++row) {
+        const T* from = source.row(row, k, together);
+        const RowScale s = begin_row(amax_bits_avx512(from, k), input_scale, rows, row);
+        if (s.inverse == 0.0f) continue;
+        int8_t* q = rows.q + row * rows.stride;
+        if (inverses) {
+            scale_row_avx2(from, inverses, k, scaled);
+            rows.sum[row] = quantize_row_avx512(scaled, k, 1.0f, rows.zero, q, rows.stride);
+        } else {
+            rows.sum[row] = quantize_row_avx512(from, k, s.inverse, rows.zero, q, rows.stride);
+        }
+    }
+}
 #endif
 
 // The reciprocal of each channel's scale; false where one can't be used, as in static_scale: then every row is NaN.
@@ -323,6 +347,9 @@ void quantize_activations(const LinearCall<T>& call, int64_t first, const Quanti
     auto kernel = quantize_activation_rows_portable<Q, T>;
 #if ENGINE_X86
     if (isa() != Isa::portable) kernel = quantize_activation_rows_avx2<Q, T>;
+    if constexpr (sizeof(Q) == 1) {
+        if (isa() == Isa::avx512) kernel = quantize_activation_rows_avx512<T>;
+    }
 #endif
     const float* scale = input_scale.values;
     float* inverses = nullptr;
