@@ -26,6 +26,9 @@ struct BlockStrip {
     const int32_t* columns;  // [blocks]: where each stands
     int64_t blocks, wide;    // wide: columns of a block
     const W* weights;        // [blocks · wide / 4, outputs, 4], or [blocks · wide, outputs]
+    // What memory is asked for meanwhile, so many lines with each block: many at once would hold up the activations.
+    const int8_t* next = nullptr;
+    int64_t lines = 0;
 };
 
 // 16 rows of 4 dwords as 4 of 16.
@@ -104,8 +107,9 @@ struct BlockInt8Avx512 {
                 acc[r][v] = add ? _mm512_add_epi32(begin, _mm512_load_si512(sums + (r * V + v) * 16)) : begin;
             }
         }
-        const int8_t* w = strip.weights;
+        const int8_t *w = strip.weights, *ask = strip.next;
         for (int64_t i = 0; i < strip.blocks; ++i) {
+            for (int64_t line = 0; line < strip.lines; ++line, ask += 64) __builtin_prefetch(ask, 0, 2);
             const uint8_t* row[(R + 2) / 3];
             const uint8_t* next = q + strip.columns[std::min(i + 1, strip.blocks - 1)] * strip.wide;
 #pragma GCC unroll 4
@@ -133,13 +137,6 @@ struct BlockInt8Avx512 {
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) _mm512_store_si512(sums + (r * V + v) * 16, acc[r][v]);
-        }
-    }
-
-    // Shifts activations by 128.
-    ENGINE_AVX512 static void shift(int8_t* q, int64_t count) {  // a multiple of 64
-        for (int64_t i = 0; i < count; i += 64) {
-            _mm512_store_si512(q + i, _mm512_xor_si512(_mm512_load_si512(q + i), _mm512_set1_epi8(-128)));
         }
     }
 };

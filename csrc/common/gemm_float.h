@@ -71,7 +71,8 @@ void float_panel_linear(const FloatLinear<T>& call, const Provider& weights);
 
 // ---- a few rows -------------------------------------------------------------------------------------------------
 
-constexpr int64_t kDotRows = 8;  // rows of activations at most
+constexpr int64_t kDotRows = 8;       // rows of activations to a tile at most
+constexpr int64_t kMostDotRows = 64;  // and to a call
 
 // Activations as fp32 rows, for the length of a call.
 struct FloatRows {
@@ -113,8 +114,8 @@ struct AsTheyCome {
     void operator()(const FloatRows&) const {}
 };
 
-// Runs dots(begin, end, rows) over all weight rows, on torch's threads; it writes y[:, begin:end). m ≤ 2 kDotRows.
-// Before, arrange(rows) may put the activations into the order that it reads them in.
+// Runs dots(begin, end, rows) over all weight rows, on torch's threads; it writes y[:, begin:end).
+// m ≤ kMostDotRows. Before, arrange(rows) may put the activations into the order that it reads them in.
 template <class T, class Dots, class Arrange = AsTheyCome>
 void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, const Dots& dots,
                       const Arrange& arrange = {}) {
@@ -122,7 +123,7 @@ void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, cons
     const int64_t stride = FloatRows::stride_for(call.k);
     Scratch<FloatRowsScratch> scratch(Scratch<FloatRowsScratch>::template bytes_for<float>(call.m * stride) + 64);
     const FloatRows rows{scratch.template take<float>(call.m * stride), stride};
-    bool finite[2 * kDotRows];
+    bool finite[kMostDotRows];
     auto convert = float_rows_portable<T>;
 #if ENGINE_X86
     if (isa() == Isa::avx2) convert = float_rows_avx2<T>;

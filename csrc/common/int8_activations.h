@@ -91,6 +91,7 @@ struct QuantizedRows {
     float* scale;  // [rows]; NaN for a row that is not finite (its q are 0)
     int64_t* sum;  // [rows]: of int8_t the sum of a row's q; of int16_t that of q[i] q[i + 2], i = 0, 1, 4, 5, ...
     int64_t rows, k, stride;  // stride is a multiple of 64
+    Q zero = 0;               // what 0 is written as: -128, of int8_t, where a kernel wants q unsigned
 
     // Rows a power of two apart share a few sets of the cache and drive each other out. Long rows are spread evenly
     // over the sets, which repeat every 4 KB, by a step of 26 or 38 of its 64 lines: near the golden section.
@@ -234,10 +235,12 @@ void scale_row_portable(const T* x, const float* factors, int64_t k, float* scal
 }
 
 template <class Q, class T>
-int64_t quantize_row_portable(const T* x, int64_t k, float inverse, Q* q, int64_t stride) {
+int64_t quantize_row_portable(const T* x, int64_t k, float inverse, Q zero, Q* q, int64_t stride) {
     for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(quantize_to_int(to_float(x[i]), inverse));
     std::fill(q + k, q + stride, Q{0});
-    return row_sum(q, stride);
+    const int64_t sum = row_sum(q, stride);
+    shift_row(q, stride, zero);
+    return sum;
 }
 
 // How this processor quantises a row.
@@ -246,6 +249,7 @@ struct RowKernels {
     template <class X>
     using Quantize = int64_t (*)(const X* x,  // [k]
                                  int64_t k, float inverse,
+                                 Q zero,                     // added to every q, once they are summed
                                  Q* q,                       // [stride]: all of it is written
                                  int64_t stride);            // returns QuantizedRows::sum
     uint32_t (*amax)(const T* x, int64_t k) = amax_bits<T>;  // of quantize.h
@@ -332,13 +336,13 @@ class ActivationQuantizer {
             Q* q = rows.q + row * rows.stride;
             rows.scale[row] = s.scale;
             if (s.inverse == 0.0f) {
-                std::fill(q, q + rows.stride, Q{0});
+                std::fill(q, q + rows.stride, rows.zero);
                 rows.sum[row] = 0;
             } else if (inverses_) {  // the row is in L1 by now: another pass over it costs little
                 kernels_.scale(from, inverses_, k_, scaled);
-                rows.sum[row] = kernels_.quantize_scaled(scaled, k_, 1.0f, q, rows.stride);
+                rows.sum[row] = kernels_.quantize_scaled(scaled, k_, 1.0f, rows.zero, q, rows.stride);
             } else {
-                rows.sum[row] = kernels_.quantize(from, k_, s.inverse, q, rows.stride);
+                rows.sum[row] = kernels_.quantize(from, k_, s.inverse, rows.zero, q, rows.stride);
             }
         }
     }

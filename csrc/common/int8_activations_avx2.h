@@ -85,10 +85,10 @@ ENGINE_AVX2 void scale_row_avx2(const T* x,            // [k]
     for (; i < k; ++i) scaled[i] = to_float(x[i]) * factors[i];
 }
 
-// Writes all of a row, zeros beyond k, and returns its sum (QuantizedRows::sum).
+// Writes all of a row, zeros beyond k and all shifted by `zero`, and returns the sum before (QuantizedRows::sum).
 template <class Q, class T>
 ENGINE_AVX2 int64_t quantize_row_avx2(const T* x,  // [k]
-                                      int64_t k, float inverse,
+                                      int64_t k, float inverse, Q zero,
                                       Q* q,  // [stride]
                                       int64_t stride) {
     constexpr int64_t kStretch = 1 << 15;  // sums of a stretch fit 32 bits
@@ -112,6 +112,7 @@ ENGINE_AVX2 int64_t quantize_row_avx2(const T* x,  // [k]
         written += 16;
     }
     std::fill(q + written, q + stride, Q{0});
+    shift_row(q, stride, zero);
     return sizeof(Q) == 2 ? sum / 2 : sum;
 }
 

@@ -55,15 +55,15 @@ ENGINE_AVX512 ENGINE_INLINE __m512i quantize_64_avx512(const T* x, __m512 invers
     return _mm512_permutexvar_epi32(order, lanes);
 }
 
-// Writes all of a row, zeros beyond k, and returns its sum (QuantizedRows::sum).
+// Writes all of a row, zeros beyond k and all shifted by `zero`, and returns the sum before (QuantizedRows::sum).
 template <class T>
 ENGINE_AVX512 int64_t quantize_row_avx512(const T* x,  // [k]
-                                          int64_t k, float inverse,
+                                          int64_t k, float inverse, int8_t zero,
                                           int8_t* q,  // [stride], 64-byte aligned
                                           int64_t stride) {
     constexpr int64_t kStretch = int64_t{1} << 27;  // sums of a stretch fit 32 bits
     const __m512 by = _mm512_set1_ps(inverse);
-    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i ones = _mm512_set1_epi8(1), shift = _mm512_set1_epi8(zero);
     const int64_t whole = k / 64 * 64;
     int64_t sum = 0, written = whole;
     for (int64_t begin = 0; begin < whole; begin += kStretch) {
@@ -74,7 +74,7 @@ ENGINE_AVX512 int64_t quantize_row_avx512(const T* x,  // [k]
                 __builtin_prefetch(x + k + i + line);  // the next row, whose maximum is wanted first
             }
             const __m512i values = quantize_64_avx512(x + i, by);
-            _mm512_store_si512(q + i, values);
+            _mm512_store_si512(q + i, _mm512_add_epi8(values, shift));
             part = _mm512_dpbusd_epi32(part, ones, values);
         }
         sum += _mm512_reduce_add_epi32(part);
@@ -83,11 +83,11 @@ ENGINE_AVX512 int64_t quantize_row_avx512(const T* x,  // [k]
         T rest[64] = {};
         std::copy(x + whole, x + k, rest);
         const __m512i values = quantize_64_avx512(rest, by);
-        _mm512_store_si512(q + whole, values);
+        _mm512_store_si512(q + whole, _mm512_add_epi8(values, shift));
         sum += _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, values));
         written += 64;
     }
-    std::fill(q + written, q + stride, int8_t{0});
+    std::fill(q + written, q + stride, zero);
     return sum;
 }
 

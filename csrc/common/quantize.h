@@ -59,6 +59,13 @@ ENGINE_INLINE int32_t quantize_to_int(float x, float inverse) {
 }
 ENGINE_INLINE int8_t quantize_one(float x, float inverse) { return static_cast<int8_t>(quantize_to_int(x, inverse)); }
 
+// Adds `zero` to all of a row.
+template <class Q>
+ENGINE_INLINE void shift_row(Q* q, int64_t k, Q zero) {
+    if (zero == 0) return;
+    for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(q[i] + zero);
+}
+
 // q[i] for one row. `s.finite` must hold, or inverse be 0 and q wanted as 0: then 0 is written without reading x.
 template <class T>
 ENGINE_INLINE void quantize_row(const T* x, int64_t k, RowScale s, int8_t* q) {

@@ -13,6 +13,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "common/tensor.h"
@@ -70,19 +71,40 @@ ENGINE_INLINE void spread_int8(const int8_t* __restrict values, const uint8_t* _
     }
 }
 
-// The same for values of any type, to out of another.
+// For each half byte of metadata, all bits of the places where its first value stands, and its second.
+template <class Bits>
+struct PlaceMasks {
+    Bits first[16][4], second[16][4];
+};
+template <class Bits>
+constexpr PlaceMasks<Bits> make_place_masks() {
+    PlaceMasks<Bits> masks{};
+    for (int places = 0; places < 16; ++places) {
+        masks.first[places][places & 3] = static_cast<Bits>(-1);
+        masks.second[places][places >> 2] = static_cast<Bits>(-1);
+    }
+    return masks;
+}
+template <class Bits>
+alignas(64) inline constexpr PlaceMasks<Bits> kPlaceMasks = make_place_masks<Bits>();
+
+// The same for values of any type, to out of another. Masked, not stored where they belong: to read what was just
+// stored in parts takes long.
 template <class V, class W, class Convert>
 ENGINE_INLINE void spread_any(const V* __restrict values, const uint8_t* __restrict metadata, int64_t kc,
                               W* __restrict out, const Convert& convert) {
+    using Bits = std::conditional_t<sizeof(W) == 4, uint32_t, std::conditional_t<sizeof(W) == 2, uint16_t, uint8_t>>;
     const int64_t groups = groups_of_four(kc);
     for (int64_t group = 0; group < groups; ++group) {
-        const uint32_t places = metadata[group / 2] >> (4 * (group % 2));
-        const W first = convert(values[2 * group]), second = convert(values[2 * group + 1]);
-        // Chosen, not stored where they belong: to read what was just stored in parts takes long.
-        for (uint32_t j = 0; j < 4; ++j) {
-            const W other = (places & 3) == j ? first : W{};
-            out[4 * group + j] = (places >> 2 & 3) == j ? second : other;
+        const uint32_t places = metadata[group / 2] >> (4 * (group % 2)) & 15;
+        const auto first = std::bit_cast<Bits>(convert(values[2 * group]));
+        const auto second = std::bit_cast<Bits>(convert(values[2 * group + 1]));
+        Bits four[4];
+        for (int j = 0; j < 4; ++j) {
+            four[j] = static_cast<Bits>((first & kPlaceMasks<Bits>.first[places][j]) |
+                                        (second & kPlaceMasks<Bits>.second[places][j]));
         }
+        std::memcpy(out + 4 * group, four, sizeof four);
     }
 }
 

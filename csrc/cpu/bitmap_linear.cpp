@@ -4,24 +4,33 @@
 
 #include "common/bitmap.h"
 #include "common/bitmap_expand_float.h"
+#include "common/bitmap_float_avx512.h"
 #include "common/gemm_float.h"
+#include "common/huge_pages.h"
 #include "common/tensor.h"
 
 namespace engine {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the value being read memory is asked for
+constexpr int64_t kMaskAhead = 512;          // and of the mask
 
 // A checked bitmap.
 template <class V>
 struct Bitmap {
+    using Value = V;
+    using Scratch = std::vector<V>;
     const uint8_t* bitmask;      // [n, ceil(k/8)]
     const int64_t* row_offsets;  // [n + 1]
     const V* values;             // [nnz]
-    int64_t k, nnz;
+    int64_t n, k, nnz;
     BadRow* bad;
 
+    int64_t row_bytes() const { return mask_bytes(k) + nnz / n * static_cast<int64_t>(sizeof(V)); }
     const uint8_t* mask(int64_t row) const { return bitmask + row * mask_bytes(k); }
+    FloatColumn<V> column(int64_t row, Scratch& scratch) const {
+        return {mask(row), row_values(values, row_offsets, row, k, nnz, scratch), mask(row) + kMaskAhead};
+    }
     void check_row(int64_t row, int64_t taken) const {
         if (taken != row_offsets[row + 1] - row_offsets[row] || has_padding_bits(mask(row), k)) bad->record(row);
     }
@@ -57,23 +66,6 @@ ENGINE_AVX2 int64_t expand_floats_avx2(const uint8_t* mask, const V* values, int
         for (int64_t j = i; j < i + 64 && j < kc; j += 8, bits >>= 8) {
             const uint32_t m = bits & 0xff;
             _mm256_storeu_ps(out + j, expand_8_avx2(p, m));
-            p += popcount64(m);
-        }
-    }
-    return p - values;
-}
-
-template <class V>
-ENGINE_AVX512 int64_t expand_floats_avx512(const uint8_t* mask, const V* values, int64_t kc, float* out) {
-    const V* p = values;
-    for (int64_t i = 0; i < kc; i += 64) {
-        uint64_t bits = mask_bits(mask, i, kc);
-        for (int64_t j = i; j < i + 64 && j < kc; j += 32, bits >>= 32) {
-            const auto m = static_cast<uint32_t>(bits);
-            __m512 w[2];
-            expand_32_avx512(p, m, w);
-            _mm512_storeu_ps(out + j, w[0]);
-            if (j + 16 < kc) _mm512_storeu_ps(out + j + 16, w[1]);
             p += popcount64(m);
         }
     }
@@ -127,22 +119,18 @@ struct BitmapProvider {
 
 // ---- dot products -----------------------------------------------------------------------------------------------
 
-// A kernel is a struct: arrange<V> puts activations into the order that it reads them in, and outputs<M> multiplies M
-// rows of them by weight rows [begin, end). Several sums for each, so that additions need not wait for each other.
-//
-// This is the one whose dot<M> multiplies a single row of weights and returns how many values it took.
+// A kernel's dot<M> multiplies a single row of weights by M of activations, and returns how many values it took.
+// Several sums for each, so that additions need not wait for each other. AVX-512's are in
+// common/bitmap_float_avx512.h.
 template <class Kernel>
 struct RowByRow {
-    template <class V>
-    static void arrange(const FloatRows&, int64_t) {}
-
     template <int M, class T, class V>
     static void outputs(const FloatLinear<T>& call, const FloatRows& rows, const Bitmap<V>& weights, int64_t begin,
                         int64_t end) {
         std::vector<V> scratch;
         for (int64_t column = begin; column < end; ++column) {
-            const uint8_t* mask = weights.mask(column);
-            const V* values = row_values(weights.values, weights.row_offsets, column, call.k, weights.nnz, scratch);
+            const auto [mask, values, ahead] = weights.column(column, scratch);
+            static_cast<void>(ahead);
             float sums[M];
             const int64_t taken = Kernel::template dot<M>(mask, values, call.k, rows.x, rows.stride, sums);
             weights.check_row(column, taken);
@@ -231,145 +219,23 @@ struct DotAvx2 : RowByRow<DotAvx2> {
         }
     }
 };
-
-// Where a row of weights is read.
-template <class V>
-struct Column {
-    const uint8_t* mask;  // [ceil(k/8)]
-    const V* values;      // k + kReadAhead may be read; a kernel leaves it where it ended
-};
-
-// Several rows of weights at once, so that a vector of activations, which comes from L2 for the most part, serves all
-// of them. Whole rows: with stretches of K that fit L1 the many short streams of values cost more than was saved.
-struct DotAvx512 {
-    static constexpr int64_t kValuesAhead = 8 << 10, kMaskAhead = 512;  // how far ahead memory is asked for
-    static constexpr int columns(int m) { return m == 1 ? 2 : m <= 4 ? 4 : 3; }
-
-    // C rows of weights by M of activations, in 32 registers.
-    template <int M, int C, class V>
-    ENGINE_AVX512 static void tile(Column<V> (&columns)[C], int64_t k,
-                                   const float* x,  // [M, stride]
-                                   int64_t stride, float (&sums)[C][M]) {
-        constexpr int U = M == 1 ? 2 : 1;  // sums of an output, where else too few additions would run side by side
-        __m512 acc[C][M][U];
-        const V* p[C];
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-            p[c] = columns[c].values;
-#pragma GCC unroll 16
-            for (int i = 0; i < M * U; ++i) acc[c][i / U][i % U] = _mm512_setzero_ps();
-        }
-        for (int64_t i = 0; i < k; i += 64, x += 64) {
-            uint64_t bits[C];
-#pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) {
-                bits[c] = mask_bits(columns[c].mask, i, k);
-                __builtin_prefetch(columns[c].mask + i / 8 + kMaskAhead);
-#pragma GCC unroll 4
-                for (size_t b = 0; b < 32 * sizeof(V); b += 64) {  // what half of 64 weights take
-                    __builtin_prefetch(reinterpret_cast<const char*>(p[c]) + kValuesAhead + b);
-                }
-            }
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                __m512 w[C][2];
-#pragma GCC unroll 4
-                for (int c = 0; c < C; ++c) {
-                    const auto m32 = static_cast<uint32_t>(bits[c] >> (32 * half));
-                    expand_32_apart_avx512(p[c], m32, w[c]);
-                    p[c] += popcount64(m32);
-                }
-#pragma GCC unroll 2
-                for (int part = 0; part < 2; ++part) {
-#pragma GCC unroll 8
-                    for (int m = 0; m < M; ++m) {
-                        const __m512 a = _mm512_load_ps(x + m * stride + 32 * half + 16 * part);
-#pragma GCC unroll 4
-                        for (int c = 0; c < C; ++c) {
-                            acc[c][m][part % U] = _mm512_fmadd_ps(w[c][part], a, acc[c][m][part % U]);
-                        }
-                    }
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-            columns[c].values = p[c];
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                if (U == 2) acc[c][m][0] = _mm512_add_ps(acc[c][m][0], acc[c][m][U - 1]);
-                sums[c][m] = _mm512_reduce_add_ps(acc[c][m][0]);
-            }
-        }
-    }
-
-    // All rows of activations by weight rows [begin, end): M at a time, from L1 or L2 the second time. The last M may
-    // begin among the first, whose products are then the same.
-    template <int M, class T, class V>
-    static void outputs(const FloatLinear<T>& call, const FloatRows& rows, const Bitmap<V>& weights, int64_t begin,
-                        int64_t end) {
-        constexpr int C = columns(M);
-        std::vector<V> scratch[C];
-        for (int64_t first = begin; first < end; first += C) {
-            Column<V> columns[C];
-            const V* start[C];
-            for (int c = 0; c < C; ++c) {
-                const int64_t row = std::min(first + c, end - 1);  // the last once more in place of one that is missing
-                start[c] = row_values(weights.values, weights.row_offsets, row, call.k, weights.nnz, scratch[c]);
-                columns[c] = {weights.mask(row), start[c]};
-            }
-            for (int64_t at = 0;; at = call.m - M) {
-                float sums[C][M];
-                for (int c = 0; c < C; ++c) columns[c].values = start[c];
-                tile<M, C>(columns, call.k, rows.x + at * rows.stride, rows.stride, sums);
-                for (int c = 0; c < C && first + c < end; ++c) {
-                    for (int m = 0; m < M; ++m) {
-                        call.y[(at + m) * call.n + first + c] = float_output(sums[c][m], call, first + c);
-                    }
-                }
-                if (at + M >= call.m) break;
-            }
-            for (int c = 0; c < C && first + c < end; ++c) {
-                weights.check_row(first + c, columns[c].values - start[c]);
-            }
-        }
-    }
-
-    // Activations in the order of expand_32_apart_avx512.
-    template <class V>
-    ENGINE_AVX512 static void arrange(const FloatRows& rows, int64_t m) {
-        if constexpr (!std::is_same_v<V, BFloat16>) return;
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
-        for (float* x = rows.x; x < rows.x + m * rows.stride; x += 32) {
-            const __m512i low = _mm512_load_si512(x), high = _mm512_load_si512(x + 16);
-            _mm512_store_si512(x, _mm512_permutex2var_epi32(low, even, high));
-            _mm512_store_si512(x + 16, _mm512_permutex2var_epi32(low, odd, high));
-        }
-    }
-};
 #endif
 
 template <class Kernel, class T, class V, int M = kDotRows>
 void dot_linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
     if constexpr (M > 1) {
-        const int64_t rows = call.m > kDotRows ? (call.m + 1) / 2 : call.m;
-        if (rows < M) return dot_linear<Kernel, T, V, M - 1>(call, weights);
+        if (call.m < M) return dot_linear<Kernel, T, V, M - 1>(call, weights);
     }
-    const int64_t row_bytes = mask_bytes(call.k) + weights.nnz / call.n * static_cast<int64_t>(sizeof(V));
-    float_dot_linear(
-        call, row_bytes,
-        [&](int64_t begin, int64_t end, const FloatRows& rows) {
-            Kernel::template outputs<M>(call, rows, weights, begin, end);
-        },
-        [&](const FloatRows& rows) { Kernel::template arrange<V>(rows, call.m); });
+    float_dot_linear(call, weights.row_bytes(), [&](int64_t begin, int64_t end, const FloatRows& rows) {
+        Kernel::template outputs<M>(call, rows, weights, begin, end);
+    });
 }
 
 template <class T, class V>
 void linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m <= 2 * kDotRows) return dot_linear<DotAvx512>(call, weights);
+    if (isa() == Isa::avx512 && bitmap_dot_linear(call, weights)) return;
 #endif
     if (call.m > kDotRows) return float_panel_linear(call, BitmapProvider<V>(weights));
 #if ENGINE_X86
@@ -400,7 +266,7 @@ Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tens
     std::vector<int64_t> sizes = sizes_of(x);
     sizes.back() = n;
     const int64_t m = rows_of(sizes);
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_output(x, sizes, x.scalar_type());
     const FloatBias as_float(bias);
     BadRow bad;
     dispatch_float(x.scalar_type(), "bitmap_linear: x", [&](auto x_zero) {
@@ -408,7 +274,7 @@ Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tens
         const FloatLinear<T> call{data<T>(x), nullptr, as_float.data(), mutable_data<T>(y), m, n, k};
         dispatch_float(values.scalar_type(), "bitmap_linear: values", [&](auto zero) {
             using V = decltype(zero);
-            linear<T, V>(call, {data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<V>(values), k, nnz, &bad});
+            linear<T, V>(call, {data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<V>(values), n, k, nnz, &bad});
         });
     });
     bad.raise("bitmap_linear");

@@ -9,8 +9,9 @@
 #include <cstring>
 
 #include "common/block.h"
-#include "common/block_avx512.h"
+#include "common/block_int8_strips.h"
 #include "common/gemm_int8.h"
+#include "common/huge_pages.h"
 #if ENGINE_X86
 #include <immintrin.h>
 #endif
@@ -18,10 +19,8 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kDotRows = 4;           // up to so many rows of activations dot products are the faster way
-constexpr int64_t kMaxBlock = 256;        // rows and columns of a block
-constexpr int64_t kBlockRows = 512;       // rows of activations to a task: sums of up to 128 KB
-constexpr int64_t kChunkBytes = 4 << 20;  // of activations that are quantised at a time
+constexpr int64_t kDotRows = 4;     // up to so many rows of activations dot products are the faster way
+constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
 
 // Copies of activations [column, column + count) of a row, zeros where they lie beyond its stride.
 template <class Q>
@@ -172,7 +171,8 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
     constexpr int64_t kGroup = BlockMemory<Kernel>::kGroup;
     const auto [high, wide] = weight.shape;
     const int64_t row_bytes = Rows::stride_for(call.k) * static_cast<int64_t>(sizeof(Q));
-    const int64_t chunk_rows = std::min(call.m, std::max<int64_t>(192, kChunkBytes / std::max<int64_t>(1, row_bytes)));
+    const int64_t chunk_rows =
+        std::min(call.m, std::max<int64_t>(192, kActivationBytes / std::max<int64_t>(1, row_bytes)));
     const int64_t across = pieces_of(call.k, wide), slices = pieces_of(high, kGroup);
     ActivationScratch scratch(Rows::scratch_bytes(chunk_rows, call.k));
     const Rows memory_rows(scratch, chunk_rows, call.k);
@@ -195,131 +195,6 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
         parallel_rows(weight.high() * slices * bands, kGroup * call.k * tall / 32, tasks);
     }
 }
-
-// ---- panels with AVX-512 ----------------------------------------------------------------------------------------
-
-#if ENGINE_X86
-struct StripScratch;  // tag: what a thread packs and sums in
-
-template <class T>
-ENGINE_AVX512 void finish_strip(const FinishRows<T>& f, const int64_t* sums, int64_t width) {
-    finish_rows<0>(f, sums, width);
-}
-// By whole vectors: rows of a strip are too short for a loop that has to find out how it may be vectorised.
-template <class T>
-ENGINE_AVX512 void finish_strip(const FinishRows<T>& f,
-                                const int32_t* sums,  // [f.rows, width]
-                                int64_t width) {
-    if (f.columns < width) return finish_rows<0>(f, sums, width);
-    for (int64_t j = 0; j < width; j += 16) {
-        const __m512 scale = _mm512_loadu_ps(f.call.scale + f.column + j);
-        const __m512 bias = f.call.bias ? _mm512_loadu_ps(f.call.bias + f.column + j) : _mm512_setzero_ps();
-        for (int64_t r = 0; r < f.rows; ++r) {
-            const __m512 acc = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * width + j));
-            __m512 y = _mm512_mul_ps(acc, _mm512_mul_ps(_mm512_set1_ps(f.row_scale[r]), scale));
-            if (f.call.bias) y = _mm512_add_ps(y, bias);
-            T* to = f.call.y + (f.row + r) * f.call.n + f.column + j;
-            if constexpr (std::is_same_v<T, float>) {
-                _mm512_storeu_ps(to, y);
-            } else {
-                alignas(64) float each[16];
-                _mm512_store_ps(each, y);
-                for (int i = 0; i < 16; ++i) to[i] = from_float<T>(each[i]);
-            }
-        }
-    }
-}
-
-// Outputs of one row of blocks, at most kStripOutputs, by rows [begin, end) of the quantised ones.
-template <class T>
-struct StripTask {
-    static constexpr int64_t kBytes = 32 << 10;  // of packed weights
-    const LinearCall<T>& call;
-    const Blocks& weight;
-    const QuantizedRows<int8_t>& rows;  // shifted by 128
-    int64_t chunk;                      // the call's row that is row 0 of `rows`
-    int8_t* packed;                     // [kBytes]
-    int32_t* start;                     // [kOutputs]
-    int32_t* sums;                      // [tall, kOutputs]
-    int64_t* wide_sums;                 // the same
-
-    static constexpr int64_t bytes(int64_t tall) {
-        return kBytes + 4 * kStripOutputs + 12 * tall * kStripOutputs + 256;
-    }
-    StripTask(Scratch<StripScratch>& scratch, int64_t tall, const LinearCall<T>& call, const Blocks& weight,
-              const QuantizedRows<int8_t>& rows, int64_t chunk)
-        : call(call),
-          weight(weight),
-          rows(rows),
-          chunk(chunk),
-          packed(scratch.take<int8_t>(kBytes)),
-          start(scratch.take<int32_t>(kStripOutputs)),
-          sums(scratch.take<int32_t>(tall * kStripOutputs)),
-          wide_sums(scratch.take<int64_t>(tall * kStripOutputs)) {}
-
-    void run(int64_t line, int64_t inside, int64_t begin, int64_t end) const {
-        const auto [high, wide] = weight.shape;
-        const int64_t column = line * high + inside, outputs = std::min(kStripOutputs, high - inside);
-        if (column >= weight.n) return;
-        const int64_t first = weight.offsets()[line], last = weight.offsets()[line + 1];
-        const int64_t step = kBytes / (outputs * wide), tile = strip_rows(outputs);
-        const bool widens = (last - first) * wide > kExactDepth;  // too many for sums in int32
-        if (widens) std::fill_n(wide_sums, (end - begin) * outputs, int64_t{0});
-        const int8_t* values = data<int8_t>(weight.values);
-        for (int64_t i = first; i == first || i < last; i += step) {
-            const int64_t stop = std::min(last, i + step);
-            BlockInt8Avx512::pack(values + i * high * wide, high, wide, stop - i, inside, outputs, packed, start);
-            const BlockStrip<int8_t> strip{weight.columns() + i, stop - i, wide, packed};
-            for (int64_t row = begin; row < end; row += tile) {
-                const int64_t count = std::min(tile, end - row), at = (row - begin) * outputs;
-                const auto* q = reinterpret_cast<const uint8_t*>(rows.q + row * rows.stride);
-                strip_tile<BlockInt8Avx512>(count, outputs, q, rows.stride, strip, start, i > first && !widens,
-                                            sums + at);
-                if (widens) {
-                    for (int64_t j = at; j < at + count * outputs; ++j) wide_sums[j] += sums[j];
-                }
-                if (stop < last) continue;
-                const FinishRows<T> f{
-                    call, rows.scale + row, nullptr, chunk + row, count, column, std::min(outputs, weight.n - column)};
-                if (widens) {
-                    finish_strip(f, wide_sums + at, outputs);
-                } else {
-                    finish_strip(f, sums + at, outputs);
-                }
-            }
-        }
-    }
-};
-
-template <class T>
-void strip_linear(const LinearCall<T>& call, const Blocks& weight) {
-    using Rows = QuantizedRows<int8_t>;
-    const auto [high, wide] = weight.shape;
-    const int64_t across = pieces_of(call.k, wide) * wide;  // activations end in zeros as far as blocks reach
-    const int64_t chunk_rows = std::min(call.m, std::max<int64_t>(192, kChunkBytes / std::max<int64_t>(1, across)));
-    const int64_t slices = pieces_of(high, kStripOutputs);
-    ActivationScratch scratch(Rows::scratch_bytes(chunk_rows, across));
-    Rows rows(scratch, chunk_rows, across);
-    rows.k = call.k;
-    for (int64_t chunk = 0; chunk < call.m; chunk += chunk_rows) {
-        rows.rows = std::min(chunk_rows, call.m - chunk);
-        quantize_activations(call, chunk, rows);
-        parallel_rows(rows.rows, rows.stride, [&](int64_t begin, int64_t end) {
-            BlockInt8Avx512::shift(rows.q + begin * rows.stride, (end - begin) * rows.stride);
-        });
-        const int64_t bands = pieces_of(rows.rows, kBlockRows), tall = pieces_of(rows.rows, bands);
-        const auto tasks = [&, high = high](int64_t from, int64_t to) {
-            Scratch<StripScratch> own(StripTask<T>::bytes(tall));
-            const StripTask<T> task(own, tall, call, weight, rows, chunk);
-            for (int64_t i = from; i < to; ++i) {
-                const int64_t band = i % bands, slice = i / bands % slices, line = i / bands / slices;
-                task.run(line, slice * kStripOutputs, band * tall, std::min(rows.rows, (band + 1) * tall));
-            }
-        };
-        parallel_rows(weight.high() * slices * bands, kStripOutputs * call.k * tall / 32, tasks);
-    }
-}
-#endif
 
 // ---- dot products -----------------------------------------------------------------------------------------------
 
@@ -409,7 +284,7 @@ Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, T
     const Tensor& x = input.x;
     const Tensor scale = as_contiguous(scale_in);
     input.sizes.back() = n;
-    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
+    Tensor y = new_output(x, input.sizes, x.scalar_type());
     const FloatBias as_float(bias);
     if (input_scale) input_scale = as_contiguous(*input_scale);
     dispatch_float(x.scalar_type(), "block_int8_linear: x", [&](auto zero) {

@@ -7,6 +7,7 @@
 #include "common/block.h"
 #include "common/block_avx512.h"
 #include "common/gemm_float.h"
+#include "common/huge_pages.h"
 
 namespace engine {
 namespace {
@@ -211,7 +212,7 @@ Tensor block_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor
     std::vector<int64_t> sizes = sizes_of(x);
     sizes.back() = n;
     const int64_t m = rows_of(sizes);
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_output(x, sizes, x.scalar_type());
     const FloatBias as_float(bias);
     dispatch_float(x.scalar_type(), "block_linear: x", [&](auto x_zero) {
         using T = decltype(x_zero);

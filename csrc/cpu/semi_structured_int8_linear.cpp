@@ -5,7 +5,9 @@
 // spread to.
 
 #include "common/gemm_int8.h"
+#include "common/huge_pages.h"
 #include "common/semi_structured.h"
+#include "common/semi_structured_avx512.h"
 #if ENGINE_X86
 #include <immintrin.h>
 #endif
@@ -29,6 +31,9 @@ void spread_portable(const int8_t* values, const uint8_t* metadata, int64_t kc, 
 ENGINE_AVX2 void spread_avx2(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
     spread_int8(values, metadata, kc, out);
 }
+void spread_avx512(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
+    spread_int8_avx512(values, metadata, kc, out, 0, 0);
+}
 #endif
 
 struct SemiProvider {
@@ -37,7 +42,8 @@ struct SemiProvider {
 
     explicit SemiProvider(const Weight& weight) : weight(weight) {
 #if ENGINE_X86
-        if (isa() != Isa::portable) spread = spread_avx2;
+        if (isa() == Isa::avx2) spread = spread_avx2;
+        if (isa() == Isa::avx512) spread = spread_avx512;
 #endif
     }
     const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride) const {
@@ -149,67 +155,6 @@ struct DotAvx2 {
         }
     }
 };
-
-struct DotAvx512 {
-    using Q = int8_t;
-    static constexpr int64_t kRows = 4;
-    static void arrange(int8_t*, int64_t) {}
-
-    // 128 weights: 64 values, and where among 128 activations that of each stands.
-    ENGINE_AVX512 ENGINE_INLINE static __m512i fetch_index(const uint8_t* metadata) {
-        alignas(64) static constexpr uint8_t kPairs[64] = {
-            0, 1, 0, 0, 0, 0, 0, 0, 2,  3,  0, 0, 0, 0, 0, 0, 4,  5,  0, 0, 0, 0, 0, 0, 6,  7,  0, 0, 0, 0, 0, 0,
-            8, 9, 0, 0, 0, 0, 0, 0, 10, 11, 0, 0, 0, 0, 0, 0, 12, 13, 0, 0, 0, 0, 0, 0, 14, 15, 0, 0, 0, 0, 0, 0};
-        alignas(64) static constexpr uint8_t kShifts[64] = {
-            0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14,
-            0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14};
-        alignas(64) static constexpr uint8_t kGroups[64] = {
-            0,  0,  4,  4,  8,  8,  12,  12,  16,  16,  20,  20,  24,  24,  28,  28,  32,  32,  36,  36, 40, 40,
-            44, 44, 48, 48, 52, 52, 56,  56,  60,  60,  64,  64,  68,  68,  72,  72,  76,  76,  80,  80, 84, 84,
-            88, 88, 92, 92, 96, 96, 100, 100, 104, 104, 108, 108, 112, 112, 116, 116, 120, 120, 124, 124};
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(metadata));
-        const __m512i pairs = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), _mm512_load_si512(kPairs));
-        const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_load_si512(kShifts), pairs);
-        return _mm512_or_si512(_mm512_and_si512(fields, _mm512_set1_epi8(3)), _mm512_load_si512(kGroups));
-    }
-
-    // vpdpbusd takes one side unsigned: the weights are shifted by 128, and the fetched activations summed to take it
-    // away again.
-    template <int R>
-    ENGINE_AVX512 ENGINE_INLINE static void step(const int8_t* values, const uint8_t* metadata, const int8_t* q,
-                                                 int64_t stride, bool both, __m512i (&acc)[R], __m512i (&excess)[R]) {
-        const __m512i index = fetch_index(metadata), shift = _mm512_set1_epi8(-128);
-        const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(values), shift);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const __m512i low = _mm512_load_si512(q + r * stride);
-            const __m512i high = both ? _mm512_load_si512(q + r * stride + 64) : _mm512_setzero_si512();
-            const __m512i fetched = _mm512_permutex2var_epi8(low, index, high);
-            acc[r] = _mm512_dpbusd_epi32(acc[r], w, fetched);
-            excess[r] = _mm512_dpbusd_epi32(excess[r], shift, fetched);
-        }
-    }
-
-    template <int R>
-    ENGINE_AVX512 static void tile(const int8_t* q, int64_t stride, const int8_t* values, const uint8_t* metadata,
-                                   int64_t kc, int32_t* sums) {
-        __m512i acc[R], excess[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r] = excess[r] = _mm512_setzero_si512();
-        const int64_t whole = kc / 128 * 128;
-        for (int64_t k = 0; k < whole; k += 128) {
-            __builtin_prefetch(values + k / 2 + kValuesAhead);
-            __builtin_prefetch(metadata + k / 8 + kMetadataAhead);
-            step<R>(values + k / 2, metadata + k / 8, q + k, stride, true, acc, excess);
-        }
-        if (whole < kc) {
-            const SemiTail<int8_t, 128> tail(values + whole / 2, metadata + whole / 8, kc - whole);
-            step<R>(tail.values, tail.metadata, q + whole, stride, kc - whole > 64, acc, excess);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_reduce_add_epi32(_mm512_sub_epi32(acc[r], excess[r]));
-    }
-};
 #endif
 
 template <class Kernel>
@@ -266,13 +211,151 @@ void dot_linear(const LinearCall<T>& call, const Weight& weight) {
                   [&](int64_t begin, int64_t end) { dot_outputs<Kernel>(call, rows, weight, begin, end); });
 }
 
+// ---- dot products with AVX-512 ----------------------------------------------------------------------------------
+
+#if ENGINE_X86
+constexpr int64_t kFetchRows = 24;      // up to so many rows of activations they are fetched for the stored values
+constexpr int64_t kOutputs = 64;        // that are finished together
+constexpr int64_t kMostRows = 64;       // of activations, where weights are spread
+constexpr int64_t kSpreadDepth = 8192;  // of K
+
+// How far on memory is asked for: one stream as far as it takes, several as far as the next `count` weight rows.
+struct Ahead {
+    int64_t values, metadata;
+    Ahead(const Weight& weight, int64_t count)
+        : values(count == 1 ? kValuesAhead : count * weight.row_values()),
+          metadata(count == 1 ? kMetadataAhead : count * weight.row_bytes()) {}
+};
+
+// A kernel multiplies a stretch of weight rows [row, row + count) by all rows of activations; sums are [m, kOutputs].
+// kFactor: what they are too large by, times QuantizedRows::sum.
+template <class Total>
+struct Fetch {
+    static constexpr int kFactor = 0;
+    static constexpr int64_t kTall = 6;  // rows of activations to a tile
+    const QuantizedRows<int8_t>& rows;   // shifted by 128
+    const Weight& weight;
+
+    // As many as registers hold; for one row of activations one, so that memory is read as one stream.
+    int columns() const { return rows.rows == 1 ? 1 : rows.rows <= 4 ? 4 : 3; }
+    static int64_t depth() { return kExactDepth; }
+
+    template <int C, int R>
+    static void tile(int64_t count, const uint8_t* q, int64_t stride, const SemiRows& w, int64_t kc, const Ahead& ahead,
+                     int32_t* sums) {
+        if constexpr (R > 1) {
+            if (count < R) return tile<C, R - 1>(count, q, stride, w, kc, ahead, sums);
+        }
+        SemiDotAvx512::tile<R, C>(q, stride, w, kc, ahead.values, ahead.metadata, sums);
+    }
+
+    void multiply(int64_t row, int64_t count, int64_t k0, int64_t kc, Total* totals) const {
+        const Ahead ahead(weight, columns());
+        const auto tile_of = count < columns() || count == 1 ? tile<1, kTall>
+                             : count == 4                    ? tile<4, 4>
+                                                             : tile<3, kTall>;
+        const int64_t tiles = (rows.rows + kTall - 1) / kTall, together = count == columns() ? count : 1;
+        for (int64_t j = 0; j < count; j += together) {
+            const SemiRows w{weight.values_at(row + j, k0), weight.metadata_at(row + j, k0), weight.row_values(),
+                             weight.row_bytes()};
+            for (int64_t t = 0, first = 0; t < tiles; ++t) {
+                const int64_t tall = (rows.rows - first + tiles - t - 1) / (tiles - t);
+                int32_t sums[kTall * 4 + 3];
+                const auto* q = reinterpret_cast<const uint8_t*>(rows.q + first * rows.stride + k0);
+                tile_of(tall, q, rows.stride, w, kc, ahead, sums);
+                for (int64_t r = 0; r < tall; ++r, ++first) {
+                    for (int64_t c = 0; c < together; ++c) totals[first * kOutputs + j + c] += sums[r * together + c];
+                }
+            }
+        }
+    }
+};
+
+// More rows of activations: four weight rows are spread to memory once, and multiplied as if they were dense.
+template <class Total>
+struct Spread {
+    static constexpr int kFactor = 128;
+    const QuantizedRows<int8_t>& rows;
+    const Weight& weight;
+
+    static int columns() { return kDotColumns; }
+    static int64_t depth() { return kSpreadDepth; }
+
+    void multiply(int64_t row, int64_t count, int64_t k0, int64_t kc, Total* totals) const {
+        constexpr int64_t kStride = kSpreadDepth + 64;  // not a power of two: rows would drive each other out
+        alignas(64) int8_t w[kDotColumns * kStride];
+        const Ahead ahead(weight, kDotColumns);
+        for (int64_t j = 0; j < kDotColumns; ++j) {  // one that is missing is the last once more
+            const int64_t at = row + std::min(j, count - 1);
+            spread_int8_avx512(weight.values_at(at, k0), weight.metadata_at(at, k0), kc, w + j * kStride, ahead.values,
+                               ahead.metadata);
+        }
+        const int8_t* q = rows.q + k0;
+        const int64_t m = rows.rows, tiles = (m + DotTilesAvx512::kRows - 1) / DotTilesAvx512::kRows;
+        for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
+            const int64_t tall = (m - first + tiles - tile - 1) / (tiles - tile);
+            const int8_t* next = q + (first + tall) % m * rows.stride;
+            int32_t sums[(DotTilesAvx512::kRows + 3) / 4 * 4 * kDotColumns];
+            engine::dot_tile<DotTilesAvx512>(
+                tall, {q + first * rows.stride, rows.stride, w, kStride, kc, w, 0, next, w}, sums);
+            for (int64_t r = 0; r < tall; ++r, ++first) {
+                for (int64_t c = 0; c < count; ++c) totals[first * kOutputs + c] += sums[r * kDotColumns + c];
+            }
+        }
+    }
+};
+
+template <int factor, class T, class Total>
+ENGINE_AVX512 void finish(const FinishRows<T>& f, const Total* totals) {
+    finish_rows<factor>(f, totals, kOutputs);
+}
+
+// Outputs [begin, end) of every row of activations.
+template <template <class> class Kernel, class Total, class T>
+void outputs_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Weight& weight, int64_t begin,
+                    int64_t end) {
+    const Kernel<Total> kernel{rows, weight};
+    Total totals[kMostRows * kOutputs];
+    for (int64_t first = begin; first < end; first += kOutputs) {
+        const int64_t columns = std::min(kOutputs, end - first);
+        std::fill_n(totals, call.m * kOutputs, Total{0});
+        for (int64_t j = 0; j < columns; j += kernel.columns()) {
+            const int64_t count = std::min<int64_t>(kernel.columns(), columns - j);
+            for (int64_t k0 = 0; k0 < call.k; k0 += kernel.depth()) {
+                kernel.multiply(first + j, count, k0, std::min(kernel.depth(), call.k - k0), totals + j);
+            }
+        }
+        finish<Kernel<Total>::kFactor>(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, first, columns}, totals);
+    }
+}
+
+template <class T>
+void linear_avx512(const LinearCall<T>& call, const Weight& weight) {
+    using Rows = QuantizedRows<int8_t>;
+    ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
+    Rows rows(scratch, call.m, call.k);
+    const bool fetch = call.m <= kFetchRows, wide = call.k > kExactDepth;
+    if (fetch) rows.zero = -128;
+    quantize_activations(call, 0, rows);
+    const auto outputs = fetch  ? wide ? outputs_avx512<Fetch, int64_t, T> : outputs_avx512<Fetch, int32_t, T>
+                         : wide ? outputs_avx512<Spread, int64_t, T>
+                                : outputs_avx512<Spread, int32_t, T>;
+    parallel_rows(call.n, call.k / 2 * (1 + call.m / 4),
+                  [&](int64_t begin, int64_t end) { outputs(call, rows, weight, begin, end); });
+}
+#endif
+
 template <class T>
 void linear(const LinearCall<T>& call, const Weight& weight) {
     if (call.m == 0 || call.n == 0) return;
+#if ENGINE_X86
+    if (isa() == Isa::avx512 && call.m <= std::max(kFetchRows, DotTilesAvx512::rows(call.k))) {
+        return linear_avx512(call, weight);
+    }
+#endif
     if (call.m > kDotRows) return int8_panel_linear(call, SemiProvider(weight));
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
-    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
 #endif
     dot_linear<DotPortable>(call, weight);
 }
@@ -299,7 +382,7 @@ Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadat
     const Tensor scale = as_contiguous(scale_in);
     const int64_t n = values.size(0), k = input.k;
     input.sizes.back() = n;
-    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
+    Tensor y = new_output(x, input.sizes, x.scalar_type());
     const FloatBias as_float(bias);
     if (input_scale) input_scale = as_contiguous(*input_scale);
     dispatch_float(x.scalar_type(), "semi_structured_int8_linear: x", [&](auto zero) {

@@ -2,8 +2,11 @@
 // rows of activations the two bits of each value become a permutation that fetches the activation it belongs to, once
 // for all rows; many go through the panels of common/gemm_float.h, which the weights are spread to.
 
+#include "common/bitmap_float_avx512.h"
 #include "common/gemm_float.h"
+#include "common/huge_pages.h"
 #include "common/semi_structured.h"
+#include "common/semi_structured_avx512.h"
 
 namespace engine {
 namespace {
@@ -132,63 +135,54 @@ struct DotAvx2 {
     }
 };
 
-ENGINE_AVX512 ENGINE_INLINE __m512 floats_16_avx512(const float* x) { return _mm512_loadu_ps(x); }
-ENGINE_AVX512 ENGINE_INLINE __m512 floats_16_avx512(const Half* x) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
-ENGINE_AVX512 ENGINE_INLINE __m512 floats_16_avx512(const BFloat16* x) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
+// With AVX-512 the weight is a bitmap, as soon as its places have become bits (common/bitmap_float_avx512.h).
+template <class V>
+struct SemiBitmap {
+    using Value = V;
+    struct Scratch {
+        std::vector<uint8_t> mask;
+        std::vector<V> values;
+    };
+    SemiStructured<V> weight;
 
-struct DotAvx512 {
-    static void arrange(const FloatRows&, int64_t) {}
+    int64_t row_bytes() const { return weight.row_values() * static_cast<int64_t>(sizeof(V)) + weight.row_bytes(); }
+    FloatColumn<V> column(int64_t row, Scratch& scratch) const {
+        const int64_t bytes = weight.row_bytes();
+        scratch.mask.resize((bytes + 63) / 64 * 64);
+        const uint8_t* metadata = weight.metadata_at(row, 0);
+        bitmap_of_row_avx512(metadata, bytes, scratch.mask.data());
+        return {scratch.mask.data(), readable(row, 0, weight.row_values(), scratch.values),
+                metadata + kRowsAhead * bytes};
+    }
+    void check_row(int64_t, int64_t) const {}
 
-    // 16 values of 32 weights.
-    template <int M, class V>
-    ENGINE_AVX512 ENGINE_INLINE static void step(const V* values, const uint8_t* metadata, const float* x,
-                                                 int64_t stride, __m512 (&acc)[M]) {
-        int32_t word;
-        std::memcpy(&word, metadata, sizeof word);
-        const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-        const __m512i places =
-            _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), _mm512_set1_epi32(3));
-        const __m512i index = _mm512_or_si512(places, groups);
-        const __m512 w = floats_16_avx512(values);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const __m512i low = _mm512_castps_si512(_mm512_loadu_ps(x + m * stride));
-            const __m512i high = _mm512_castps_si512(_mm512_loadu_ps(x + m * stride + 16));
-            const __m512 fetched = _mm512_castsi512_ps(_mm512_permutex2var_epi32(low, index, high));
-            acc[m] = _mm512_fmadd_ps(w, fetched, acc[m]);
-        }
+    // `count` values of a row and kReadAhead more: where they lie, or a copy.
+    const V* readable(int64_t row, int64_t k0, int64_t count, std::vector<V>& copy) const {
+        const V* from = weight.values_at(row, k0);
+        const V* end = weight.values_at(weight.n, 0);
+        if (end - from >= count + kReadAhead) return from;
+        copy.resize(count + kReadAhead);
+        std::copy_n(from, std::min<int64_t>(count, end - from), copy.data());
+        return copy.data();
     }
 
-    template <int M, class V>
-    ENGINE_AVX512 static void dot(const V* values, const uint8_t* metadata, int64_t k, const float* x, int64_t stride,
-                                  float* sums) {
-        constexpr int U = 2;
-        __m512 acc[U][M];
-#pragma GCC unroll 16
-        for (int i = 0; i < U * M; ++i) acc[i / M][i % M] = _mm512_setzero_ps();
-        int64_t i = 0;
-        for (; i + 64 <= k; i += 64) {
-#pragma GCC unroll 2
-            for (int p = 0; p < 32 * static_cast<int>(sizeof(V)); p += 64) {
-                __builtin_prefetch(reinterpret_cast<const char*>(values + i / 2) + kPrefetchBytes + p);
-            }
-            __builtin_prefetch(metadata + i / 8 + kPrefetchBytes / 4);
-            step<M>(values + i / 2, metadata + i / 8, x + i, stride, acc[0]);
-            step<M>(values + i / 2 + 16, metadata + i / 8 + 4, x + i + 32, stride, acc[1]);
+  private:
+    static constexpr int64_t kRowsAhead = 4;
+};
+
+template <class V>
+struct SemiBitmapProvider {
+    SemiBitmap<V> weight;
+    std::vector<V> copy;
+
+    explicit SemiBitmapProvider(const SemiStructured<V>& weight) : weight{weight}, copy{} {}
+
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) {
+        for (int64_t r = row; r < row + rows; ++r, panel += kFloatDepth) {
+            uint8_t mask[64];
+            bitmap_of_row_avx512(weight.weight.metadata_at(r, k0), (groups_of_four(kc) + 1) / 2, mask);
+            expand_floats_avx512(mask, weight.readable(r, k0, kc / 2 + 2, copy), kc, panel);
         }
-        if (i < k) {
-            const SemiTail<V, 64> tail(values + i / 2, metadata + i / 8, k - i);
-            step<M>(tail.values, tail.metadata, x + i, stride, acc[0]);
-            step<M>(tail.values + 16, tail.metadata + 4, x + i + 32, stride, acc[1]);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums[m] = _mm512_reduce_add_ps(_mm512_add_ps(acc[0][m], acc[1][m]));
     }
 };
 #endif
@@ -214,20 +208,14 @@ template <class T, class V>
 void linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m > kDotRows && call.m <= 2 * kDotRows) {  // to spread weights takes longer
-        FloatLinear<T> first = call, second = call;
-        first.m = kDotRows;
-        second.m = call.m - kDotRows;
-        second.x += kDotRows * call.k;
-        second.y += kDotRows * call.n;
-        dot_linear<DotAvx512>(first, weight);
-        return dot_linear<DotAvx512>(second, weight);
+    if (isa() == Isa::avx512) {
+        if (bitmap_dot_linear(call, SemiBitmap<V>{weight})) return;
+        return float_panel_linear(call, SemiBitmapProvider<V>(weight));
     }
 #endif
     if (call.m > kDotRows) return float_panel_linear(call, SemiProvider<V>{weight});
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
-    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
 #endif
     dot_linear<DotPortable>(call, weight);
 }
@@ -242,7 +230,7 @@ Tensor semi_structured_linear(Tensor x_in, Tensor values_in, Tensor metadata_in,
     std::vector<int64_t> sizes = sizes_of(x);
     sizes.back() = n;
     const int64_t m = rows_of(sizes);
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_output(x, sizes, x.scalar_type());
     const FloatBias as_float(bias);
     dispatch_float(x.scalar_type(), "semi_structured_linear: x", [&](auto x_zero) {
         using T = decltype(x_zero);
