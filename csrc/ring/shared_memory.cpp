@@ -242,15 +242,19 @@ void SharedMemory::await(int rank, bool reduced, uint32_t steps, Wait& wait) {
     }
 }
 
+// A rank that learns of a failure leaves the text and may be gone before others look: only who left none was lost.
 std::string SharedMemory::lost() const {
+    std::string told;
     for (int rank = 0; rank < world_size_; ++rank) {
+        if (rank == rank_) continue;
         pollfd alive{peers_[rank].alive, POLLIN, 0};
-        if (rank != rank_ && poll(&alive, 1, 0) > 0)
+        const bool ended = poll(&alive, 1, 0) > 0;  // before the text is looked for: then it won't come any more
+        if (peers_[rank].segment && header(rank).failed.load())
+            told = header(rank).error;
+        else if (ended)
             return name(rank) + " died in operation " + std::to_string(number_);
     }
-    for (int rank = 0; rank < world_size_; ++rank)
-        if (rank != rank_ && peers_[rank].segment && header(rank).failed.load()) return header(rank).error;
-    return "";
+    return told;
 }
 
 // What is wrong with the peers; empty where they only take long.
