@@ -37,6 +37,7 @@ struct Header {
     char token[64];
     Counter published, reduced;
     Operation operations[4];
+    std::atomic<int32_t> core;     // that the rank was last seen on
     std::atomic<uint32_t> failed;  // `error` is there to read
     char error[512];
 };

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 
@@ -16,7 +17,17 @@ namespace engine::ring {
 namespace {
 
 constexpr std::chrono::seconds kWarnAfter{10};
-constexpr int kPatience = 200;  // times that a core is offered to others before sleeping, be there cores for all or not
+// How often a rank that waits offers its core to others before it sleeps; hardly where the ranks are badly spread over
+// the cores. There sleepers help: one is woken on an idle core, and leaves one idle for others to be woken on. Ranks that
+// only yield stay where they are, two on one core and none on the other, for tens of milliseconds.
+constexpr int kPatience = 200, kUnevenPatience = 3;
+// How often a rank looks before it first yields, where no other rank is on its core: whoever else is there may keep it.
+constexpr int kLooks = 64;
+
+int usable_cores() {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+}
 
 [[noreturn]] void refuse(const std::string& what, int error) {
     throw std::runtime_error(what + ": " + std::strerror(error));
@@ -63,6 +74,7 @@ SharedMemory::SharedMemory(int rank, int world_size, const std::string& token)
         throw;
     }
     process_ = getpid();
+    cores_ = usable_cores();
     std::memcpy(header(rank).token, token.c_str(), token.size() + 1);
 }
 
@@ -139,6 +151,7 @@ void SharedMemory::run(const Call& call, const void* in, void* out, double timeo
     Wait wait{timeout_seconds, {}, poll};
     try {
         number_ = call.number;
+        note_core();
         // Rank 0 says one operation ahead how to write, so that all do it alike.
         const int size_class = Pace::size_class(call.numel * element_size(call.dtype));
         streams_ = header(0).operations[sequence_ % 4].streams >> size_class & 1;
@@ -172,16 +185,47 @@ void SharedMemory::compare_headers(Wait& wait) {
 
 std::string SharedMemory::name(int rank) const { return "rank " + std::to_string(rank) + " on " + peers_[rank].host; }
 
+void SharedMemory::note_core() const { header(rank_).core.store(sched_getcpu(), std::memory_order_relaxed); }
+
+// Whether another rank was last seen on this one's core.
+bool SharedMemory::shares_core() const {
+    const int32_t own = header(rank_).core.load(std::memory_order_relaxed);
+    for (int rank = 0; rank < world_size_; ++rank)
+        if (rank != rank_ && header(rank).core.load(std::memory_order_relaxed) == own) return true;
+    return false;
+}
+
+// Whether some core has two ranks more than another one, as last seen.
+bool SharedMemory::uneven() const {
+    std::array<uint16_t, 1024> ranks{};  // by core
+    int most = 0, fewest = world_size_, used = 0;
+    for (int rank = 0; rank < world_size_; ++rank) {
+        const auto core = static_cast<uint32_t>(header(rank).core.load(std::memory_order_relaxed));
+        const int here = ++ranks[core % ranks.size()];
+        most = std::max(most, here);
+        used += here == 1;
+    }
+    if (most < 2) return false;
+    if (used < cores_) return true;
+    for (const int here : ranks)
+        if (here) fewest = std::min(fewest, here);
+    return most - fewest >= 2;
+}
+
 // Waits until `rank` has published (or reduced) so many steps.
 void SharedMemory::await(int rank, bool reduced, uint32_t steps, Wait& wait) {
     Counter& counter = reduced ? header(rank).reduced : header(rank).published;
-    // Yielding between looks costs little on a core of one's own, and gives it to the peer where both are on the same.
-    for (int i = 0; i < kPatience; ++i) {
+    note_core();
+    int yields = shares_core() ? 0 : -kLooks;
+    for (; yields < kPatience; ++yields) {
+        if (yields % 16 == kUnevenPatience && uneven()) break;
         for (int j = 0; j < 32; ++j) {
             if (reached(counter, steps)) return;
             relax();
         }
+        if (yields < 0) continue;
         sched_yield();
+        note_core();
     }
     wait.begun = Clock::now();  // of this wait: a large tensor may take longer than the timeout as long as it moves
     while (!reached(counter, steps)) {
@@ -198,15 +242,19 @@ void SharedMemory::await(int rank, bool reduced, uint32_t steps, Wait& wait) {
     }
 }
 
+// A rank that learns of a failure leaves the text and may be gone before others look: only who left none was lost.
 std::string SharedMemory::lost() const {
+    std::string told;
     for (int rank = 0; rank < world_size_; ++rank) {
+        if (rank == rank_) continue;
         pollfd alive{peers_[rank].alive, POLLIN, 0};
-        if (rank != rank_ && poll(&alive, 1, 0) > 0)
+        const bool ended = poll(&alive, 1, 0) > 0;  // before the text is looked for: then it won't come any more
+        if (peers_[rank].segment && header(rank).failed.load())
+            told = header(rank).error;
+        else if (ended)
             return name(rank) + " died in operation " + std::to_string(number_);
     }
-    for (int rank = 0; rank < world_size_; ++rank)
-        if (rank != rank_ && peers_[rank].segment && header(rank).failed.load()) return header(rank).error;
-    return "";
+    return told;
 }
 
 // What is wrong with the peers; empty where they only take long.

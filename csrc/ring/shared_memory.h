@@ -119,6 +119,9 @@ class SharedMemory {
     void pipeline(size_t steps, const Stages& stages, Wait& wait);
     void write(char* to, const char* from, size_t bytes) const;
     void compare_headers(Wait& wait);
+    void note_core() const;
+    bool shares_core() const;
+    bool uneven() const;
     void await(int rank, bool reduced, uint32_t steps, Wait& wait);
     std::string trouble(Wait& wait);
     std::string name(int rank) const;
@@ -132,6 +135,7 @@ class SharedMemory {
     uint32_t step_ = 0;                 // the first step of the next operation; wraps around
     uint64_t number_ = 0;               // of the operation that runs or ran last
     uint64_t sequence_ = 0;             // exchanges begun: an operation may take several
+    int cores_ = 1;                     // that this process may use
     int process_;                       // that owns the segment: a forked child has it mapped too
     bool streams_ = false;              // this operation writes past the caches into its segment
     Pace pace_;                         // of rank 0

@@ -510,6 +510,33 @@ def kill_cycles(cycles):
     assert not [name for name in os.listdir("/dev/shm") if "engine" in name]
 
 
+def survivor_leaves():
+    """Of three ranks one is killed, another learns of it and ends: the last one names who was killed. World size 1."""
+    path, killed, survivor = str(Path(sys.argv[4]).parent / "survivor"), 2, 1
+    t, children = torch.ones(10), {}
+    for child in (survivor, killed):
+        children[child] = os.fork()
+        if children[child] == 0:
+            communicator, _ = _shared_memory.connect_ranks(dist.FileStore(path, 3), child, 3, 10.0)
+            if child == killed:
+                signal.pause()
+            with contextlib.suppress(PeerError):
+                communicator.all_reduce(t, "max")
+            os._exit(0)
+    communicator, reason = _shared_memory.connect_ranks(dist.FileStore(path, 3), 0, 3, 10.0)
+    assert not reason, reason
+    os.kill(children[killed], signal.SIGKILL)
+    for child in children.values():
+        os.waitpid(child, 0)
+    try:
+        communicator.all_reduce(t, "max")
+    except PeerError as error:
+        assert f"rank {killed} on {os.uname().nodename} died in operation 1" in str(error), error
+    else:
+        raise AssertionError("no error")
+    communicator.close("done")
+
+
 def leave(how):
     """The processes end without destroying the group, in the middle of something. None may hang or abort."""
     t = torch.ones(100_000)
