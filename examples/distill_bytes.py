@@ -89,7 +89,7 @@ def main() -> None:
         print(name, found[name], flush=True)
 
     begun = time.process_time()
-    dense = ByteModel(context=CONTEXT)
+    dense = ByteModel()
     train(dense, data, arguments.steps, arguments.batch, RATE, arguments.seed)
     measure("dense", dense, steps=arguments.steps, **{"CPU seconds": time.process_time() - begun})
     dense.eval()
