@@ -12,6 +12,20 @@ VOCABULARY = 256
 HELD_OUT = 20  # every so many files, one is kept back
 
 
+def rotated(x: Tensor) -> Tensor:
+    """Queries or keys [batch, heads, time, size], each pair of channels turned by its place (Su et al., 2021).
+
+    With this a head sees *how far back* a byte is. With a learned vector for each place it has to find out first, which
+    takes a small model most of a short training.
+    """
+    time, half = x.shape[-2], x.shape[-1] // 2
+    speeds = 1e4 ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(time, device=x.device).unsqueeze(1) * speeds
+    a, b = x.float().split(half, -1)
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1).to(x.dtype)
+
+
 class Block(nn.Module):
     """Causal self-attention and a perceptron, each normalised before and added to its input."""
 
@@ -25,27 +39,25 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, time, width] to the same."""
         split = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
+        query, key, value = split.unbind(0)
+        mixed = F.scaled_dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
         x = x + self.projection(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.perceptron_norm(x))))
 
 
 class ByteModel(nn.Module):
-    """Predicts the next byte. With its defaults it has 3.4 million parameters."""
+    """Predicts the next byte. With its defaults it has 3.3 million parameters."""
 
-    def __init__(self, width: int = 256, layers: int = 4, heads: int = 4, context: int = 256) -> None:
+    def __init__(self, width: int = 256, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.context = context
-        self.bytes, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(context, width)
+        self.bytes = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
-        for embedding in (self.bytes, self.places):
-            nn.init.normal_(embedding.weight, std=0.02)
+        nn.init.normal_(self.bytes.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Bytes int64 [batch, time], time at most `context`, to logits [batch, time, 256]."""
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self.blocks(self.bytes(x) + self.places(places))))
+        """Bytes int64 [batch, time] to logits [batch, time, 256]."""
+        return self.head(self.norm(self.blocks(self.bytes(x))))
 
 
 def standard_library() -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ BATCH, CONTEXT = 8, 64
 def train(codec: str | None, steps: int) -> tuple[list[float], float, int, float]:
     """The losses over all ranks, the held-out loss, bytes that this rank sent for gradients, and seconds."""
     torch.manual_seed(0)
-    model = ByteModel(width=96, layers=2, heads=4, context=CONTEXT)
+    model = ByteModel(width=96, layers=2, heads=4)
     ddp = DistributedDataParallel(model)
     if codec is not None:
         ddp.register_comm_hook(HookState(codec=codec), ring_hook)

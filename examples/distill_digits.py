@@ -5,19 +5,20 @@
 Three seeds; accuracy on a quarter of the digits that no step has seen. Takes about a minute.
 """
 
+import argparse
 import copy
-import statistics
+import time
+from pathlib import Path
 
+import seeds
 import torch
-from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
 import engine
 
-SPARSITY, SEEDS = 0.9, (0, 1, 2)
+SPARSITY, STEPS, SEEDS = 0.9, 2500, (0, 1, 2)
 
 
 class Batches:
@@ -60,8 +61,8 @@ def accuracy(model: Network, images: torch.Tensor, labels: torch.Tensor) -> floa
         return 100 * (model(images).argmax(-1) == labels).float().mean().item()
 
 
-def run(seed: int) -> dict[str, float]:
-    """Accuracies of one seed: its own split, its own start."""
+def run(seed: int) -> dict[str, dict[str, float]]:
+    """What one seed comes to: its own split, its own start."""
     digits = load_digits()
     parts = train_test_split(digits.data / 16, digits.target, test_size=0.25, random_state=seed, stratify=digits.target)
     train_x, test_x = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
@@ -70,26 +71,33 @@ def run(seed: int) -> dict[str, float]:
     batches = Batches(train_x, train_y)
     teacher = Network()
     train_dense(teacher, batches)
-    found = {"dense": accuracy(teacher, test_x, test_y)}
+    found: dict[str, dict[str, float]] = {}
+
+    def note(name: str, model: torch.nn.Module, **more: float) -> None:
+        percent = accuracy(model, test_x, test_y)
+        found[name] = {"accuracy, %": percent, "against dense, points": 0.0} | more
+        found[name]["against dense, points"] = percent - found["dense"]["accuracy, %"]
+
+    note("dense", teacher)
     recipe = engine.Recipe(engine.Prune(sparsity=SPARSITY), engine.Quantize(), guard="none")
     student = copy.deepcopy(teacher)
     engine.compress_(student, recipe)
-    found["magnitude, not trained"] = accuracy(student, test_x, test_y)
+    note("magnitude, not trained", student)
     for name, teaches in (("distilled", teacher), ("fine-tuned without a teacher", None)):
-        student = copy.deepcopy(teacher)
+        student, begun = copy.deepcopy(teacher), time.process_time()
         how = {"loss": "kl", "temperature": 3.0} if teaches else {"loss": task_loss}
         engine.distill(
             student,
             teaches,
             batches,
-            steps=2500,
+            steps=STEPS,
             recipe=recipe,
             gradual=1200,
             learning_rate=3e-3,
             progress=False,
             **how,
         )
-        found[name] = accuracy(student, test_x, test_y)
+        note(name, student, steps=STEPS, **{"CPU seconds": time.process_time() - begun})
     return found
 
 
@@ -100,12 +108,17 @@ def task_loss(output: torch.Tensor, batch: dict) -> torch.Tensor:
 
 def main() -> None:
     """Runs the example."""
-    results = [run(seed) for seed in SEEDS]
-    table = Table("64-100-10 on digits, 90 % + int8", "accuracy, mean of 3 seeds", "spread")
-    for name in results[0]:
-        values = [result[name] for result in results]
-        table.add_row(name, f"{statistics.mean(values):.2f} %", f"{min(values):.2f} to {max(values):.2f}")
-    Console().print(table)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("digits_out"))
+    parser.add_argument("--page", type=Path, help="put the table into this file, between its marks")
+    arguments = parser.parse_args()
+    for seed in SEEDS:
+        runs = seeds.keep(arguments.out / "results.json", seed, {"sparsity": SPARSITY, "steps": STEPS}, run(seed))
+    digits = {"accuracy, %": 2, "against dense, points": 2, "steps": 0, "CPU seconds": 0}
+    lines = seeds.table(f"64-100-10 on digits, {SPARSITY:.0%} + int8", runs, digits)
+    print("\n".join(lines))
+    if arguments.page:
+        seeds.put(arguments.page, "digits", lines)
 
 
 if __name__ == "__main__":

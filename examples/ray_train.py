@@ -30,7 +30,7 @@ def train(config: dict) -> None:
     """What each worker runs."""
     torch.manual_seed(0)  # the same weights everywhere, and in every run
     rank = ray.train.get_context().get_world_rank()
-    model = ByteModel(width=96, layers=2, heads=4, context=CONTEXT)
+    model = ByteModel(width=96, layers=2, heads=4)
     ddp = ray.train.torch.prepare_model(model)  # DistributedDataParallel where there are several workers
     if config["codec"] is not None and isinstance(ddp, torch.nn.parallel.DistributedDataParallel):
         ddp.register_comm_hook(HookState(codec=config["codec"]), ring_hook)

@@ -257,6 +257,28 @@ def test_a_loss_that_is_no_number_stops(tmp_path):
     assert done.resumed_from == 6
 
 
+@pytest.mark.parametrize("loss", ["mse", lambda output, target, batch: (output - target).square().mean()])
+def test_a_teacher_is_asked_once_for_each_batch_that_is_kept(loss):
+    """With room for three of five batches the teacher runs twice in each later epoch, and training is the same."""
+    teacher, batches = small()
+    room = 3 * 24 * (12 + 48) * 4  # what it says of a batch, and its LayerNorm's output
+    calls = [0]
+    teacher.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    runs = []
+    for cache in (0, room, 2 * room):
+        student = copy.deepcopy(teacher)
+        calls[0] = 0
+        how = {"loss": loss, "match_hidden": ["2"], "teacher_cache": cache, "progress": False}
+        torch.manual_seed(5)
+        done = engine.distill(student, teacher, Shuffled(batches), steps=20, recipe=BOTH, **how)
+        runs.append((calls[0], done.losses, student.state_dict()))
+    students = 20  # the copies carry the hook, and run once a step
+    assert [run[0] - students for run in runs] == [20, 5 + 3 * 2, 5]
+    for _, losses, state in runs[1:]:
+        assert losses == runs[0][1]
+        assert all(torch.equal(tensor, runs[0][2][name]) for name, tensor in state.items())
+
+
 def test_padding_is_left_out():
     class Model(nn.Module):
         def __init__(self):
@@ -288,6 +310,7 @@ def test_bad_arguments(tmp_path):
         ({"loss": "l1"}, "expected 'mse', 'kl' or a callable"),
         ({"temperature": 0.0}, "temperature: expected a number above 0"),
         ({"match_hidden": ["nowhere"]}, "match_hidden: .*nowhere"),
+        ({"teacher_cache": -1}, "teacher_cache: expected bytes"),
         ({"gradual": 99}, "gradual: expected 0 to steps"),
         ({"gradual": 2, "recipe": Recipe(None, Quantize(), **HOW)}, "needs a recipe with an unstructured sparsity"),
         ({"batches": []}, "gave none"),

@@ -77,6 +77,7 @@ def distill(
     loss: Loss = "mse",
     temperature: float = 1.0,
     match_hidden: Mapping[str, str] | Iterable[str] = (),
+    teacher_cache: int = 0,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     learning_rate: float = 2e-4,
     warmup: float = 0.05,
@@ -108,6 +109,9 @@ def distill(
         temperature: of "kl", which is scaled by its square.
         match_hidden: names of modules whose outputs are to agree too (relative mean square), the same in both models,
             or a mapping from the student's names to the teacher's.
+        teacher_cache: bytes. What the teacher says of a batch is kept, while there is room, and taken when the same
+            object comes again, in a later epoch: for `batches` that are a list, or draw from one. A batch is never
+            to be changed in place.
         optimizer: makes one from a list of parameters; AdamW without weight decay by default. Its learning rate is
             warmed up over the share `warmup` of the steps, then falls to zero as a cosine.
         learning_rate: of the default optimiser.
@@ -135,7 +139,7 @@ def distill(
         replacements = _prepare(student, recipe, calibration, stream, gradual)
         undo = measure.replace_(student, replacements)
         layers = trainable_layers(student)
-        compute = make_loss(student, teacher, loss, temperature, match_hidden)
+        compute = make_loss(student, teacher, loss, temperature, match_hidden, teacher_cache)
         run = _Run(student, compute, stream, layers, recipe, steps, accumulate, dtype, gradual, clip_norm, warmup)
         run.start(wrap, optimizer, learning_rate)
         resumed = run.resume(checkpoint)
@@ -308,13 +312,14 @@ class _Run:
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("engine.distill: no parameter of the student requires a gradient")
+        self.device = self.parameters[0].device.type
         if optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=0.0)
+            fused = self.device in ("cpu", "cuda")  # 2 to 5 times as fast there as a loop over parameters
+            self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=0.0, fused=fused)
         else:
             self.optimizer = optimizer(self.parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.model = wrap(self.student) if wrap is not None else self.student
-        self.device = self.parameters[0].device.type
 
     def train(self, checkpoint: Any, every: int, progress: bool) -> None:
         console = Console(stderr=True)

@@ -1,6 +1,6 @@
 """What a distillation minimises: outputs and hidden states of the student against the teacher's, or a task's loss."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,15 @@ def real_rows(tensor: Tensor, batch: Any) -> Tensor:
     return tensor
 
 
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in a model's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for item in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(item)
+
+
 class make_loss:
     """Callable `(model, batch) -> scalar`; a context manager, inside which hidden states are seen.
 
@@ -51,13 +60,19 @@ class make_loss:
         loss: Loss,
         temperature: float,
         match_hidden: Mapping[str, str] | Iterable[str],
+        teacher_cache: int = 0,
     ) -> None:
         if isinstance(loss, str) and (teacher is None or loss not in ("mse", "kl")):
             what = "a callable, as there is no teacher" if teacher is None else "'mse', 'kl' or a callable"
             raise ValueError(f"engine.distill: loss: expected {what}, got {loss!r}")
         if not temperature > 0:
             raise ValueError(f"engine.distill: temperature: expected a number above 0, got {temperature!r}")
+        if teacher_cache < 0:
+            raise ValueError(f"engine.distill: teacher_cache: expected bytes, at least 0, got {teacher_cache!r}")
         self._teacher, self._loss, self._temperature = teacher, loss, temperature
+        self._room = teacher_cache
+        # By the batch's id, which stays its own as long as the batch is kept beside what was said of it.
+        self._said: dict[int, tuple[Any, Any, list[Tensor]]] = {}
         names = match_hidden if isinstance(match_hidden, Mapping) else {name: name for name in match_hidden}
         if names and teacher is None:
             raise ValueError("engine.distill: match_hidden: there is no teacher to match")
@@ -89,17 +104,30 @@ class make_loss:
         output = measure.run(model, batch)
         if self._teacher is None:
             return self._loss(output, batch)  # type: ignore[operator]
-        with torch.no_grad():
-            target = measure.run(self._teacher, batch)
+        target, inner = self._ask_teacher(batch)
         if callable(self._loss):
             total = self._loss(output, target, batch)
         else:
             got, want = (real_rows(output_tensor(o), batch).float() for o in (output, target))
             total = nn.functional.mse_loss(got, want) if self._loss == "mse" else self._divergence(got, want)
-        for mine, theirs in self._pairs:
-            got, want = (real_rows(self._seen.pop(id(m)), batch).float() for m in (mine, theirs))
+        for (mine, _), theirs in zip(self._pairs, inner, strict=True):
+            got, want = (real_rows(hidden, batch).float() for hidden in (self._seen.pop(id(mine)), theirs))
             total = total + nn.functional.mse_loss(got, want) / want.square().mean().clamp_min(1e-12)
         return total
+
+    def _ask_teacher(self, batch: Any) -> tuple[Any, list[Tensor]]:
+        """The teacher's output, or the tensor that counts of it, and its inner outputs that are matched."""
+        if id(batch) in self._said:
+            return self._said[id(batch)][1:]
+        with torch.no_grad():
+            output = measure.run(self._teacher, batch)  # type: ignore[arg-type]
+        target = output if callable(self._loss) else output_tensor(output)
+        inner = [self._seen.pop(id(theirs)) for _, theirs in self._pairs]
+        size = sum(tensor.nbytes for tensor in (*_tensors(target), *inner))
+        if size <= self._room:
+            self._room -= size
+            self._said[id(batch)] = (batch, target, inner)
+        return target, inner
 
     def _divergence(self, got: Tensor, want: Tensor) -> Tensor:
         t, classes = self._temperature, got.shape[-1]

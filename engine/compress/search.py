@@ -289,15 +289,16 @@ class _Bench:
 
     def measure_layers(self) -> list[dict[str, Any]]:
         """A row for each target (see Search.layers)."""
-        times: dict[str, dict[str, list[float]]] = {}
-        for name in progressing(self.made, "timing", self.progress):
-            times[name] = self.notes.get(f"times of {name}", functools.partial(self._time, name))
+        # Losses first: they take longest, and ask for no quiet machine.
         pairs = [(t, name) for t in self.targets for name in self.made if t.name in self.made[name]]
         losses: dict[tuple[str, str], float] = {}
         for target, name in progressing(pairs, "measuring losses", self.progress):
             modules = {n: self.made[name][n] for n in target.names}
             key = f"loss of {name} in {target.name}"
             losses[target.name, name] = self.notes.get(key, functools.partial(self.loss_with, modules))
+        times: dict[str, dict[str, list[float]]] = {}
+        for name in progressing(self.made, "timing", self.progress):
+            times[name] = self.notes.get(f"times of {name}", functools.partial(self._time, name))
         # A layer's dense time is measured anew beside each candidate: one median of them all, so that all are compared
         # with the same.
         seen: dict[str, list[float]] = {}
