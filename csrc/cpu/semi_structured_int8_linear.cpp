@@ -296,8 +296,18 @@ struct Spread {
             const int64_t tall = (m - first + tiles - tile - 1) / (tiles - tile);
             const int8_t* next = q + (first + tall) % m * rows.stride;
             int32_t sums[(DotTilesAvx512::kRows + 3) / 4 * 4 * kDotColumns];
-            engine::dot_tile<DotTilesAvx512>(
-                tall, {q + first * rows.stride, rows.stride, w, kStride, kc, w, 0, next, w}, sums);
+            engine::dot_tile<DotTilesAvx512>(tall,
+                                             {.q = q + first * rows.stride,
+                                              .q_stride = rows.stride,
+                                              .w = w,
+                                              .stride = kStride,
+                                              .kc = kc,
+                                              .ahead = w,
+                                              .ahead_stride = 0,
+                                              .asked = 0,
+                                              .next_q = next,
+                                              .next_w = w},
+                                             sums);
             for (int64_t r = 0; r < tall; ++r, ++first) {
                 for (int64_t c = 0; c < count; ++c) totals[first * kOutputs + c] += sums[r * kDotColumns + c];
             }
