@@ -18,8 +18,8 @@ namespace {
 
 constexpr std::chrono::seconds kWarnAfter{10};
 // How often a rank that waits offers its core to others before it sleeps; hardly where the ranks are badly spread over
-// the cores. There sleepers help: one is woken on an idle core, and leaves one idle for others to be woken on. Ranks that
-// only yield stay where they are, two on one core and none on the other, for tens of milliseconds.
+// the cores. There sleepers help: one is woken on an idle core, and leaves one idle for others to be woken on. Ranks
+// that only yield stay where they are, two on one core and none on the other, for tens of milliseconds.
 constexpr int kPatience = 200, kUnevenPatience = 3;
 // How often a rank looks before it first yields, where no other rank is on its core: whoever else is there may keep it.
 constexpr int kLooks = 64;
