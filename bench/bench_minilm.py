@@ -41,6 +41,7 @@ def measure(model: nn.Module, sentences: int, tokens: int, repeats: int) -> Row:
         "token_type_ids": torch.zeros(sentences, tokens, dtype=torch.long),
     }
     functions = {}
+    torch._dynamo.reset()  # beyond a few shapes it would give up, and run what was compiled as it is
     with torch.inference_mode():
         for name, recipe in RECIPES.items():
             compressed = copy.deepcopy(model)

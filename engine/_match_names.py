@@ -52,7 +52,9 @@ def match_names(file: CheckpointFile, slots: Slots) -> dict[str, str]:
     stored = {**{name: name for name in (*file.weights, *file.plain)}, **file.aliases}
     problem = None
     for rename in _renamings(stored, slots):
-        names = {rename(name): source for name, source in stored.items()}
+        names: dict[str, str] = {}
+        if any(names.setdefault(rename(name), source) != source for name, source in stored.items()):
+            continue  # two tensors would get one name, and who knows which is meant
         sources = {slots.identity[name]: source for name, source in names.items() if name in slots.identity}
         for name, identity in slots.identity.items():  # what the model ties may be stored under one of its names
             if name not in names and identity in sources:

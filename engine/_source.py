@@ -110,7 +110,8 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
         entry = source.entry(name)
         if last != "weight" or len(entry.shape) not in (2, 4):
             continue
-        homes = [module, *(alias.rpartition(".")[0] for alias, stored in source.aliases.items() if stored == name)]
+        aliases = [alias for alias, stored in source.aliases.items() if stored == name]
+        homes = [module, *(alias.rpartition(".")[0] for alias in aliases)]
         embeds = any(map(EMBEDDING.search, homes)) and f"{module}.bias" not in source.files  # no embedding has one
         kind = "Conv2d" if len(entry.shape) == 4 else "Embedding" if embeds else "Linear"
         if name in transposed and not embeds:
@@ -126,6 +127,8 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
             left[name] = f"its dtype is {str(entry.dtype).removeprefix('torch.')}"
         elif math.prod(entry.shape) == 0:
             left[name] = "empty"
+        elif other := next((alias for alias in aliases if alias.rpartition(".")[2] != "weight"), None):
+            left[name] = f"tied to {other}, which is no layer's weight"
         elif kind == "Conv2d" and entry.shape[1] == 1 and entry.shape[0] > 1:
             left[name] = "of one input channel: it may be depthwise, and such stay dense"
         elif kind == "Embedding" and recipe.quantize is None:

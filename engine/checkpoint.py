@@ -162,8 +162,8 @@ def _check_home(file: CheckpointFile, slots: Slots, name: str, source: str) -> N
         raise CheckpointError(
             f"{where}: compressed, but the model has no Linear, Embedding, Conv2d or Conv1D there: {kind.__name__}"
         )
-    if isinstance(module, CompressedLinear) and module.transposed != file.weights[source].transposed:
-        kinds = ("a Conv1D", "no Conv1D") if module.transposed else ("no Conv1D", "a Conv1D")
+    if _is_transposed(module) != file.weights[source].transposed:
+        kinds = ("a Conv1D", "no Conv1D") if _is_transposed(module) else ("no Conv1D", "a Conv1D")
         raise CheckpointError(f"{where}: is the weight of {kinds[1]}, the model has {kinds[0]} there")
     embeds = kind in (nn.Embedding, CompressedEmbedding)
     if embeds and file.weights[source].format is not DenseInt8:

@@ -1,8 +1,6 @@
-"""What Hugging Face's models ask of compressed layers: Conv1D, and weights that are only asked for their dtype."""
+"""What Hugging Face's models ask of compressed layers: Conv1D, and the names of their files."""
 
 import copy
-import pickle
-import weakref
 
 import pytest
 import torch
@@ -11,9 +9,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import engine
-from engine import Prune, Quantize, Recipe, cli
+from engine import CheckpointError, Prune, Quantize, Recipe, cli
 from engine.checkpoint import CheckpointFile
-from engine.formats import Bitmap, DenseInt8
+from engine.formats import Bitmap
 from engine.nn import CompressedLinear
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -139,68 +137,48 @@ def test_a_smoothed_weight_that_is_tied_is_looked_up_as_it_was():
     assert torch.equal(model.wte(TOKENS), model.wte.weight[TOKENS])
 
 
-@pytest.mark.parametrize(
-    "how", [(DenseInt8, {}), (Bitmap, {"threshold": 0.02}), (Bitmap, {"threshold": 0.02, "values": torch.int8})]
-)
-def test_asking_a_weight_for_its_dtype_makes_no_weight(how, monkeypatch):
-    layer = CompressedLinear.from_dense(nn.Linear(32, 16), how[0], **how[1]).to(torch.bfloat16)
-    made = []
-    to_dense = how[0].to_dense
-    monkeypatch.setattr(how[0], "to_dense", lambda self, *args: made.append(1) or to_dense(self, *args))
-    with torch.no_grad():
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor) and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-        assert weight.shape == (16, 32) and weight.size(1) == 32 and weight.ndim == 2 and not made
-        assert torch.equal(weight, to_dense(layer.format, torch.bfloat16)) and len(made) == 1
-        assert type(weight) is torch.Tensor and weight.sum() == weight.clone().sum() and len(made) == 1
-        weight[0] = 0
-        assert not weight[0].any() and layer.weight[0].any()
-        assert isinstance(nn.Parameter(layer.weight), nn.Parameter)
-
-
-def below_torch_function(weight):
-    with torch._C.DisableTorchFunctionSubclass():
-        return torch.mul(weight, 1)
-
-
-def referred_to(weight):
-    reference = weakref.ref(weight)
-    weight.mul_(2)
-    assert weight.dtype == torch.float32 and reference() is weight
-    return weight / 2
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        *(torch.clone, copy.deepcopy, nn.Parameter, below_torch_function, referred_to, lambda w: w.data),
-        *(lambda w: torch.from_numpy(w.numpy()), lambda w: pickle.loads(pickle.dumps(w)), torch.from_dlpack),
-        *(torch.vmap(lambda row: row * 1), lambda w: torch.empty(16, 32).copy_(w), lambda w: torch.stack([*w])),
-    ],
-)
-def test_a_weight_is_an_ordinary_tensor_to_all_that_use_it(use):
-    layer = CompressedLinear.from_dense(nn.Linear(32, 16), DenseInt8)
-    for mode in (torch.enable_grad(), torch.inference_mode()):
-        with mode:
-            assert torch.equal(use(layer.weight), layer.format.to_dense())
-
-
-def test_a_weight_read_before_a_change_is_not_the_one_after():
-    layer, other = (CompressedLinear.from_dense(nn.Linear(8, 4), DenseInt8) for _ in range(2))
-    early, moved = layer.weight, layer.weight
-    before = layer.weight.clone()
-    layer.half().float()
-    assert torch.equal(moved, before)
-    layer.load_state_dict(other.state_dict())
-    with pytest.raises(RuntimeError, match="has been written to since"):
-        early.sum()
-    assert torch.equal(layer.weight, other.weight)
+def test_a_layer_and_an_embedding_are_not_taken_for_one_another(tmp_path):
+    layer = nn.Sequential(Conv1D(10, 4))
+    layer[0].bias = None
+    engine.compress_(layer, Recipe(quantize=Quantize(), guard="none"))
+    engine.save(layer, tmp_path / "conv1d.safetensors")
+    assert CheckpointFile(tmp_path / "conv1d.safetensors").weights["0.weight"].transposed
+    with pytest.raises(CheckpointError, match="is the weight of a Conv1D, the model has no Conv1D there"):
+        engine.load_(nn.Sequential(nn.Embedding(4, 10)), tmp_path / "conv1d.safetensors")
 
 
 def test_a_weight_stays_differentiable():
     layer = CompressedLinear.from_dense(nn.Linear(8, 4), Bitmap, threshold=0.1)
     layer.weight.sum().backward()
     assert torch.equal(layer.values.grad, torch.ones_like(layer.values))
+
+
+def test_a_name_that_two_tensors_would_get_is_nobodys(tmp_path):
+    fc = {"fc.weight": torch.ones(4, 4), "fc.bias": torch.ones(4)}
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    before = copy.deepcopy(model.state_dict())
+    for present in (fc, {"fc.weight": fc["fc.weight"]}):
+        save_file(
+            present | {f"teacher.{name}": 9 * tensor for name, tensor in fc.items()}, tmp_path / "two.safetensors"
+        )
+        with pytest.raises(CheckpointError, match=r"unexpected: teacher\.fc\.bias"):
+            engine.load_(model, tmp_path / "two.safetensors")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_tied_to_no_layers_weight_stays_dense(tmp_path):
+    def make():
+        model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Module(), "c": nn.Linear(64, 64)})
+        model["b"].projection = model["a"].weight
+        return model
+
+    model, path, small = make(), tmp_path / "model.safetensors", tmp_path / "small.safetensors"
+    engine.save(model, path)
+    result = CliRunner().invoke(cli.app, ["compress", str(path), "-o", str(small), "--int8"])
+    assert result.exit_code == 0, result.stderr
+    loaded = engine.load_(make(), small)
+    assert type(loaded["c"]) is CompressedLinear and torch.equal(loaded["b"].projection, model["a"].weight)
+    assert loaded["a"].weight is loaded["b"].projection
 
 
 def test_gpt2_as_its_own_file_is_named(tmp_path):

@@ -1,6 +1,5 @@
 """CompressedLinear and CompressedEmbedding: the compressed twins of nn.Linear and nn.Embedding."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.formats import DenseInt8, Format
-from engine.nn._lazy_weight import LazyWeight, may_be_lazy
 from engine.nn._replace import in_autocast, is_conv1d
 
 RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights or blocks
@@ -52,21 +50,8 @@ class _Compressed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that this module computes with, in the shape that the dense layer has it.
-
-        Made anew at each access, though not before something asks for more than its shape, dtype or device.
-        """
-        format, dtype = self.format, self._dtype_marker.dtype
-        tensors = {name: t for name in format.TENSORS if (t := getattr(format, name)) is not None}
-
-        def make(*sources: Tensor) -> Tensor:
-            now: Format = dataclasses.replace(format, **dict(zip(tensors, sources, strict=True)))  # type: ignore[arg-type]
-            return self._as_weight(now.to_dense(dtype))
-
-        sources = tuple(tensors.values())
-        if not may_be_lazy(sources):
-            return make(*sources)
-        return LazyWeight(make, sources, self._as_weight(torch.empty(format.shape, dtype=dtype, device="meta")))
+        """The dense weight that this module computes with, in the dense layer's shape; made anew at each access."""
+        return self._as_weight(self.format.to_dense(self._dtype_marker.dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
