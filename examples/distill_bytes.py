@@ -65,8 +65,8 @@ def teacher_and_data(output: torch.Tensor, target: torch.Tensor, window: torch.T
 def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1600, help="of the dense model")
-    parser.add_argument("--distill-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1200, help="of the dense model")
+    parser.add_argument("--distill-steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)

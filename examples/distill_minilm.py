@@ -143,7 +143,7 @@ def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch")
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--calibration", type=int, default=40, help="batches that are calibrated on")
