@@ -65,13 +65,12 @@ def teacher_and_data(output: torch.Tensor, target: torch.Tensor, window: torch.T
 def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1600, help="of the dense model")
-    parser.add_argument("--distill-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1200, help="of the dense model")
+    parser.add_argument("--distill-steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bytes_out"))
-    parser.add_argument("--page", type=Path, help="put the table of all seeds into this file, between its marks")
     arguments = parser.parse_args()
     folder = arguments.out / f"seed-{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,12 +127,10 @@ def main() -> None:
     measure("dense, trained on for as long", dense, **more)
     settings = {name: getattr(arguments, name) for name in ("steps", "distill_steps", "batch", "sparsity")}
     settings["parameters"] = sum(p.numel() for p in dense.parameters())
-    runs = seeds.keep(arguments.out / "results.json", arguments.seed, settings, found)
     digits = {"bits per byte": 4, "of the dense model's": 4, "steps": 0, "CPU seconds": 0}
-    lines = seeds.table(f"bytes, {arguments.sparsity:.0%} + int8", runs, digits)
-    print("\n".join(lines), json.dumps(settings))
-    if arguments.page:
-        seeds.put(arguments.page, "bytes", lines)
+    path = arguments.out / "results.json"
+    seeds.keep(path, f"bytes, {arguments.sparsity:.0%} + int8", digits, arguments.seed, settings, found)
+    print("\n".join(seeds.table(path)), json.dumps(settings))
 
 
 if __name__ == "__main__":

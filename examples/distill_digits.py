@@ -110,15 +110,12 @@ def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("digits_out"))
-    parser.add_argument("--page", type=Path, help="put the table into this file, between its marks")
     arguments = parser.parse_args()
-    for seed in SEEDS:
-        runs = seeds.keep(arguments.out / "results.json", seed, {"sparsity": SPARSITY, "steps": STEPS}, run(seed))
     digits = {"accuracy, %": 2, "against dense, points": 2, "steps": 0, "CPU seconds": 0}
-    lines = seeds.table(f"64-100-10 on digits, {SPARSITY:.0%} + int8", runs, digits)
-    print("\n".join(lines))
-    if arguments.page:
-        seeds.put(arguments.page, "digits", lines)
+    path, title = arguments.out / "results.json", f"64-100-10 on digits, {SPARSITY:.0%} + int8"
+    for seed in SEEDS:
+        seeds.keep(path, title, digits, seed, {"sparsity": SPARSITY, "steps": STEPS}, run(seed))
+    print("\n".join(seeds.table(path)))
 
 
 if __name__ == "__main__":

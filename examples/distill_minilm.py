@@ -143,13 +143,12 @@ def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch")
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--calibration", type=int, default=40, help="batches that are calibrated on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("distil_out"))
-    parser.add_argument("--page", type=Path, help="put the table of all seeds into this file, between its marks")
     arguments = parser.parse_args()
     folder = arguments.out / f"seed-{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,13 +209,11 @@ def main() -> None:
         distillation.save(folder / f"distillation-{round(100 * sparsity)}.png")
 
     settings = {name: getattr(arguments, name) for name in ("sparsity", "steps", "tokens", "rate", "calibration")}
-    runs = seeds.keep(arguments.out / "results.json", arguments.seed, settings, found)
     digits = {"cosine": 4} | dict.fromkeys(("same document", "right document", "right, of the original's"), 1)
     digits |= {"first sentences: same nearest": 1, "steps": 0, "CPU seconds": 0}
-    lines = seeds.table("all-MiniLM-L6-v2", runs, digits)
-    print("\n".join(lines))
-    if arguments.page:
-        seeds.put(arguments.page, "minilm", lines)
+    path = arguments.out / "results.json"
+    seeds.keep(path, "all-MiniLM-L6-v2", digits, arguments.seed, settings, found)
+    print("\n".join(seeds.table(path)))
 
 
 if __name__ == "__main__":
