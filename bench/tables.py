@@ -1,4 +1,4 @@
-"""Tables from what `engine bench --json` wrote: every row into docs/measured.md, a few of them into the README.
+"""Tables from what `engine bench --json` wrote: every row into docs/measured.md, a few into the README.
 
     python bench/tables.py bench/results/*.json
 
@@ -7,16 +7,18 @@ Nothing in them is written by hand.
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSE = ("fp32", "F.linear fp32")
-OTHER_DENSE = ("F.linear bf16", "clone")
+NOT_INT8_OF_OTHERS = ("int8", "bitmap", "block", "fp32", "onnxruntime fp32", "F.linear", "clone")  # how names begin
 # For the README: an op with the beginnings of the cases that say most about it.
 CHOSEN = {
     "bitmap_int8_linear": ("M 1, 8192x8192", "M 4, 8192x8192", "M 16, 8192x8192"),
     "int8_linear": ("M 1, N 8192", "M 16, N 4096", "M 1024, N 4096", "M 1024, N 1536"),
+    "minilm": ("1 x 16", "8 x 128"),
 }
 
 
@@ -32,9 +34,8 @@ def peers_of(row: dict) -> dict[str, float]:
 
 
 def fastest_int8(row: dict) -> tuple[str, float] | None:
-    """The fastest int8 linear of others: its name, and how many times as fast as it the op is."""
-    not_others = {*DENSE, *OTHER_DENSE, "int8_linear"}
-    others = {name: ratio for name, ratio in peers_of(row).items() if name not in not_others}
+    """The fastest int8 linear, or model, of others: its name, and how many times as fast as it the op is."""
+    others = {name: ratio for name, ratio in peers_of(row).items() if not name.startswith(NOT_INT8_OF_OTHERS)}
     return min(others.items(), key=lambda item: item[1]) if others else None
 
 
@@ -76,19 +77,25 @@ def chosen_rows(results: dict) -> list[str]:
             dense = next((peers[name] for name in DENSE if name in peers), None)
             rows.append(
                 [
-                    f"`{op}`, {row['case'].replace('x', ' × ')}",
+                    f"`{op}`, {re.sub(' ?x ?', ' × ', row['case'])}",
                     f"{row['timings'][row['own']]['median'] * 1e6:.0f}",
                     f"{row['fraction_of_limit']:.0%}",
                     f"{best[1]:.2f} ({best[0]})" if best else "",
                     f"{dense:.1f}" if dense else "",
                 ]
             )
-    header = ["op, rows of activations M, weight", "µs", "of the machine's limit", "× fastest int8 peer", "× float32"]
+    header = [
+        "op, rows of activations M, weight; or model",
+        "µs",
+        "of the machine's limit",
+        "× fastest int8 peer",
+        "× float32",
+    ]
     return [*markdown(header, rows), "", f"On {machine(results)}."]
 
 
 def main() -> None:
-    """Writes docs/measured.md, and the README's table from the first file."""
+    """Writes docs/measured.md; from the first file its picture and the README's table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path)
     files = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().results]
@@ -96,13 +103,19 @@ def main() -> None:
         "# Measured",
         "",
         "Made by `bench/tables.py` from the files under `bench/results/`; `engine bench` measures your own machine.",
-        "Peers ran in the same loop, in turn; times are medians, and `×` says how many times as fast as the peer the",
-        "op is. The limit is what the machine's bandwidth and arithmetic rate, measured in the same run, allow for the",
-        "op's own bytes and operations.",
+        "Peers ran in the same loop, each round in another order; times are medians, and `×` says how many times as",
+        "fast as the peer the op is. The limit is what the machine's bandwidth and arithmetic rate, measured in the",
+        "same run, allow for the op's own bytes and operations; where others use the machine too it varies, and a row may",
+        "exceed it.",
+        "",
+        "![Speed-up over sparsity, whole models, the roofline, and every row as a fraction of the limit](measured.png)",
         "",
     ]
     lines = [*head, *(line for results in files for line in every_row(results))]
     (ROOT / "docs/measured.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    from engine.bench.plot import save_plot  # which needs this module
+
+    save_plot(files[0]["rows"], files[0]["limits"], ROOT / "docs/measured.png")
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- bench -->")
     _, mark, after = rest.partition("<!-- /bench -->")
