@@ -1,6 +1,6 @@
 """Makes PyTorch models smaller and faster by kernels that read the compressed weights directly."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -26,7 +26,10 @@ from engine.ops._library import reference_mode
 if torch.distributed.is_available():  # some builds of PyTorch come without
     from engine import distributed as distributed
 
-__version__ = version("compression-engine")
+try:
+    __version__ = version("compression-engine")
+except PackageNotFoundError:  # a checkout that isn't installed, as `make bench-gpu` runs it
+    __version__ = "unknown"
 
 __all__ = [
     "Calibration",
