@@ -34,11 +34,17 @@ class BlockConfig:
 def block_config(
     m: int, k: int, block_rows: int, block_columns: int, dtype: torch.dtype, device: Device
 ) -> BlockConfig:
-    """For M, K, the shape of the blocks, what is multiplied and the card."""
+    """For M, K, the shape of the blocks, what is multiplied and the card.
+
+    Where columns of floats are cut off, few rows keep from wgmma, which Triton 3.6 lets read the registers of one step
+    while the next one's are written.
+    """
     rows, tokens = min(128, triton.next_power_of_2(block_rows)), max(16, min(128, triton.next_power_of_2(m)))
     swapped = tokens <= 32
     if swapped or dtype == torch.float32:
         rows = min(64, rows)  # more programs, or what the registers hold
+    if swapped and dtype != torch.int8 and k % block_columns:
+        rows = min(32, rows)
     if dtype == torch.float32 or (dtype == torch.int8 and k > LONGEST_SUM):
         tokens = min(64, tokens)
     elif m >= 1024 and rows == 128 and dtype == torch.int8 and device.capability == 90:
@@ -49,7 +55,7 @@ def block_config(
         block_k = max(32, block_k)  # the least of a tensor core instruction; of 16 columns the other 16 count as zeros
     area = tokens * rows
     warps = 8 if area > 128 * 64 or (dtype in (torch.float32, torch.int8) and area > 32 * 64 and tokens == 64) else 4
-    room = device.shared_memory // (1 if area > 128 * 64 else 2) - 2048
+    room = device.shared_memory // (1 if area > 128 * 64 else 4 if swapped else 2) - 2048
     stages = max(2, min(6, room // ((tokens + rows) * block_k * dtype.itemsize)))
     return BlockConfig(swapped, tokens, rows, block_k, warps, stages)
 
@@ -82,9 +88,12 @@ def multiply_blocks(
 ):
     """Adds the products with blocks begin to end."""
     STEPS: tl.constexpr = (BLOCK_COLUMNS + BLOCK_K - 1) // BLOCK_K
+    following = tl.load(col_indices + begin, mask=begin < end, other=0)
     for step in tl.range(begin * STEPS, end * STEPS):
         block, within = step // STEPS, step % STEPS * BLOCK_K
-        column = tl.load(col_indices + block)
+        # Loaded a step ahead, or every copy would begin with a wait for its address.
+        column, after = following, (step + 1) // STEPS
+        following = tl.load(col_indices + after, mask=after < end, other=0)
         outside = (column < 0) | (column >= tl.cdiv(k, BLOCK_COLUMNS))
         bad = bad | outside
         left = tl.where(outside, 0, column) * BLOCK_COLUMNS + within

@@ -1,7 +1,7 @@
 """int8_linear on NVIDIA GPUs: rows are quantised by one kernel, multiplied on the tensor cores by a second.
 
 The second is persistent. Its operands are both K-major, as they lie in memory: the tensor cores take int8 no other way.
-Below 128 tokens the operands are swapped, so that the outputs fill the 64 rows that a tensor core instruction has at
+For few tokens the operands are swapped, so that the outputs fill the 64 rows that a tensor core instruction has at
 least and the tokens its columns, of which 16 are enough; and K is split, so that every multiprocessor reads weights.
 The parts of one tile are added by whichever program finishes last: integers, so that the order does not matter.
 """
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from engine.kernels import _device
 from engine.kernels._device import FLOAT_DTYPES, Device, expect, own_cuda, same_device
@@ -20,12 +21,8 @@ from engine.kernels._tiles import is_aligned, load_tile, operand, tile_of
 from engine.kernels.int8_quantize import quantize_rows
 
 LONGEST_SUM = 131072  # |products| are at most 128 · 127, so that int32 holds the sum of so many
-SMALLEST_UNSWAPPED = 128  # tokens
-
-# What the choice of a configuration rests on: data sheets, rounded. Only ratios matter, for speed and not for results.
-OPERATIONS_PER_NS = {True: 11000, False: 4000}  # of one multiprocessor, with and without warpgroup instructions
-BYTES_PER_NS = 55  # of one multiprocessor, from the L2 cache
-START_NS = 1500  # of one tile: filling the pipeline and writing the result
+MOST_SWAPPED = 256  # tokens
+SHORTEST_PART = 1024  # of K
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,49 +47,47 @@ class GemmConfig:
         """How much of K one part sums: whole blocks."""
         return triton.cdiv(triton.cdiv(k, self.block_k), self.splits) * self.block_k
 
-    def estimate_ns(self, m: int, n: int, k: int, device: Device) -> float:
-        """A rough time, by which configurations are compared."""
-        area = self.block_a * self.block_b
-        operations = 2 * area * self.block_k / OPERATIONS_PER_NS[device.capability == 90]
-        block = max(operations, (self.block_a + self.block_b) * self.block_k / BYTES_PER_NS)
-        block *= self.blocks_per_multiprocessor
-        adding = (self.splits + 1) * area * 4 / BYTES_PER_NS if self.splits > 1 else 0.0
-        waves = triton.cdiv(self.tiles(m, n) * self.splits, device.multiprocessors * self.blocks_per_multiprocessor)
-        return waves * (self.k_per_split(k) // self.block_k * block + START_NS + adding)
 
+def _tile(m: int, n: int, wide: bool, aligned: bool, device: Device) -> tuple[bool, int, int, int, int, int]:
+    """swapped, block_a, block_b, block_k, warps and blocks a multiprocessor: what was fastest on an H200.
 
-def _stages(block_a: int, block_b: int, block_k: int, blocks: int, device: Device) -> int:
-    """As many as fit beside the multiprocessor's other blocks; barriers and the system take a kilobyte or two."""
-    room = device.shared_memory // blocks - 2048
-    return max(2, min(6, room // ((block_a + block_b) * block_k)))
+    Triton 3.6 lets the tensor cores finish each step of int8 before it goes on. So two blocks share a multiprocessor
+    where they can: one multiplies while the other waits. Between 129 and 256 tokens one large tile reads less from L2.
+    """
+    tokens = max(16, triton.next_power_of_2(m))
+    if not aligned:
+        return m < 128, 128, min(tokens, 64 if m < 128 else 128), 32, 8, 1
+    if device.capability != 90:
+        return (True, 128, tokens, 128, 4, 2) if tokens <= 64 else (m < 128, 128, 128, 128, 8, 1)
+    if tokens <= 64:
+        return True, 64, tokens, 256, 4, 2
+    if tokens <= 128:
+        return True, 64, 128, 128, 4, 2
+    if tokens <= MOST_SWAPPED and not wide:  # whose accumulators leave no registers for sums in int64
+        return True, 128, 256, 128, 8, 1
+    large = triton.cdiv(m, 128) * triton.cdiv(n, 128)
+    if large > device.multiprocessors:
+        return False, 128, 128, 128, 8, 2
+    return (False, 64, 128, 128, 4, 2) if large > device.multiprocessors // 2 else (False, 64, 64, 128, 4, 3)
 
 
 @functools.lru_cache(maxsize=4096)
 def gemm_config(m: int, n: int, k: int, aligned: bool, device: Device) -> GemmConfig:
-    """The configuration that the estimate prefers for M, N, K and the card.
+    """The configuration for M, N, K and the card; rows that are not `aligned` to 16 bytes are loaded byte by byte.
 
-    On Hopper 256 of K at once are worth their shared memory: the program waits for the tensor cores once a block.
-    Rows that are not `aligned` to 16 bytes are loaded byte by byte, and few at once, as each byte needs an address.
+    K is split where the tiles leave multiprocessors idle, into as many parts as run at the same time, none too short to
+    be worth adding.
     """
-    swapped, hopper = m < SMALLEST_UNSWAPPED, aligned and device.capability == 90
-    long = 256 if hopper else 128
-    tokens = max(16, triton.next_power_of_2(m))
-    if not aligned:
-        shapes = [(128, min(tokens, 64), 32, 8, 1)]
-    elif swapped and tokens <= 64:
-        shapes = [(128, tokens, 128, 4, 2)]
-    else:
-        shapes = [(128, 128, long, 8, 1)]
-    if not swapped and hopper and k <= LONGEST_SUM:
-        shapes.append((128, 256, 256, 8, 1))  # whose accumulators leave no registers for adding parts
-    candidates = []
-    for block_a, block_b, block_k, warps, blocks in shapes:
-        at_least = 1 if k <= LONGEST_SUM else triton.cdiv(k, LONGEST_SUM - block_k)
-        at_most = max(at_least, min(32, triton.cdiv(k, 4 * block_k))) if block_b <= 128 else 1
-        stages = _stages(block_a, block_b, block_k, blocks, device)
-        for splits in range(at_least, at_most + 1):
-            candidates.append(GemmConfig(swapped, block_a, block_b, block_k, splits, warps, stages, blocks))
-    return min(candidates, key=lambda config: (config.estimate_ns(m, n, k, device), config.splits))
+    swapped, block_a, block_b, block_k, warps, blocks = _tile(m, n, k > LONGEST_SUM, aligned, device)
+    room = device.shared_memory // blocks - 2048  # barriers and the system take a kilobyte or two
+    stages = max(2, min(6, room // ((block_a + block_b) * block_k)))
+    config = GemmConfig(swapped, block_a, block_b, block_k, 1, warps, stages, blocks)
+    splits, tiles = 1, config.tiles(m, n)
+    if tiles < 0.9 * device.multiprocessors:
+        splits = min(32, blocks * device.multiprocessors // tiles, k // SHORTEST_PART)
+    if k > LONGEST_SUM:
+        splits = max(splits, triton.cdiv(k, LONGEST_SUM - block_k))
+    return dataclasses.replace(config, splits=max(1, splits))
 
 
 @triton.jit
@@ -147,8 +142,11 @@ def int8_gemm_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # launched before the kernel that quantises has ended
 ):
     """Every program goes through tiles, and parts of tiles, in steps of the number of programs."""
+    if DEPENDENT:
+        gdc_wait()
     if SWAPPED:
         rows_a, rows_b = n, m
     else:
@@ -207,7 +205,9 @@ def int8_linear(
     if config.splits > 1:
         parts = x.new_empty(tiles * config.splits * config.block_a * config.block_b, dtype=torch.int32)
         counters = x.new_empty(tiles, dtype=torch.int32)  # which quantize_rows sets to 0
-    q, token_scale = quantize_rows(flat, device.multiprocessors, input_scale, align=16, counters=counters)
+    # One launch less to wait for, where that counts. With many tokens, programs that wait keep others from running.
+    dependent = x.device.type != "cpu" and config.swapped and device.has_tensor_maps
+    q, token_scale = quantize_rows(flat, device.multiprocessors, input_scale, 16, counters, dependent)
     a, b = (weight, q) if config.swapped else (q, weight)
     programs = min(tiles * config.splits, device.multiprocessors * config.blocks_per_multiprocessor)
     with torch.cuda.device_of(x):
@@ -234,9 +234,11 @@ def int8_linear(
             BLOCK_B=config.block_b,
             BLOCK_K=config.block_k,
             GROUP=8,
+            DEPENDENT=dependent,
             num_warps=config.warps,
             num_stages=config.stages,
             enable_fp_fusion=False,
+            **({"launch_pdl": True} if dependent else {}),
         )
     return y
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from engine.kernels import _device
 from engine.kernels._device import FLOAT_DTYPES, expect, own_cuda
@@ -24,7 +25,7 @@ class QuantizeConfig:
     warps: int
 
 
-ELEMENTS = 4096  # of a program, where the row allows: 8 warps with 16 elements a thread
+ELEMENTS = 4096  # of a program, where the row allows: 4 warps with 32 elements a thread
 WIDEST_BLOCK = 16384  # 32 elements a thread of 16 warps; more would spill
 
 
@@ -34,7 +35,7 @@ def quantize_config(m: int, k: int, multiprocessors: int) -> QuantizeConfig:
     rows = max(1, min(ELEMENTS // block, 64))
     while rows > 1 and triton.cdiv(m, rows) < 2 * multiprocessors:
         rows //= 2
-    return QuantizeConfig(rows, block, warps=min(16, max(1, rows * block // 512)))
+    return QuantizeConfig(rows, block, warps=min(16, max(1, rows * block // 1024)))
 
 
 @triton.jit
@@ -113,8 +114,11 @@ def int8_quantize_kernel(
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # k <= BLOCK: the row stays in registers
     BY_CHANNEL: tl.constexpr,  # the weights hold the channels' scales already: a row's own is 1
+    DEPENDENT: tl.constexpr,  # the next kernel may start before this one ends: it waits itself
 ):
     """Each row's scale, then its int8 values; a row that fits one block is read once."""
+    if DEPENDENT:
+        gdc_launch_dependents()
     program = tl.program_id(0).to(tl.int64)
     if counters is not None and program == 0:
         for start in range(0, counter_count, 1024):
@@ -168,6 +172,7 @@ def quantize_rows(
     input_scale: Tensor | None = None,
     align: int = 1,
     counters: Tensor | None = None,
+    dependent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rows of contiguous `x` [m, k] as int8 [m, k] and their scales [m]; for kernels that multiply them.
 
@@ -177,6 +182,7 @@ def quantize_rows(
         input_scale: float32, one scale for all, or `[k]`, one for each channel; or None: by row.
         align: a row of `q` begins at a multiple of so many bytes.
         counters: int32, set to 0 on the way: saves the next kernel a launch.
+        dependent: the next kernel is launched as a dependent one (`launch_pdl`) and waits for this one itself.
     """
     m, k = x.shape
     q_stride = triton.cdiv(max(1, k), align) * align
@@ -200,6 +206,7 @@ def quantize_rows(
             BLOCK=config.block,
             ONE_BLOCK=k <= config.block,
             BY_CHANNEL=input_scale is not None and input_scale.numel() != 1,
+            DEPENDENT=dependent,
             num_warps=config.warps,
             enable_fp_fusion=False,
         )

@@ -33,9 +33,11 @@ MORE = {
 GEMMS = [  # M, N, K: one for each kind of configuration
     (8192, 8192, 8192),
     (1, 8192, 8192),
+    (64, 5120, 13824),
+    (256, 5120, 13824),
     *(
         pytest.param(shape, marks=pytest.mark.slow)
-        for shape in ((64, 5120, 13824), (128, 5120, 13824), (100, 4096, 200000), (999, 9, 7), (100, 1000, 140001))
+        for shape in ((128, 5120, 13824), (500, 400, 400), (100, 4096, 200000), (999, 9, 7), (100, 1000, 140001))
     ),
 ]
 
@@ -123,16 +125,17 @@ def test_refuses():
 @compiled
 def test_config():
     prefill = module.gemm_config(8192, 8192, 8192, True, H200)
-    assert (prefill.swapped, prefill.block_a, prefill.block_b, prefill.splits) == (False, 128, 256, 1)
-    decode = module.gemm_config(1, 8192, 8192, True, H200)
-    assert (decode.swapped, decode.block_b) == (True, 16)
-    assert decode.tiles(1, 8192) * decode.splits >= 1.5 * H200.multiprocessors
-    assert module.gemm_config(1, 8192, 8192, True, H200) == decode, "a pure function"
-    for device, m, n, k in itertools.product(ALL_CARDS, (1, 16, 127, 128, 5000), (1, 33, 8192), (0, 1, 16, 1024)):
+    assert (prefill.swapped, prefill.block_a, prefill.block_b, prefill.splits) == (False, 128, 128, 1)
+    decode = module.gemm_config(64, 5120, 13824, True, H200)
+    assert (decode.swapped, decode.block_b) == (True, 64)
+    programs = decode.tiles(64, 5120) * decode.splits
+    assert 1.5 * H200.multiprocessors <= programs <= decode.blocks_per_multiprocessor * H200.multiprocessors
+    assert module.gemm_config(64, 5120, 13824, True, H200) == decode, "a pure function"
+    shapes = itertools.product((1, 16, 127, 128, 200, 300, 5000), (1, 33, 8192), (0, 1, 16, 1024))
+    for device, (m, n, k) in itertools.product(ALL_CARDS, shapes):
         for longer in (k, k + 131072, k + 10**6):
             for aligned in {longer > 0 and longer % 16 == 0, False}:
                 config = module.gemm_config(m, n, longer, aligned, device)
-                assert config.swapped == (m < 128)
                 part = config.k_per_split(longer)
                 assert part <= module.LONGEST_SUM and part * config.splits >= longer and part % config.block_k == 0
                 tile = (config.block_a + config.block_b) * config.block_k
@@ -148,7 +151,9 @@ def test_compiles_to_tensor_core_instructions_without_spills(card, shape):
     _, gemm = compile_launches(card, module.int8_linear, x, weight, meta((n,)), meta((n,), torch.bfloat16))
     assert gemm.count("IGMMA" if card == H200 else "IMMA")
     assert gemm.count("FFMA") == 0  # y is rounded after each operation
-    if m == 1:  # parts: written, seen by the whole block, then counted for the whole card
+    if (
+        module.gemm_config(m, n, k, True, card).splits > 1
+    ):  # parts: written, seen by the whole block, then counted for the whole card
         before, atomic, _ = gemm.ptx.partition("atom.global.gpu.acq_rel")
         assert atomic and "bar.sync" in before[before.rindex("st.global") :]
     if k % 16 == 0:

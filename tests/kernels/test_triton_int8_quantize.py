@@ -79,8 +79,8 @@ def test_refuses():
 
 @compiled
 def test_config():
-    assert module.quantize_config(8192, 8192, 132) == module.QuantizeConfig(rows=1, block=8192, warps=16)
-    assert module.quantize_config(8192, 384, 132) == module.QuantizeConfig(rows=8, block=512, warps=8)
+    assert module.quantize_config(8192, 8192, 132) == module.QuantizeConfig(rows=1, block=8192, warps=8)
+    assert module.quantize_config(8192, 384, 132) == module.QuantizeConfig(rows=8, block=512, warps=4)
     assert module.quantize_config(1, 384, 132) == module.QuantizeConfig(rows=1, block=512, warps=1)
     assert module.quantize_config(9, 10**6, 132) == module.QuantizeConfig(rows=1, block=module.WIDEST_BLOCK, warps=16)
     assert module.quantize_config(0, 0, 132) == module.QuantizeConfig(rows=1, block=32, warps=1)
