@@ -13,7 +13,7 @@
 #include <cstring>
 
 #include "cuda/semi_structured.cuh"
-#include "cuda/semi_structured_output.cuh"
+#include "cuda/warpgroup_output.cuh"
 
 namespace engine {
 
@@ -40,23 +40,10 @@ struct SemiTile {
     static_assert(sizeof(Shared) <= 227 * 1024);
 };
 
-// Where the tiles of y lie: rows of tiles go in groups, column by column, so that what is multiplied at a time comes
-// from the L2 cache.
-struct SemiTiles {
-    int rows, tokens, group;  // tiles of w, tiles of x
-    __device__ int count() const { return rows * tokens; }
-    __device__ void at(int item, int& row, int& token) const {
-        const int first = item / (group * tokens) * group, within = item % (group * tokens);
-        const int high = std::min(group, rows - first);
-        row = first + within % high;
-        token = within / high;
-    }
-};
-
 // The warp that fetches.
 template <class Tile, class V>
 __device__ inline void fetch_semi_structured(typename Tile::Shared& shared, const SemiStructured<V>& w,
-                                             const TileMap& map_x, const TileMap& map_w, SemiTiles tiles, int steps) {
+                                             const TileMap& map_x, const TileMap& map_w, TileOrder tiles, int steps) {
     constexpr int kCluster = Tile::kCluster;
     constexpr int kEach = Tile::kRows / kWarp;              // rows of metadata that a lane copies
     constexpr int kShare = sizeof(shared.x[0]) / kCluster;  // bytes of x that a block fetches for its cluster
@@ -104,22 +91,11 @@ __device__ inline void fetch_semi_structured(typename Tile::Shared& shared, cons
     }
 }
 
-// Lanes of a consumer's warp: the stage may be written over by all blocks of the cluster that write into it.
-template <int kCluster>
-__device__ inline void release_stage(Barrier& empty) {
-    const unsigned lane = threadIdx.x % kWarp;
-    if constexpr (kCluster > 1) {
-        if (lane < kCluster) barrier_arrive(empty, lane);
-    } else {
-        if (lane == 0) barrier_arrive(empty);
-    }
-}
-
 template <class Tile, class Y, class V, class Terms>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     semi_structured_warpgroup_kernel(SemiStructured<V> w, const __grid_constant__ TileMap map_x,
                                      const __grid_constant__ TileMap map_w, Terms terms, AnyFloat y, AnyFloat bias,
-                                     int64_t m, SemiTiles tiles) {
+                                     int64_t m, TileOrder tiles) {
     constexpr int kBlocks = Tile::kBlocks, kTokens = Tile::kTokens, kCluster = Tile::kCluster;
     ENGINE_DYNAMIC_SHARED(shared, typename Tile::Shared);
     const int steps = static_cast<int>(w.columns / kStepWeights<V>), warpgroup = threadIdx.x / kWarpgroup;
@@ -152,7 +128,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if constexpr (kCluster > 1) row = row * kCluster + static_cast<int>(cluster_rank());
         const int64_t first_m = static_cast<int64_t>(token) * kTokens;
         const int64_t first_n = static_cast<int64_t>(row) * Tile::kRows + first_row;
-        const SemiTerms<kBlocks, kTokens> of(terms, bias, first_m, first_n, m, w.rows);
+        const OutputTerms<kBlocks, kTokens> of(terms, bias, first_m, first_n, m, w.rows);
         WarpgroupD<Accumulator<V>, kTokens> sums[kBlocks] = {};
         int before = 0;
         for (int step = 0; step < steps; ++step) {
@@ -188,8 +164,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         warpgroup_barrier();
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-            write_semi_structured<Y, Terms>(sums[i], of.out[i], of.bias[i], of_token, shared.staged[warpgroup - 1],
-                                            static_cast<Y*>(y.at), first_m, first_n + 64 * i, m, w.rows);
+            write_tile<Y, Terms>(sums[i], of.out[i], of.bias[i], of_token, shared.staged[warpgroup - 1],
+                                 static_cast<Y*>(y.at), first_m, first_n + 64 * i, m, w.rows);
             warpgroup_barrier();  // what was staged may be written over
         }
     }
@@ -204,7 +180,7 @@ void launch_semi_structured_warpgroup(const SemiStructured<V>& w, const Activati
                                       const float* poison, const char* what, const OnDeviceOf& device) {
     constexpr int kTokens = Tile::kTokens, kCluster = Tile::kCluster, kRows = kCluster * Tile::kRows;
     const auto tiles_of = [](int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); };
-    const SemiTiles tiles{tiles_of(w.rows, kRows), tiles_of(x.m, kTokens), 2048 / kRows};
+    const TileOrder tiles{tiles_of(w.rows, kRows), tiles_of(x.m, kTokens), 2048 / kRows};
     const auto map_x = tile_map(x.data, x.m, x.stride, x.stride, kTokens / kCluster, 128, what);
     const int64_t row_size = w.row_values * static_cast<int64_t>(sizeof(V));
     const auto map_w = tile_map(w.values, w.rows, row_size, row_size, Tile::kRows, 64, what);

@@ -1,4 +1,4 @@
-// The end of semi_structured_warpgroup.cuh's product: from a warpgroup's sums to elements of y.
+// What the products by warpgroups share: the order of their tiles, and how a warpgroup's sums become elements of y.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,30 @@
 #include "cuda/wgmma.cuh"
 
 namespace engine {
+
+// Where the tiles of y lie: rows of tiles go in groups, column by column, so that what is multiplied at a time comes
+// from the L2 cache.
+struct TileOrder {
+    int rows, tokens, group;  // tiles of w, tiles of x
+    __device__ int count() const { return rows * tokens; }
+    __device__ void at(int item, int& row, int& token) const {
+        const int first = item / (group * tokens) * group, within = item % (group * tokens);
+        const int high = std::min(group, rows - first);
+        row = first + within % high;
+        token = within / high;
+    }
+};
+
+// Lanes of a consumer's warp: the stage may be written over by all blocks of the cluster that write into it.
+template <int kCluster>
+__device__ inline void release_stage(Barrier& empty) {
+    const unsigned lane = threadIdx.x % kWarp;
+    if constexpr (kCluster > 1) {
+        if (lane < kCluster) barrier_arrive(empty, lane);
+    } else {
+        if (lane == 0) barrier_arrive(empty);
+    }
+}
 
 // How a sum becomes an element of y: in each op's own order of fp32 operations.
 struct Int8Terms {
@@ -29,12 +53,12 @@ inline FloatTerms terms_of(const FloatOutput&, const float* poison) { return {po
 
 // What a thread needs to finish its part of a tile of y: loaded before the products, to be there after them.
 template <int kBlocks, int kTokens>
-struct SemiTerms {
+struct OutputTerms {
     float token[(kTokens + kWarpgroup - 1) / kWarpgroup], out[kBlocks][2], bias[kBlocks][2];
 
     template <class Terms>
-    __device__ SemiTerms(const Terms& terms, const AnyFloat& bias_of, int64_t first_m, int64_t first_n, int64_t m,
-                         int64_t n) {
+    __device__ OutputTerms(const Terms& terms, const AnyFloat& bias_of, int64_t first_m, int64_t first_n, int64_t m,
+                           int64_t n) {
         const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll
         for (int i = 0; i * kWarpgroup < kTokens; ++i)
@@ -53,11 +77,11 @@ struct SemiTerms {
 // A warpgroup's 64 rows of w by kTokens of x become elements of y. 16-bit ones are turned in shared memory, as y has
 // the rows of w side by side.
 template <class Y, class Terms, class Acc, int kTokens>
-__device__ inline void write_semi_structured(const WarpgroupD<Acc, kTokens>& sums, const float (&of_out)[2],
-                                             const float (&bias)[2],
-                                             const float* of_token,  // [kTokens]
-                                             uint8_t (&staged)[2][64 * 128], Y* y, int64_t first_m, int64_t first_n,
-                                             int64_t m, int64_t n) {
+__device__ inline void write_tile(const WarpgroupD<Acc, kTokens>& sums, const float (&of_out)[2],
+                                  const float (&bias)[2],
+                                  const float* of_token,  // [kTokens]
+                                  uint8_t (&staged)[2][64 * 128], Y* y, int64_t first_m, int64_t first_n, int64_t m,
+                                  int64_t n) {
     const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % kWarp, warp = thread / kWarp, t = lane % 4;
     const int tokens = static_cast<int>(std::min<int64_t>(m - first_m, kTokens));
     const auto value = [&](int i, float token) {
