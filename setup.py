@@ -48,6 +48,7 @@ CUDA_OPS = [
     "bitmap_int8_linear",
     "bitmap_linear",
     "bitmap_to_dense",
+    "int8_scaled_mm",
     "magnitude_threshold",
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",

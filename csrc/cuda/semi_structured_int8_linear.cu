@@ -2,7 +2,7 @@
 // waits for the GPU.
 
 #include "common/dtype.h"
-#include "cuda/semi_structured.cuh"
+#include "cuda/semi_structured_warpgroup.cuh"
 
 namespace engine {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "common/dtype.h"
 #include "cuda/fp32_product.cuh"
-#include "cuda/semi_structured.cuh"
+#include "cuda/semi_structured_warpgroup.cuh"
 
 namespace engine {
 namespace {

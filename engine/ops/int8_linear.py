@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _scaled_mm  # noqa: F401  (defines the op that its kernels for CUDA call)
 from engine.ops._library import REFERENCES, explained_by
 from engine.ops._patches import define_with_patches
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from device import DEVICE, assert_same, on, on_device
+from device import DEVICE, EMULATED, assert_same, on, on_device
 from shapes import LINEARS
 from tolerance import assert_as_good_as_torch
 
@@ -108,3 +108,30 @@ def test_views_and_leading_dimensions():
     memory[1:-1] = values.reshape(-1)
     shifted = memory.to(DEVICE)[1:-1].view(20, 32)  # not aligned
     assert_same([semi_structured_int8_linear(x.to(DEVICE), shifted, metadata.to(DEVICE), scale.to(DEVICE))], [want])
+
+
+# Whole steps of K: tiles of 64, 128 and 256 rows of x, whole ones and not, as many as blocks or more, and as many steps
+# as there are stages or more.
+WHOLE_STEPS = [
+    (3, 200, 896),
+    (17, 8, 128),
+    (20, 72, 1792),
+    (65, 129, 256),
+    (128, 300, 128),
+    (250, 500, 640),
+    (500, 497, 128),
+]
+
+
+@pytest.mark.parametrize("capability", ["9.0", "8.0"] if EMULATED else ["the card's"])
+@pytest.mark.parametrize("m, n, k", WHOLE_STEPS)
+def test_whole_steps(m, n, k, capability, monkeypatch):
+    monkeypatch.setenv("ENGINE_EMULATED_CAPABILITY", capability)
+    for dtype, bias in zip(FLOAT_DTYPES, (None, torch.randn(n), torch.randn(n).half()), strict=True):
+        if m > 100 and dtype != torch.bfloat16:
+            continue
+        x = torch.randn(m, k).to(dtype)
+        x[m // 2, 3] = torch.inf
+        check_int8(x, weight_of(n, k, torch.int8), bias)
+        if dtype != torch.float32:
+            check_float(x, weight_of(n, k, dtype), bias)

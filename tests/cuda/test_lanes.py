@@ -1,12 +1,15 @@
-"""Which lane holds what: each instruction of ptx.cuh against layouts that others published, emulated and on a GPU.
+"""Which lane holds what: each instruction of ptx.cuh, wgmma.cuh, tma.cuh against layouts that others published.
 
-The layouts are no reading of our own kernels. They are CuTe's (NVIDIA/cutlass, `include/cute/atom/`), written as there:
-a shape and strides for the lane and for the lane's values, the first index fastest, giving `row + rows * column`. Of
-the sparse products, int8 is `mma_traits_sm120_sparse.hpp`, whose 8-bit floats lie as int8 does; 16-bit floats are as
-LLVM's integration test has them that runs on sm_80 (`mlir/test/Integration/Dialect/SparseTensor/GPU/CUDA/
-sparse-mma-2-4-f16.mlir`). The metadata of both is what PyTorch makes for CUTLASS, which loads it by ldmatrix, lane l
-getting word l, and takes selector 0 for the first 16 rows (`mma_tensor_op_tile_iterator_sparse.h`). PTX wants places
-that ascend of `mma.sp::ordered_metadata`, and so do our checks of metadata.
+Emulated, and on a GPU where there is one. The layouts are no reading of our own kernels. They are CuTe's
+(NVIDIA/cutlass, `include/cute/atom/`), written as there: a shape and strides for the lane and for the lane's values,
+the first index fastest, giving `row + rows * column`. Of the sparse products, int8 is `mma_traits_sm120_sparse.hpp`,
+whose 8-bit floats lie as int8 does; 16-bit floats are as LLVM's integration test has them that runs on sm_80
+(`mlir/test/Integration/Dialect/SparseTensor/GPU/CUDA/sparse-mma-2-4-f16.mlir`). The metadata of both is what PyTorch
+makes for CUTLASS, which loads it by ldmatrix, lane l getting word l, and takes selector 0 for the first 16 rows
+(`mma_tensor_op_tile_iterator_sparse.h`). PTX wants places that ascend of `mma.sp::ordered_metadata`, and so do our
+checks of metadata. The warpgroup's products are `mma_traits_sm90_gmma.hpp` (`CLayout_64xN`, `ALayout_64x32`,
+`ALayout_64x16`) and `mma_traits_sm90_gmma_sparse.hpp` (`ELayout_64x64`, `ELayout_64x32`), their tiles
+`Layout_K_SW128_Atom` and `Layout_K_SW64_Atom`.
 """
 
 import math
@@ -34,6 +37,17 @@ SPARSE[torch.bfloat16] = SPARSE[torch.float16]
 # The same of int8 over all 64 columns, as CuTe gives it: a lane's pairs of stored values, and its 32 bits of metadata.
 CUTE_A = (((4, 8), (128, 1)), ((8, 2, 2), (16, 8, 512)))
 CUTE_E = (((2, 2, 8), (8, 512, 1)), ((32,), (16,)))
+# Of a warpgroup, over 64 rows: A's registers for 32 bytes a row, and the bits of metadata for 64.
+WARPGROUP_A = {
+    torch.int8: (((4, 8, 4), (256, 1, 16)), ((4, 2, 2), (64, 8, 1024))),
+    torch.float16: (((4, 8, 4), (128, 1, 16)), ((2, 2, 2), (64, 8, 512))),
+}
+WARPGROUP_E = {
+    torch.int8: (((2, 2, 8, 4), (8, 2048, 1, 16)), ((32,), (64,))),
+    torch.float16: (((2, 2, 8, 4), (1024, 0, 1, 16)), ((16, 2), (64, 8))),
+}
+for of_halfs in (WARPGROUP_A, WARPGROUP_E):
+    of_halfs[torch.bfloat16] = of_halfs[torch.float16]
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the process that runs over emulated CUDA has another library")
 
@@ -49,7 +63,7 @@ def offsets(mode):
 def places(layout):
     """[32, values of a lane], `row + rows * column`."""
     lane, value = layout
-    assert math.prod(lane[0]) == 32
+    assert math.prod(lane[0]) in (32, 128)
     return offsets(lane).unsqueeze(1) + offsets(value)
 
 
@@ -60,7 +74,9 @@ def registers(matrix, layout):
 
 def build(on_gpu):
     name = "lanes_gpu.so" if on_gpu else "lanes_emulated.so"
-    command = ["nvcc", "-arch=native", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *STABLE_ABI, *TORCH_INCLUDES]
+    major, minor = torch.cuda.get_device_capability() if on_gpu else (0, 0)
+    architecture = f"-arch=sm_{major}{minor}" + ("a" if major == 9 else "")
+    command = ["nvcc", architecture, "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *STABLE_ABI, *TORCH_INCLUDES]
     if not on_gpu:
         command = [*CXX, "-Wno-unknown-pragmas", "-I", ROOT / "tests/cuda/emulated", "-x", "c++"]
     command += ["-I", ROOT / "csrc", SOURCE, "-shared"]
@@ -86,7 +102,9 @@ def lanes(request):
     library = torch.library.Library("engine_lanes", "FRAGMENT")
     if not hasattr(torch.ops.engine_lanes, "multiply"):
         library.define("multiply(Tensor a, Tensor? metadata, Tensor b, Tensor of) -> Tensor")
+        library.define("warpgroup(Tensor a, Tensor? metadata, Tensor b, Tensor of) -> Tensor")
         library.define("matrices(Tensor memory, Tensor rows) -> Tensor")
+        library.define("transposed(Tensor registers, Tensor rows) -> Tensor")
         library.define("bytes(Tensor a, Tensor b, Tensor c) -> Tensor")
     torch.ops.load_library(str(build(on_gpu)))
 
@@ -139,6 +157,59 @@ def test_sparse_products(lanes, dtype):
         assert torch.equal(first.long(), want[..., 0]) and torch.equal(second.long(), want[..., 1])
 
 
+def shared_image(matrix):
+    """[rows, 64 or 128 bytes], as Swizzle<2, 4, 3> or Swizzle<3, 4, 3> lays its bytes into shared memory."""
+    of_bytes = matrix.contiguous().view(torch.uint8)
+    at = torch.arange(of_bytes.numel())
+    bits = {64: 3, 128: 7}[of_bytes.shape[1]]
+    image = torch.empty_like(of_bytes).reshape(-1)
+    image[at ^ (at >> 7 & bits) << 4] = of_bytes.reshape(-1)
+    return image.reshape(of_bytes.shape)
+
+
+def assert_warpgroup_product(d, a, b):
+    layout = (((4, 8, 4), (128, 1, 16)), ((2, 2, b.shape[0] // 8), (64, 8, 512)))
+    want = (a.double() @ b.double().t()).t().reshape(-1)[places(layout)]
+    assert torch.equal(d.double(), want)
+
+
+@pytest.fixture
+def lanes_of_sm90(lanes, request):
+    if request.node.callspec.params["lanes"] == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("compiled for sm_90a alone")
+    return lanes
+
+
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", DENSE, ids=str)
+def test_warpgroup_products(lanes_of_sm90, dtype, n):
+    k = 4 * DENSE[dtype][0]
+    a, b, of = operand(64, k, dtype), operand(n, k, dtype), torch.empty(0, dtype=dtype)
+    assert_warpgroup_product(lanes_of_sm90("warpgroup", shared_image(a), None, shared_image(b), of), a, b)
+    parts = torch.stack([registers(part.contiguous(), WARPGROUP_A[dtype]) for part in a.chunk(4, 1)], 1)
+    assert_warpgroup_product(
+        lanes_of_sm90("warpgroup", parts.reshape(128, 16).view(torch.uint8), None, shared_image(b), of), a, b
+    )
+
+
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", SPARSE, ids=str)
+def test_sparse_warpgroup_products(lanes_of_sm90, dtype, n):
+    k = SPARSE[dtype][0]
+    kept = torch.rand(64, 2 * k // 4, 4).argsort(-1)[..., :2].sort(-1).values
+    values, b = operand(64, k, dtype), operand(n, 2 * k, dtype)
+    a = torch.zeros(64, 2 * k // 4, 4, dtype=dtype).scatter_(-1, kept, values.reshape(64, -1, 2)).reshape(64, 2 * k)
+    bits = (kept[..., :1] | kept[..., 1:] << 2) >> torch.arange(4) & 1
+    words = []
+    for part in bits.reshape(64, 2, k).unbind(1):
+        of_lane = part.t().reshape(-1)[places(WARPGROUP_E[dtype])]
+        words.append((of_lane << torch.arange(32)).sum(-1))
+    metadata = torch.stack(words, 1).to(torch.uint32).view(torch.int32)
+    of = torch.empty(0, dtype=dtype)
+    d = lanes_of_sm90("warpgroup", shared_image(values), metadata, shared_image(b), of)
+    assert_warpgroup_product(d, a, b)
+
+
 def test_matrices(lanes):
     """PTX: lanes 8 i to 8 i + 7 give the rows of matrix i; lane l gets elements 2 (l % 4) and + 1 of its row l / 4."""
     memory = torch.randint(-(2**31), 2**31 - 1, (32, 4), dtype=torch.int32)
@@ -147,6 +218,15 @@ def test_matrices(lanes):
     lane = torch.arange(32)
     want = torch.stack([memory[rows[8 * i + lane // 4].long(), lane % 4] for i in range(4)], 1)
     assert torch.equal(got, want)
+
+
+def test_transposed_matrices(lanes_of_sm90):
+    """PTX: stmatrix.trans takes what ldmatrix.trans gives: lane l has rows 2 (l % 4) and + 1 of column l / 4."""
+    matrices = torch.randint(-(2**15), 2**15 - 1, (4, 8, 8), dtype=torch.int16)
+    given = matrices.transpose(1, 2).contiguous().view(torch.int32).reshape(4, 32).t().contiguous()
+    rows = torch.randperm(32, dtype=torch.int32)
+    got = lanes_of_sm90("transposed", given, rows)[rows.long()].contiguous().view(torch.int16)
+    assert torch.equal(got.reshape(4, 8, 8), matrices)
 
 
 def test_bytes(lanes):

@@ -1,0 +1,246 @@
+// x · wᵀ of a 2:4 sparse w by the warpgroup's sparse product, wgmma.sp: sm_90a's, for more than a few rows of x.
+//
+// w is operand A and comes as it is: its values by the tensor memory accelerator (TMA), its metadata by cp.async and
+// through registers. x is operand B. One warp fetches, into a ring of stages as many as shared memory holds, of each
+// step 128 bytes of a row of x and 64 bytes of values; two warpgroups multiply, each kBlocks blocks of 64 rows of w by
+// all kTokens rows of x. A block of threads works on one tile of y after the other, and fetches for the next while it
+// finishes one.
+//
+// A step of 128 rows of w by 256 of x takes the tensor cores 512 clocks and brings 42 KB (int8), of which 10 are w's.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/semi_structured.cuh"
+#include "cuda/warpgroup_output.cuh"
+
+namespace engine {
+
+// A tile of y, of rows of w by tokens (rows of x), and who makes it: kConsumers warpgroups of kBlocks blocks of 64 rows
+// each. The kCluster blocks of a cluster have the same tokens, and each fetches a part of them for all.
+template <class V_, int kConsumers_, int kBlocks_, int kTokens_, int kCluster_>
+struct SemiTile {
+    using V = V_;
+    static constexpr int kConsumers = kConsumers_, kBlocks = kBlocks_, kTokens = kTokens_, kCluster = kCluster_;
+    static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+    static constexpr int kRows = kConsumers * kBlocks * 64;
+    static constexpr int kMetadata = kStepMetadata<V>;
+    static constexpr int kStageBytes = kTokens * 128 + kRows * (64 + kMetadata);
+    static constexpr int kChunk = 64;  // tokens of y that a warpgroup turns at once
+    static constexpr int kStages = std::min(12, (225 * 1024 - kConsumers * 2 * kChunk * 128) / kStageBytes);
+    struct Shared {
+        alignas(1024) uint8_t x[kStages][kTokens * 128];
+        alignas(1024) uint8_t w[kStages][kRows * 64];
+        alignas(1024) uint8_t metadata[kStages][kRows * kMetadata];
+        alignas(1024) uint8_t staged[kConsumers][2][kChunk * 128];
+        alignas(16) float of_token[kConsumers][kTokens];
+        Barrier full[kStages], empty[kStages];
+    };
+    static_assert(sizeof(Shared) <= 227 * 1024);
+};
+
+// The warp that fetches.
+template <class Tile, class V>
+__device__ inline void fetch_semi_structured(typename Tile::Shared& shared, const SemiStructured<V>& w,
+                                             const TileMap& map_x, const TileMap& map_w, TileOrder tiles, int steps) {
+    constexpr int kCluster = Tile::kCluster;
+    constexpr int kEach = Tile::kRows / kWarp;              // rows of metadata that a lane copies
+    constexpr int kShare = sizeof(shared.x[0]) / kCluster;  // bytes of x that a block fetches for its cluster
+    const int lane = threadIdx.x % kWarp, rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+    int stage = 0;
+    uint32_t parity = 1;
+    for (int item = blockIdx.x / kCluster; item < tiles.count(); item += gridDim.x / kCluster) {
+        int row, token;
+        tiles.at(item, row, token);
+        row = row * kCluster + rank;
+        const uint8_t* metadata[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            metadata[i] =
+                w.metadata + std::min<int64_t>(row * Tile::kRows + i * kWarp + lane, w.rows - 1) * w.row_bytes;
+        for (int step = 0; step < steps; ++step) {
+            barrier_wait(shared.empty[stage], parity);
+            if (lane == 0) {
+                barrier_arrive_and_expect(shared.full[stage], sizeof(shared.x[0]) + sizeof(shared.w[0]));
+                const int first_token = (token * kCluster + rank) * (kShare / 128);
+                if constexpr (kCluster > 1) {
+                    copy_tile_to(shared.x[stage] + rank * kShare, map_x, step * 128, first_token, shared.full[stage],
+                                 (1u << kCluster) - 1);
+                } else {
+                    copy_tile(shared.x[stage], map_x, step * 128, first_token, shared.full[stage]);
+                }
+                copy_tile(shared.w[stage], map_w, step * 64, row * Tile::kRows, shared.full[stage]);
+            }
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                uint8_t* to = shared.metadata[stage] + (i * kWarp + lane) * Tile::kMetadata;
+                if constexpr (sizeof(V) == 1) {
+                    copy_16_async(to, metadata[i]);
+                } else {
+                    copy_8_async(to, metadata[i]);
+                }
+                metadata[i] += Tile::kMetadata;
+            }
+            barrier_arrive_after_copies(shared.full[stage]);
+            if (++stage == Tile::kStages) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+    }
+}
+
+template <class Tile, class Y, class V, class Terms>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    semi_structured_warpgroup_kernel(SemiStructured<V> w, const __grid_constant__ TileMap map_x,
+                                     const __grid_constant__ TileMap map_w, Terms terms, AnyFloat y, AnyFloat bias,
+                                     int64_t m, TileOrder tiles) {
+    constexpr int kBlocks = Tile::kBlocks, kTokens = Tile::kTokens, kCluster = Tile::kCluster;
+    ENGINE_DYNAMIC_SHARED(shared, typename Tile::Shared);
+    const int steps = static_cast<int>(w.columns / kStepWeights<V>), warpgroup = threadIdx.x / kWarpgroup;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Tile::kStages; ++i) {
+            barrier_init(shared.full[i], 1 + kWarp);
+            barrier_init(shared.empty[i], kCluster * Tile::kConsumers * kWarpgroup / kWarp);
+        }
+        barriers_ready();
+    }
+    __syncwarp();
+    kCluster > 1 ? cluster_barrier() : __syncthreads();
+    if (warpgroup == 0) {
+        if constexpr (Tile::kConsumers > 1) give_registers<40>();
+        if (threadIdx.x < kWarp) {
+            fetch_semi_structured<Tile>(shared, w, map_x, map_w, tiles, steps);
+            __syncwarp();
+            if constexpr (kCluster > 1) cluster_barrier();
+        }
+        return;
+    }
+    if constexpr (Tile::kConsumers > 1) take_registers<232>();
+    const int thread = threadIdx.x % kWarpgroup;
+    const int first_row = (warpgroup - 1) * kBlocks * 64, warp_row = first_row + thread / kWarp * 16;
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int item = blockIdx.x / kCluster; item < tiles.count(); item += gridDim.x / kCluster) {
+        int row, token;
+        tiles.at(item, row, token);
+        if constexpr (kCluster > 1) row = row * kCluster + static_cast<int>(cluster_rank());
+        const int64_t first_m = static_cast<int64_t>(token) * kTokens;
+        const int64_t first_n = static_cast<int64_t>(row) * Tile::kRows + first_row;
+        const OutputTerms<kBlocks, kTokens> of(terms, bias, first_m, first_n, m, w.rows);
+        WarpgroupD<Accumulator<V>, kTokens> sums[kBlocks] = {};
+        int before = 0;
+        for (int step = 0; step < steps; ++step) {
+            barrier_wait(shared.full[stage], parity);
+            const uint64_t tile_x = shared_tile<128>(shared.x[stage]);
+            const uint64_t tile_w = shared_tile<64>(shared.w[stage] + first_row * 64);
+            uint2 metadata[kBlocks];
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i)
+                metadata[i] = staged_metadata<V>(shared.metadata[stage], warp_row + 64 * i);
+            wgmma_begin();
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) {
+                const uint64_t block = advance(tile_w, i * 64 * 64);
+                wgmma_sparse(sums[i], block, metadata[i].x, tile_x, V{});
+                wgmma_sparse(sums[i], advance(block, 32), metadata[i].y, advance(tile_x, 64), V{});
+            }
+            wgmma_commit();
+            wgmma_wait<1>();  // what the step before has read may be written over
+            if (step > 0) release_stage<kCluster>(shared.empty[before]);
+            before = stage;
+            if (++stage == Tile::kStages) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+        wgmma_wait<0>();
+        release_stage<kCluster>(shared.empty[before]);
+        float* of_token = shared.of_token[warpgroup - 1];
+#pragma unroll
+        for (int i = 0; i * kWarpgroup < kTokens; ++i)
+            if (i * kWarpgroup + thread < kTokens) of_token[i * kWarpgroup + thread] = of.token[i];
+        warpgroup_barrier();
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            write_tile<Y, Terms>(sums[i], of.out[i], of.bias[i], of_token, shared.staged[warpgroup - 1],
+                                 static_cast<Y*>(y.at), first_m, first_n + 64 * i, m, w.rows);
+            warpgroup_barrier();  // what was staged may be written over
+        }
+    }
+    __syncwarp();
+    if constexpr (kCluster > 1) cluster_barrier();  // no block ends while another writes to it
+}
+
+// The host's part.
+
+template <class Tile, class Y, class V, class Output>
+void launch_semi_structured_warpgroup(const SemiStructured<V>& w, const Activations& x, const Output& output,
+                                      const float* poison, const char* what, const OnDeviceOf& device) {
+    constexpr int kTokens = Tile::kTokens, kCluster = Tile::kCluster, kRows = kCluster * Tile::kRows;
+    const auto tiles_of = [](int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); };
+    const TileOrder tiles{tiles_of(w.rows, kRows), tiles_of(x.m, kTokens), 2048 / kRows};
+    const auto map_x = tile_map(x.data, x.m, x.stride, x.stride, kTokens / kCluster, 128, what);
+    const int64_t row_size = w.row_values * static_cast<int64_t>(sizeof(V));
+    const auto map_w = tile_map(w.values, w.rows, row_size, row_size, Tile::kRows, 64, what);
+    const auto terms = terms_of(output, poison);
+    const int64_t most = device.processors() / kCluster, clusters = static_cast<int64_t>(tiles.rows) * tiles.tokens;
+    launch_clusters(semi_structured_warpgroup_kernel<Tile, Y, V, std::remove_const_t<decltype(terms)>>, what,
+                    std::min(most, clusters) * kCluster, Tile::kThreads, kCluster, sizeof(typename Tile::Shared),
+                    device, w, map_x, map_w, terms, output.y, output.bias, x.m, tiles);
+}
+
+// How many rows of x a tile has: those with which the waves of tiles, each as long as its copies take, end first.
+template <class V>
+int semi_tile_tokens(int64_t rows, int64_t m, int processors) {
+    constexpr int kRows = 128;
+    int best = 0;
+    int64_t least = 0;
+    for (const int tokens : {256, 128, 64}) {
+        const int64_t tiles = ((rows + kRows - 1) / kRows) * ((m + tokens - 1) / tokens);
+        const int64_t step = kRows * (64 + kStepMetadata<V>)+tokens * 128;
+        const int64_t bytes = (tiles + processors - 1) / processors * step;
+        if (best == 0 || bytes < least) {
+            best = tokens;
+            least = bytes;
+        }
+    }
+    return best;
+}
+
+template <class V, class Output>
+void multiply_semi_structured(const SemiStructured<V>& w, const Activations& x, const Output& output,
+                              const float* poison, const char* what, const OnDeviceOf& device) {
+    if (x.m == 0 || w.rows == 0) return;
+    const auto is = [](const char* variable, const char* value) {
+        const char* found = std::getenv(variable);
+        return found != nullptr && std::strcmp(found, value) == 0;
+    };
+    const bool exact = sizeof(V) > 1 || w.columns <= kExactSpans * kStepWeights<V>;
+    const bool countable = std::max(w.rows, x.m) < 1 << 30 && (w.rows / 64 + 1) * (x.m / 64 + 1) < 1 << 30;
+    const bool many = x.m > 16 || is("ENGINE_SEMI_FEW", "warpgroups");
+    if (!many || !exact || !countable || !has_whole_steps(w) || !device.has_wgmma() || is("ENGINE_SEMI_TILE", "warps"))
+        return multiply_semi_structured_by_warps(w, x, output, poison, what, device);
+    const auto multiply = [&](auto type) {
+        using Y = decltype(type);
+        const auto by = [&](auto tile) {
+            launch_semi_structured_warpgroup<decltype(tile), Y>(w, x, output, poison, what, device);
+        };
+        if (x.m <= 16) return by(SemiTile<V, 1, 1, 16, 1>{});
+        const int tokens = semi_tile_tokens<V>(w.rows, x.m, device.processors());
+        if (tokens == 64) return by(SemiTile<V, 2, 1, 64, 1>{});
+        if (tokens == 128) return by(SemiTile<V, 2, 1, 128, 1>{});
+        if constexpr (sizeof(Y) == 2)
+            if (is("ENGINE_SEMI_TILE", "192")) return by(SemiTile<V, 2, 2, 192, 1>{});
+        if (is("ENGINE_SEMI_TILE", "cluster")) return by(SemiTile<V, 2, 1, 256, 2>{});
+        by(SemiTile<V, 2, 1, 256, 1>{});
+    };
+    if constexpr (sizeof(V) == 2) {
+        multiply(V{});
+    } else {
+        dispatch_float(output.y.dtype, what, multiply);
+    }
+}
+
+}  // namespace engine
