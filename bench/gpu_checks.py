@@ -122,6 +122,14 @@ def _int8_linear_checks(x: Tensor, n: int) -> Iterator:
     yield (x, weight, scale, None, _channels(x)), None
 
 
+def _scaled_mm_checks(x: Tensor, n: int) -> Iterator:
+    """With K as the kernel takes it: a multiple of 16."""
+    q, token_scale = REFERENCES["int8_quantize"](F.pad(x, (0, -x.shape[1] % 16)))
+    weight, scale = random_values((n, q.shape[1]), torch.int8), torch.rand(n)
+    for bias in (None, torch.randn(n).bfloat16()):
+        yield (q, token_scale, weight, scale, bias, x.dtype), None
+
+
 def _channels(x: Tensor) -> Tensor:
     """A scale for each of its columns."""
     return torch.rand(x.shape[1]) / 20 + 1e-3
@@ -250,6 +258,7 @@ CHECKS: dict[str, Callable[[Tensor, int], Iterator]] = {
     "int8_fake_quantize": _fake_quantize_checks,
     "int8_linear": _int8_linear_checks,
     "int8_quantize": lambda x, n: [((x,), None)],
+    "int8_scaled_mm": _scaled_mm_checks,
     "int8_weight_linear": _int8_weight_checks,
     "magnitude_threshold": lambda x, n: (((x.nan_to_num(), s, w), None) for s in (0.3, 0.9) for w in ("tensor", "row")),
     "magnitude_threshold_of_list": lambda x, n: [(([x.nan_to_num(), torch.randn(n, 3)], 0.5), None)],

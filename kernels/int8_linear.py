@@ -90,6 +90,19 @@ def gemm_config(m: int, n: int, k: int, aligned: bool, device: Device) -> GemmCo
     return dataclasses.replace(config, splits=max(1, splits))
 
 
+@functools.cache
+def _library_multiplies() -> bool:
+    """Whether the CUDA C++ kernel is loaded that lets a product go on while the next step is waited for."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("engine::int8_scaled_mm", "CUDA")
+
+
+def use_library(m: int, n: int, k: int, aligned: bool, device: Device) -> bool:
+    """Whether CUDA C++ multiplies: on Hopper, where there are tiles of 256 tokens for most multiprocessors."""
+    fits = device.capability == 90 and aligned and m > MOST_SWAPPED and 0 < k <= LONGEST_SUM
+    enough = triton.cdiv(m, 256) * triton.cdiv(n, 128) >= 0.7 * device.multiprocessors
+    return fits and enough and _library_multiplies()
+
+
 @triton.jit
 def write_out(
     acc,  # int32 or int64 [A, B], exact
@@ -194,12 +207,15 @@ def int8_linear(
     same_device(op, x, weight, scale, bias, input_scale)
 
     flat, weight = x.reshape(x.shape[:-1].numel(), k).contiguous(), weight.contiguous()
-    m, y = flat.shape[0], x.new_empty((*x.shape[:-1], n))
-    if y.numel() == 0:
-        return y
+    m, sizes = flat.shape[0], (*x.shape[:-1], n)
+    if m == 0 or n == 0:
+        return x.new_empty(sizes)
     device = _device.describe(x.device)
     aligned = is_aligned(weight)
-    config = gemm_config(m, n, k, aligned, device)
+    if x.is_cuda and use_library(m, n, k, aligned, device):
+        q, token_scale = quantize_rows(flat, device.multiprocessors, input_scale, align=16)
+        return torch.ops.engine.int8_scaled_mm(q, token_scale, weight, scale, bias, x.dtype).view(sizes)
+    config, y = gemm_config(m, n, k, aligned, device), x.new_empty(sizes)
     by_descriptor = aligned and device.has_tensor_maps
     tiles, parts, counters = config.tiles(m, n), None, None
     if config.splits > 1:

@@ -24,6 +24,7 @@ INSTRUCTIONS = {  # that must be in the machine code
 }
 # And in sm_90a's: wgmma.sp, tiles by TMA, stmatrix.
 BY_WARPGROUPS = {
+    "int8_scaled_mm": ("IGMMA.64x256x32.S8.S8", "UTMALDG.2D", "STSM.16.MT88.4"),
     "semi_structured_int8_linear": ("IGMMA.SP.64x256x64.S8.S8", "UTMALDG.2D", "STSM.16.MT88.4"),
     "semi_structured_linear": (
         "HGMMA.SP.64x256x32.F32 ",

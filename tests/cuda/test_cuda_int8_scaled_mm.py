@@ -29,8 +29,14 @@ def test_every_shape_and_dtype(shape, dtype):
 def test_refuses():
     q, weight = (torch.zeros(rows, 32, dtype=torch.int8) for rows in (3, 4))
     good = (q, torch.ones(3), weight, torch.ones(4), None, torch.float32)
-    for at, bad in ((0, q[:, :16]), (0, q.float()), (1, torch.ones(4)), (2, weight.float()), (3, torch.ones(4).double())):
-        with pytest.raises(RuntimeError, match="int8_scaled_mm: .*: expected"):
+    for at, bad in (
+        (0, q[:, :16]),
+        (0, q.float()),
+        (1, torch.ones(4)),
+        (2, weight.float()),
+        (3, torch.ones(4).double()),
+    ):
+        with pytest.raises(RuntimeError, match=r"int8_scaled_mm: .*: expected"):
             torch.ops.engine.int8_scaled_mm(*on(*good[:at], bad, *good[at + 1 :]))
     with pytest.raises(RuntimeError, match="int8_scaled_mm: K: expected"):
         torch.ops.engine.int8_scaled_mm(*on(q[:, :24].contiguous(), good[1], weight[:, :24].contiguous(), *good[3:]))

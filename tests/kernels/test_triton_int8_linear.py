@@ -19,7 +19,7 @@ from triton_tools import (
 
 pytest.importorskip("triton")
 from engine.kernels import int8_linear as module
-from engine.kernels._device import H200
+from engine.kernels._device import A100, H200
 from engine.ops._check import FLOAT_DTYPES
 from engine.ops._library import REFERENCES
 
@@ -140,6 +140,22 @@ def test_config():
                 assert part <= module.LONGEST_SUM and part * config.splits >= longer and part % config.block_k == 0
                 tile = (config.block_a + config.block_b) * config.block_k
                 assert config.stages * tile * config.blocks_per_multiprocessor <= device.shared_memory
+
+
+@compiled
+def test_when_the_library_multiplies(monkeypatch):
+    monkeypatch.setattr(module, "_library_multiplies", lambda: True)
+    assert module.use_library(8192, 8192, 8192, True, H200)
+    for m, n, k, aligned, card in (
+        (256, 8192, 8192, True, H200),
+        (1024, 384, 384, True, H200),
+        (8192, 8192, 8192, False, H200),
+        (8192, 8192, 200000, True, H200),
+        (8192, 8192, 8192, True, A100),
+    ):
+        assert not module.use_library(m, n, k, aligned, card)
+    monkeypatch.setattr(module, "_library_multiplies", lambda: False)
+    assert not module.use_library(8192, 8192, 8192, True, H200)
 
 
 @compiled
