@@ -48,13 +48,17 @@ CUDA_OPS = [
     "bitmap_int8_linear",
     "bitmap_linear",
     "bitmap_to_dense",
+    "block_to_dense",
     "int8_scaled_mm",
     "magnitude_threshold",
     "prune_quantize_to_bitmap",
     "prune_to_bitmap",
+    "prune_to_block",
     "prune_to_csr",
+    "prune_to_semi_structured",
     "semi_structured_int8_linear",
     "semi_structured_linear",
+    "semi_structured_to_dense",
 ]
 CUDA_SOURCES = [f"csrc/cuda/{op}.cu" for op in CUDA_OPS]
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

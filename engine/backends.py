@@ -18,7 +18,6 @@ CPU_VARIANTS = ("portable", "avx2", "avx512")  # in the order of csrc/common/isa
 TRITON_KERNELS: tuple[str, ...] = (
     "block_int8_linear",
     "block_linear",
-    "block_to_dense",
     "csr_linear",
     "int8_dequantize",
     "int8_embedding",
@@ -26,10 +25,7 @@ TRITON_KERNELS: tuple[str, ...] = (
     "int8_linear",
     "int8_quantize",
     "int8_weight_linear",
-    "prune_to_block",
-    "prune_to_semi_structured",
     "ring_codec",
-    "semi_structured_to_dense",
     "threshold_prune",
 )  # modules of engine.kernels, each owning the CUDA key of the op of its name, ring_codec of its three
 

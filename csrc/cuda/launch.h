@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdint>
 #include <type_traits>
 
 #include "common/tensor.h"
@@ -88,6 +89,42 @@ void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t
                         const OnDeviceOf& device, Args... args) {
     launch_clusters(kernel, what, blocks, threads, 1, shared, device, args...);
 }
+
+// A word of the host's memory that a kernel writes, 0 until then: the CPU learns a number without a copy, and while the
+// kernel is still at work. One at a time in a thread.
+class HostWord {
+  public:
+    HostWord(const char* what, const OnDeviceOf& device) : what_(what), stream_(device.stream()) {
+        if (word_ == nullptr) {
+            void* made = nullptr;
+            check_cuda(cudaHostAlloc(&made, sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped), what);
+            word_ = static_cast<volatile uint64_t*>(made);
+        }
+        *word_ = 0;
+    }
+    volatile uint64_t* on_device() const { return word_; }
+    // Waits until it is written.
+    uint64_t written() const {
+        for (unsigned i = 1; *word_ == 0; ++i) {
+            if (i % 4096 != 0) continue;
+            const cudaError_t error = cudaStreamQuery(stream_);
+            if (error == cudaErrorNotReady) continue;
+            check_cuda(error, what_);
+            STD_TORCH_CHECK(*word_ != 0, what_, ": the kernel has written nothing");
+        }
+        return *word_;
+    }
+    // Waits for the stream; 0 where nothing was written.
+    uint64_t after_all() const {
+        check_cuda(cudaStreamSynchronize(stream_), what_);
+        return *word_;
+    }
+
+  private:
+    static inline thread_local volatile uint64_t* word_ = nullptr;  // for as long as the process lives
+    const char* what_;
+    cudaStream_t stream_;
+};
 
 // One value from the device. Waits for the stream: where it is used is where the CPU stops for the GPU.
 template <class T>

@@ -8,13 +8,15 @@
 // atomic addition in shared memory for those that count, to one of four copies of the bins, as many weights share a
 // bin: in the first pass, of normally distributed ones, a warp's 32 fall on about 12 bins. A row (scope "row") belongs
 // to one block, which finds it in L1 or L2 after its first pass.
+//
+// Of millions of 16-bit floats one pass is enough almost always: cuda/bracket.cuh. The others then have nothing to do.
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
 #include "common/dtype.h"
-#include "cuda/prune.cuh"
+#include "cuda/bracket.cuh"
 
 namespace engine {
 namespace {
@@ -96,7 +98,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const T* w,  // [n]
                                                          int64_t n,
                                                          const Known* known,         // [1], not read in pass 0
                                                          unsigned long long* total,  // [kBins]
-                                                         int pass) {
+                                                         int pass, const Bracket* bracket) {
+    if (bracket->found) return;
     ENGINE_SHARED(bins, unsigned[kCopies][kBins]);
     for (int i = threadIdx.x; i < kCopies * kBins; i += kThreads) bins[i / kBins][i % kBins] = 0;
     __syncthreads();
@@ -114,13 +117,31 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const T* w,  // [n]
 // One block, after a pass. Writes the result as far as it is known; after the last pass it is.
 __global__ void __launch_bounds__(kThreads) find_kernel(const unsigned long long* total,  // [kBins]
                                                         Known* known,                     // [1]
-                                                        unsigned long long rank, int pass,
+                                                        unsigned long long rank, int pass, const Bracket* bracket,
                                                         float* threshold) {  // []
+    if (bracket->found) return;
     const Known before = pass == 0 ? Known{rank, 0} : *known;
     __syncthreads();
     find(total, digit_of(pass), before, known);
     __syncthreads();
     if (threadIdx.x == 0) *threshold = std::bit_cast<float>(static_cast<uint32_t>(known->key));
+}
+
+// One block, after between_kernel: the result, if it is in the bracket.
+template <class T>
+__global__ void __launch_bounds__(kThreads) bracketed_kernel(const unsigned long long* between,  // [kBins]
+                                                             Bracket* bracket,
+                                                             Known* known,  // [1], 0
+                                                             unsigned long long n, unsigned long long rank,
+                                                             float* threshold) {  // []
+    const unsigned long long below = n - bracket->not_below;
+    if (rank <= below) return;
+    find(between, digit_of(0), {rank - below, 0}, known);
+    __syncthreads();
+    if (threadIdx.x > 0 || known->rank == 0) return;
+    bracket->found = 1;
+    const auto magnitude = bracket->low + static_cast<uint32_t>(known->key >> digit_of(0).shift);
+    *threshold = std::bit_cast<float>(float_bits<T>(magnitude));
 }
 
 // A row a block.
@@ -176,6 +197,43 @@ Tensor rows_threshold(const Tensor& weight, double sparsity) {
     return threshold;
 }
 
+// Whether the weights, contiguous, are of one 16-bit type and aligned.
+bool by_bracket(const std::vector<Tensor>& weights) {
+    return std::all_of(weights.begin(), weights.end(), [&](const Tensor& weight) {
+        return weight.scalar_type() != ScalarType::Float && weight.scalar_type() == weights[0].scalar_type() &&
+               reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0;
+    });
+}
+
+template <class T>
+void try_bracket_of(const std::vector<Tensor>& weights, int64_t n, unsigned long long rank, unsigned* sample,
+                    Bracket* bracket, unsigned long long* between, Known* known, float* threshold,
+                    const OnDeviceOf& device) {
+    constexpr const char* kWhat = "magnitude_threshold: between_kernel";
+    const int64_t every = std::max<int64_t>(1, n / 8 / kSampled);
+    for (const Tensor& weight : weights) {
+        const int64_t chunks = weight.numel() / 8, taken = (chunks + every - 1) / every;
+        launch(sample_kernel<T>, "magnitude_threshold: sample_kernel", (taken + kBracketThreads - 1) / kBracketThreads,
+               kBracketThreads, device, data<T>(weight), chunks, every, sample);
+    }
+    launch(bracket_kernel, "magnitude_threshold: bracket_kernel", 1, kBracketThreads, device, sample,
+           static_cast<double>(rank) / static_cast<double>(n), bracket);
+    for (const Tensor& weight : weights) {
+        constexpr int64_t kWork = 8 * kBracketThreads * kBracketChunks;
+        const int64_t blocks = std::min<int64_t>((weight.numel() + kWork - 1) / kWork, device.processors() * 8);
+        launch(between_kernel<T>, kWhat, blocks, kBracketThreads, device, data<T>(weight), weight.numel(), bracket,
+               between);
+    }
+    launch(bracketed_kernel<T>, kWhat, 1, kThreads, device, between, bracket, known, static_cast<unsigned long long>(n),
+           rank, threshold);
+}
+
+template <class... Args>
+void try_bracket(const std::vector<Tensor>& weights, Args&&... args) {
+    if (weights[0].scalar_type() == ScalarType::Half) return try_bracket_of<Half>(weights, args...);
+    try_bracket_of<BFloat16>(weights, args...);
+}
+
 Tensor tensors_threshold(const std::vector<Tensor>& weights_in, double sparsity) {
     constexpr const char* kWhat = "magnitude_threshold: count_kernel";
     std::vector<Tensor> weights;
@@ -197,21 +255,34 @@ Tensor tensors_threshold(const std::vector<Tensor>& weights_in, double sparsity)
         fill_zero(to, sizeof(float), kWhat, device);
         return threshold;
     }
-    constexpr int64_t kWords = 2 + kPasses * kBins;  // `known`, then each pass's bins
-    Tensor scratch = new_tensor(weights[0], {kWords}, ScalarType::Long);
-    fill_zero(scratch.mutable_data_ptr(), kWords * sizeof(int64_t), kWhat, device);
-    auto* known = static_cast<Known*>(scratch.mutable_data_ptr());
-    auto* bins = static_cast<unsigned long long*>(scratch.mutable_data_ptr()) + 2;
+    // `known`, a bracket, each pass's bins; what is between, and the sample's bins.
+    constexpr int64_t kBracketAt = 2, kBinsAt = 5, kBetweenAt = kBinsAt + kPasses * kBins,
+                      kSampleAt = kBetweenAt + kBins;
+    constexpr int64_t kAll = kSampleAt + kSampleBins / 2;
+    const bool one_pass = n >= kBracketFrom && by_bracket(weights);
+    const int64_t words = one_pass ? kAll : kBetweenAt;
+    Tensor scratch = new_tensor(weights[0], {words}, ScalarType::Long);
+    fill_zero(scratch.mutable_data_ptr(), words * sizeof(int64_t), kWhat, device);
+    auto* begin = static_cast<unsigned long long*>(scratch.mutable_data_ptr());
+    auto* known = reinterpret_cast<Known*>(begin);
+    auto* bracket = reinterpret_cast<Bracket*>(begin + kBracketAt);
+    auto* bins = begin + kBinsAt;
+    if (one_pass) {
+        try_bracket(weights, n, rank, reinterpret_cast<unsigned*>(begin + kSampleAt), bracket, begin + kBetweenAt,
+                    known, to, device);
+    }
     for (int pass = 0; pass < passes; ++pass, bins += kBins) {
         for (const Tensor& weight : weights) {
             dispatch_float(weight.scalar_type(), "magnitude_threshold: weight", [&](auto zero) {
                 using T = decltype(zero);
                 const int64_t size = weight.numel(), work = (size + 8 * kThreads - 1) / (8 * kThreads);
                 const int64_t blocks = std::min<int64_t>(work, device.processors() * kBlocksAProcessor);
-                launch(count_kernel<T>, kWhat, blocks, kThreads, device, data<T>(weight), size, known, bins, pass);
+                launch(count_kernel<T>, kWhat, blocks, kThreads, device, data<T>(weight), size, known, bins, pass,
+                       bracket);
             });
         }
-        launch(find_kernel, "magnitude_threshold: find_kernel", 1, kThreads, device, bins, known, rank, pass, to);
+        launch(find_kernel, "magnitude_threshold: find_kernel", 1, kThreads, device, bins, known, rank, pass, bracket,
+               to);
     }
     return threshold;
 }

@@ -1,8 +1,9 @@
 // prune_quantize_to_bitmap on NVIDIA GPUs: prune_to_bitmap's kernels, of which the first also takes each row's amax and
-// the second writes int8. cuda/prune.cuh has the kernels, their cost, and where the CPU waits for the GPU.
+// the second writes int8. cuda/prune_tiles.cuh and cuda/prune.cuh have the kernels, their cost, and where the CPU waits
+// for the GPU.
 
 #include "common/dtype.h"
-#include "cuda/prune.cuh"
+#include "cuda/prune_tiles.cuh"
 
 namespace engine {
 namespace {
@@ -27,6 +28,38 @@ struct QuantizeValue {
     }
 };
 
+// The same for cuda/prune_tiles.cuh. No kept weight is above amax, so that nothing has to be clamped, and the sum by
+// which quantize_to_int rounds has the result in its low byte.
+template <class T>
+struct QuantizeBits {
+    using Value = uint8_t;
+    Value* values;         // [nnz]
+    const uint32_t* amax;  // [rows]
+    float* scale;          // [rows]
+    struct Row {
+        float inverse;
+        uint32_t live;  // 0 where all is 0
+    };
+    __device__ Row row(uint32_t row) const {
+        const float inverse = row_scale(amax[row]).inverse;
+        return {inverse, inverse == 0.0f ? 0u : ~0u};
+    }
+    __device__ void start_row(uint32_t row) const { scale[row] = row_scale(amax[row]).scale; }
+    __device__ static void prepare(Chunk<T>& chunk, Row row) {
+#pragma unroll
+        for (uint32_t& word : chunk.words) word &= row.live;
+    }
+    __device__ static uint32_t value(const Chunk<T>& chunk, int j, Row row) {
+        constexpr float kRound = 12582912.0f;
+        const uint32_t word = chunk.words[j * sizeof(T) / 4];
+        float w;
+        if constexpr (std::is_same_v<T, float>) w = std::bit_cast<float>(word);
+        if constexpr (std::is_same_v<T, Half>) w = to_float(Half{static_cast<uint16_t>(word >> (16 * (j % 2)))});
+        if constexpr (std::is_same_v<T, BFloat16>) w = std::bit_cast<float>(j % 2 ? word & 0xffff0000u : word << 16);
+        return std::bit_cast<uint32_t>(w * row.inverse + kRound);
+    }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> prune_quantize_to_bitmap(Tensor weight_in, Tensor threshold_in) {
     check_weight(weight_in, threshold_in, "prune_quantize_to_bitmap");
     const Tensor weight = as_contiguous(weight_in);
@@ -41,6 +74,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune_quantize_to_bitmap(Tensor weigh
         using T = decltype(zero);
         const OnDeviceOf device(weight);
         auto* amax_bits = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(amax));
+        if (by_tiles(weight, threshold)) {
+            std::optional<Tensor> kept;
+            const auto allocate = [&](int64_t nnz) {
+                kept = new_tensor(weight, {nnz}, ScalarType::Char);
+                auto* to = static_cast<uint8_t*>(kept->mutable_data_ptr());
+                return std::pair{QuantizeBits<T>{to, amax_bits, mutable_data<float>(scale)},
+                                 static_cast<int64_t*>(nullptr)};
+            };
+            pack_by_tiles<true, true, false, T, int64_t>(weight, threshold, mutable_data<uint8_t>(bitmask),
+                                                         mutable_data<int64_t>(row_offsets), amax_bits, allocate,
+                                                         "prune_quantize_to_bitmap: tiles", device);
+            return *kept;
+        }
         const int64_t nnz = mask_rows<true, T, int64_t>(weight, threshold, bitmask, row_offsets, amax_bits,
                                                         "prune_quantize_to_bitmap: mask_kernel", device);
         Tensor kept = new_tensor(weight, {nnz}, ScalarType::Char);

@@ -1,7 +1,8 @@
-// prune_to_bitmap on NVIDIA GPUs. cuda/prune.cuh has the kernels, their cost, and where the CPU waits for the GPU.
+// prune_to_bitmap on NVIDIA GPUs. cuda/prune_tiles.cuh and cuda/prune.cuh have the kernels, their cost, and where the
+// CPU waits for the GPU.
 
 #include "common/dtype.h"
-#include "cuda/prune.cuh"
+#include "cuda/prune_tiles.cuh"
 
 namespace engine {
 namespace {
@@ -16,6 +17,18 @@ std::tuple<Tensor, Tensor, Tensor> prune_to_bitmap(Tensor weight_in, Tensor thre
     Tensor values = dispatch_float(weight.scalar_type(), "prune_to_bitmap: weight", [&](auto zero) {
         using T = decltype(zero);
         const OnDeviceOf device(weight);
+        if (by_tiles(weight, threshold)) {
+            std::optional<Tensor> kept;
+            const auto allocate = [&](int64_t nnz) {
+                kept = new_tensor(weight, {nnz}, weight.scalar_type());
+                auto* to = static_cast<typename KeepBits<T>::Value*>(kept->mutable_data_ptr());
+                return std::pair{KeepBits<T>{to}, static_cast<int64_t*>(nullptr)};
+            };
+            pack_by_tiles<true, false, false, T, int64_t>(weight, threshold, mutable_data<uint8_t>(bitmask),
+                                                          mutable_data<int64_t>(row_offsets), nullptr, allocate,
+                                                          "prune_to_bitmap: tiles", device);
+            return *kept;
+        }
         const int64_t nnz = mask_rows<false, T, int64_t>(weight, threshold, bitmask, row_offsets, nullptr,
                                                          "prune_to_bitmap: mask_kernel", device);
         Tensor kept = new_tensor(weight, {nnz}, weight.scalar_type());

@@ -1,11 +1,10 @@
-// prune_to_csr on NVIDIA GPUs: prune_to_bitmap's kernels, the mask being scratch and the second writing columns too.
-// cuda/prune.cuh has the kernels and where the CPU waits for the GPU.
+// prune_to_csr on NVIDIA GPUs: prune_to_bitmap's kernels, writing columns in place of a mask. cuda/prune_tiles.cuh and
+// cuda/prune.cuh have them and where the CPU waits for the GPU.
 //
-// Bytes a weight, bf16, half of them kept, int32 columns: 2 + 1/8 read and written for the mask, 2 + 1/8 + 1 + 2 to
-// fill: 7.25 where a copy moves 4, less what L2 gives back.
+// Bytes a weight, bf16, half of them kept, int32 columns: 2 to count, 2 + 1 + 2 to pack: 7 where a copy moves 4.
 
 #include "common/dtype.h"
-#include "cuda/prune.cuh"
+#include "cuda/prune_tiles.cuh"
 
 namespace engine {
 namespace {
@@ -14,8 +13,20 @@ template <class T, class I>
 std::tuple<Tensor, Tensor, Tensor> prune(const Tensor& weight, Threshold threshold, ScalarType index) {
     const OnDeviceOf device(weight);
     const Matrix matrix = matrix_of(weight);
-    Tensor bitmask = new_tensor(weight, {matrix.rows, matrix.row_bytes}, ScalarType::Byte);
     Tensor crow_indices = new_tensor(weight, {matrix.rows + 1}, index);
+    if (by_tiles(weight, threshold)) {
+        std::optional<Tensor> col_indices, values;
+        const auto allocate = [&](int64_t nnz) {
+            col_indices = new_tensor(weight, {nnz}, index);
+            values = new_tensor(weight, {nnz}, weight.scalar_type());
+            auto* to = static_cast<typename KeepBits<T>::Value*>(values->mutable_data_ptr());
+            return std::pair{KeepBits<T>{to}, mutable_data<I>(*col_indices)};
+        };
+        pack_by_tiles<false, false, true, T, I>(weight, threshold, nullptr, mutable_data<I>(crow_indices), nullptr,
+                                                allocate, "prune_to_csr: tiles", device);
+        return {crow_indices, *col_indices, *values};
+    }
+    Tensor bitmask = new_tensor(weight, {matrix.rows, matrix.row_bytes}, ScalarType::Byte);
     const int64_t nnz =
         mask_rows<false, T, I>(weight, threshold, bitmask, crow_indices, nullptr, "prune_to_csr: mask_kernel", device);
     Tensor col_indices = new_tensor(weight, {nnz}, index);

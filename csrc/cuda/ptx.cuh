@@ -42,6 +42,8 @@ struct FragmentD {
 __device__ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
 }
+// sum + the products of the bytes of a and b, unsigned.
+__device__ inline uint32_t byte_dot(uint32_t a, uint32_t b, uint32_t sum) { return __dp4a(a, b, sum); }
 // The low word of (high, low) >> shift % 32.
 __device__ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
     return __funnelshift_r(low, high, shift);
@@ -49,6 +51,29 @@ __device__ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t sh
 
 __device__ inline uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Where something of a block is in shared memory, and what puts the low bytes of `value` there if any of `bits` is set,
+// and moves on behind them: in three instructions.
+using SharedAddress = uint32_t;
+__device__ inline SharedAddress shared_cursor(void* shared) { return shared_address(shared); }
+template <int kBytes>
+__device__ inline void push_if(uint32_t bits, SharedAddress& to, uint32_t value) {
+    if constexpr (kBytes == 1)
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.shared.u8 [%0], %2; @p add.u32 %0, %0, 1; }"
+                     : "+r"(to)
+                     : "r"(bits), "r"(value)
+                     : "memory");
+    if constexpr (kBytes == 2)
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.shared.u16 [%0], %2; @p add.u32 %0, %0, 2; }"
+                     : "+r"(to)
+                     : "r"(bits), "r"(value)
+                     : "memory");
+    if constexpr (kBytes == 4)
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.shared.u32 [%0], %2; @p add.u32 %0, %0, 4; }"
+                     : "+r"(to)
+                     : "r"(bits), "r"(value)
+                     : "memory");
 }
 
 // Copies 16 bytes into shared memory, both sides aligned, past the registers and L1; there after copy_wait and, for
@@ -149,11 +174,23 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
     }
     return result;
 }
+inline uint32_t byte_dot(uint32_t a, uint32_t b, uint32_t sum) {
+    for (int i = 0; i < 4; ++i) sum += (a >> (8 * i) & 0xff) * (b >> (8 * i) & 0xff);
+    return sum;
+}
 inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
     return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift % 32));
 }
 
 inline uint32_t shared_address(const void* shared) { return emulated::shared_address(shared); }
+using SharedAddress = char*;
+inline SharedAddress shared_cursor(void* shared) { return static_cast<char*>(shared); }
+template <int kBytes>
+void push_if(uint32_t bits, SharedAddress& to, uint32_t value) {
+    if (bits == 0) return;
+    std::memcpy(to, &value, kBytes);
+    to += kBytes;
+}
 
 inline void copy_16_async(void* to_shared, const void* from) {
     if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16)

@@ -27,7 +27,7 @@ def int8_bitmap(mask):
 def inside(values):
     """The same values as a view into the middle of memory full of others, not aligned, so that a read beyond shows."""
     memory = torch.full((values.numel() + 67,), 77, dtype=values.dtype, device=values.device)
-    view = memory[33 : 33 + values.numel()]
+    view = memory[33 : 33 + values.numel()].view(values.shape)
     view.copy_(values)
     return view
 

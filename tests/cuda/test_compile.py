@@ -16,9 +16,14 @@ COPY_ASIDE, MATRICES = "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"  # cp.async past L
 INSTRUCTIONS = {  # that must be in the machine code
     "bitmap_int8_linear": ("IMMA.16832.S8.S8", COPY_ASIDE, MATRICES, "PRMT"),
     "bitmap_linear": ("HMMA.16816.F32 ", "HMMA.16816.F32.BF16", COPY_ASIDE, MATRICES, "PRMT"),
-    "prune_quantize_to_bitmap": ("LDG.E.128",),
-    "prune_to_bitmap": ("LDG.E.128",),
-    "prune_to_csr": ("LDG.E.128",),
+    "bitmap_to_dense": (COPY_ASIDE, "STG.E.128"),
+    "block_to_dense": ("LDG.E.128", "STG.E.128"),
+    "prune_quantize_to_bitmap": ("LDG.E.128", "STG.E.128"),
+    "prune_to_bitmap": ("LDG.E.128", "STG.E.128"),
+    "prune_to_block": ("LDG.E.128", "STG.E.128"),
+    "prune_to_csr": ("LDG.E.128", "STG.E.128"),
+    "semi_structured_to_dense": ("LDG.E.128", "STG.E.128"),
+    "prune_to_semi_structured": ("LDG.E.128", "STG.E.128", "STG.E.64"),
     "semi_structured_int8_linear": ("IMMA.SP.16864.S8.S8", COPY_ASIDE, MATRICES),
     "semi_structured_linear": ("HMMA.SP.16832.F32 ", "HMMA.SP.16832.F32.BF16", COPY_ASIDE, MATRICES),
 }

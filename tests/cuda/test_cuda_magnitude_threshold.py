@@ -46,3 +46,24 @@ def test_lists_of_several_dtypes():
     for some in (weights, weights[1:], weights[3:]):
         want = REFERENCES["magnitude_threshold_of_list"](some, 0.7)
         assert_same([magnitude_threshold(on(*some), 0.7)], [want])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_pass_over_millions(dtype):
+    n = 1 << 22
+    weight = torch.randn(n + 5).to(dtype)
+    sampled = torch.full((n,), 5.0).to(dtype)
+    sampled.view(-1, n // 8192)[:, :8] = 1  # what is looked at first says nothing about the rest
+    special = torch.where(torch.rand(n) < 0.4, torch.nan, torch.rand(n).sub(0.5)).to(dtype)
+    for some, sparsities in (
+        (weight, (1e-6, 0.5, 0.999999)),
+        (weight.abs().sort().values, (0.9,)),
+        (sampled, (0.01, 0.5)),
+        (special, (0.3, 0.7)),
+        (torch.zeros(n, dtype=dtype), (0.5,)),
+    ):
+        for sparsity in sparsities:
+            key = some.abs().float().sort().values[round(sparsity * some.numel()) - 1]
+            assert_same([magnitude_threshold(some.to(DEVICE), sparsity)], [key])
+    parts = on(weight[: n // 2].clone(), weight[n // 2 : n // 2 + 3].clone(), weight[n // 2 + 3 :].clone())
+    assert_same([magnitude_threshold(parts, 0.7)], [weight.abs().float().sort().values[round(0.7 * (n + 5)) - 1]])

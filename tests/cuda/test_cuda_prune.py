@@ -46,6 +46,26 @@ def test_many_blocks_and_steps(packs, shape):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_tiles_and_rows_that_do_not_fit(packs, dtype):
+    """Of 16-byte rows, which go by tiles of 8192 or 4096 weights."""
+    for rows, columns in ((37, 1000), (3, 20000), (700, 16), (129, 264)):
+        weight = torch.randn(rows, columns).to(dtype)
+        weight[rows // 2] = 0
+        weight[-1, -1] = torch.nan
+        for threshold in (torch.tensor(0.7), torch.rand(rows, 1), torch.tensor(-1.0), torch.tensor(9.0)):
+            packs(weight, threshold)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_thresholds_that_the_dtype_has_not(packs, dtype):
+    weight = torch.tensor([1.0, 2.0**-14, 2.0**-24, 65504.0, 3.0e38, torch.inf, torch.nan, 0.0]).repeat(4, 2).to(dtype)
+    limits, around = (1.0, 2.0**-14, 2.0**-24, 65504.0, 65520.0, 3.0e38), (1 - 2e-7, 1.0, 1 + 2e-7, 1.003)
+    near = [limit * factor for limit in limits for factor in around]
+    for threshold in (*near, 0.0, -0.0, 1e-45, 2.0**-25, 3.4e38):
+        packs(weight, torch.tensor(threshold))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_special_values(packs, dtype):
     special = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 0.5, -0.5, 1e-7, 1e-30])
     for threshold in (-1.0, 0.0, 0.5, torch.inf, torch.nan):

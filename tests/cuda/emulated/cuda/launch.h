@@ -108,6 +108,21 @@ void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t
     launch_clusters(kernel, what, blocks, threads, 1, shared, device, args...);
 }
 
+class HostWord {
+  public:
+    HostWord(const char* what, const OnDeviceOf&) : what_(what) { word_ = 0; }
+    volatile uint64_t* on_device() const { return &word_; }
+    uint64_t written() const {
+        if (word_ == 0) emulated::stop(what_);
+        return word_;
+    }
+    uint64_t after_all() const { return word_; }
+
+  private:
+    static inline uint64_t word_;
+    const char* what_;
+};
+
 template <class T>
 T read_back(const T* on_device, const char*, const OnDeviceOf&) {
     return *on_device;
