@@ -1,7 +1,7 @@
 // semi_structured_linear on NVIDIA GPUs. Nothing waits for the GPU.
 //
-// x and values both float16, or both bfloat16: mma.sp, products summed in fp32 (semi_structured.cuh). Any other pair of
-// dtypes: fp32_product.cuh, which multiplies by the zeros too.
+// x and values both float16, or both bfloat16: the sparse product of the tensor cores, summed in fp32. Any other pair
+// of dtypes: fp32_product.cuh, which multiplies by the zeros too.
 
 #include "common/dtype.h"
 #include "cuda/fp32_product.cuh"
