@@ -15,6 +15,12 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 // Shared memory of a block, of the type given last.
 #define ENGINE_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
 
+// The same, of a size that launch_dependent is told: more than 48 KB are to be had only so. One for a kernel.
+#define ENGINE_DYNAMIC_SHARED(name, ...)             \
+    extern __shared__ uint4 engine_dynamic_shared[]; \
+    std::type_identity_t<__VA_ARGS__>& name =        \
+        *reinterpret_cast<std::type_identity_t<__VA_ARGS__>*>(engine_dynamic_shared)
+
 namespace engine {
 
 inline void check_cuda(cudaError_t error, const char* what) {
@@ -37,6 +43,13 @@ class OnDeviceOf {
         return count;
     }
 
+    // From compute capability 9 on.
+    bool overlaps_kernels() const {
+        int major = 0;
+        check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_), "engine: capability");
+        return major >= 9;
+    }
+
   private:
     torch::stable::accelerator::DeviceGuard guard_;
     int32_t index_;
@@ -51,6 +64,29 @@ void launch(void (*kernel)(Parameters...), const char* what, int64_t blocks, int
     STD_TORCH_CHECK(blocks <= 0x7fffffff, what, ": more blocks than a launch can have");
     kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream()>>>(args...);
     check_cuda(cudaGetLastError(), what);
+}
+
+// The same, with `shared` bytes of ENGINE_DYNAMIC_SHARED, after a kernel whose blocks call allow_next_kernel: this one
+// may begin before that one has ended, and calls wait_for_previous_kernel before it reads what that one writes
+// (ptx.cuh).
+template <class... Parameters, class... Args>
+void launch_dependent(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
+                      const OnDeviceOf& device, Args... args) {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= 0x7fffffff, what, ": more blocks than a launch can have");
+    if (shared > 48 << 10)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = device.stream();
+    config.attrs = &overlap;
+    config.numAttrs = device.overlaps_kernels() ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...), what);
 }
 
 // One value from the device. Waits for the stream: where it is used is where the CPU stops for the GPU.

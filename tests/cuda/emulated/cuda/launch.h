@@ -37,6 +37,8 @@
 #define ENGINE_SHARED(name, ...) \
     std::type_identity_t<__VA_ARGS__>& name = emulated::shared<std::type_identity_t<__VA_ARGS__>>([] {})
 
+#define ENGINE_DYNAMIC_SHARED(name, ...) ENGINE_SHARED(name, __VA_ARGS__)
+
 struct Dim3 {
     unsigned x = 0;
 };
@@ -120,6 +122,8 @@ T& shared(Tag) {
 
 inline void enter() {
     body();
+    for (const auto& group : fiber().copies)
+        if (!group.empty()) stop("a copy that its thread has not waited for: it may land on what comes after");
     fiber().state = State::done;
     _longjmp(scheduler, 1);
 }
@@ -310,6 +314,12 @@ void launch(void (*kernel)(Parameters...), const char*, int64_t blocks, int thre
     blockDim.x = static_cast<unsigned>(threads);
     emulated::body = [&] { kernel(args...); };
     emulated::run_grid();
+}
+
+template <class... Parameters, class... Args>
+void launch_dependent(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int,
+                      const OnDeviceOf& device, Args... args) {
+    launch(kernel, what, blocks, threads, device, args...);
 }
 
 template <class T>
