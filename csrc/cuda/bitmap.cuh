@@ -50,13 +50,31 @@ __device__ inline uint32_t mask_piece(const Bitmap<V>& w, const uint8_t* row_mas
     return left >= kPiece<V> ? bits : bits & ((1u << left) - 1);
 }
 
-// Whether row_offsets runs from 0 to nnz and gives a row, of which `bits` are set, as many values, all within `values`.
+// What row_offsets says of a row, loaded at once: a chain of loads is what a short kernel's time consists of.
+struct RowEnds {
+    int64_t begin, end, first, last;
+    uint8_t beyond;  // bits of the row's last byte that stand for no weight
+
+    template <class V>
+    __device__ RowEnds(const Bitmap<V>& w, int64_t row)
+        : begin(w.row_offsets[row]),
+          end(w.row_offsets[row + 1]),
+          first(w.row_offsets[0]),
+          last(w.row_offsets[w.rows]),
+          beyond(0) {
+        if (w.columns % 8 != 0) beyond = w.mask[row * w.row_bytes + w.columns / 8] >> (w.columns % 8);
+    }
+    // Whether row_offsets runs from 0 to nnz (else all may be shifted) and gives the row, of which `bits` are set, as
+    // many values, all within `values`.
+    template <class V>
+    __device__ bool fit(const Bitmap<V>& w, int64_t bits) const {
+        return (begin >= 0) & (end >= begin) & (end <= w.nnz) & (end - begin == bits) & (first == 0) & (last == w.nnz) &
+               (beyond == 0);
+    }
+};
 template <class V>
 __device__ inline bool row_fits(const Bitmap<V>& w, int64_t row, int64_t bits) {
-    const int64_t begin = w.row_offsets[row], end = w.row_offsets[row + 1];
-    if (begin < 0 || end < begin || end > w.nnz || end - begin != bits) return false;
-    if (w.row_offsets[0] != 0 || w.row_offsets[w.rows] != w.nnz) return false;  // then all may be shifted
-    return w.columns % 8 == 0 || w.mask[row * w.row_bytes + w.columns / 8] >> (w.columns % 8) == 0;
+    return RowEnds(w, row).fit(w, bits);
 }
 
 // The bits that one lane of a quad counts of spans [first, last); the quad's sum is the row's.

@@ -1,7 +1,9 @@
-// bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_product.cuh multiplies what the bitmap
-// holds. Nothing waits for the GPU. A row of the bitmap that is inconsistent gives NaN (bitmap.cuh).
+// bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_decode.cuh (up to 16 rows) or
+// bitmap_product.cuh multiplies what the bitmap holds. Nothing waits for the GPU. A row of the bitmap that is
+// inconsistent gives NaN (bitmap.cuh).
 
 #include "common/dtype.h"
+#include "cuda/bitmap_decode.cuh"
 #include "cuda/bitmap_product.cuh"
 #include "cuda/quantize_rows.cuh"
 
@@ -31,11 +33,18 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
     const Rows rows = rows_of(x);
     Tensor y = new_tensor(x, output_sizes(x, n), x.scalar_type());
     const OnDeviceOf device(x);
-    const QuantizedRows q(x, rows, input_scale, 128, "bitmap_int8_linear: quantize_kernel", device);
+    const bool few = rows.m <= kDecodeRows;
+    const QuantizedRows q(x, rows, input_scale, few ? kFragmentStage : kSpan<int8_t>,
+                          "bitmap_int8_linear: quantize_kernel", device, few);
     const Int8Output output{{y.mutable_data_ptr(), x.scalar_type()}, q.scale, data<float>(scale), any_float(bias), n};
-    multiply_bitmap(bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k),
-                    Activations{reinterpret_cast<const uint8_t*>(q.q), rows.m, q.stride}, output, nullptr,
-                    "bitmap_int8_linear: product", device);
+    const auto w = bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k);
+    if (few) {
+        multiply_few(w, Fragments{reinterpret_cast<const uint4*>(q.q), nullptr, static_cast<int>(rows.m)}, output,
+                     "bitmap_int8_linear: decode", device);
+    } else {
+        multiply_bitmap(w, Activations{reinterpret_cast<const uint8_t*>(q.q), rows.m, q.stride}, output, nullptr,
+                        "bitmap_int8_linear: product", device);
+    }
     return y;
 }
 

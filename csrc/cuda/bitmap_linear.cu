@@ -1,10 +1,11 @@
 // bitmap_linear on NVIDIA GPUs. Nothing waits for the GPU. A row of the bitmap that is inconsistent gives NaN
 // (bitmap.cuh).
 //
-// x and values both float16, or both bfloat16: tensor cores, products summed in fp32 (bitmap_product.cuh). Any other
-// pair of dtypes: fp32_product.cuh.
+// x and values both float16, or both bfloat16: tensor cores, products summed in fp32 (bitmap_decode.cuh,
+// bitmap_product.cuh). Any other pair of dtypes: fp32_product.cuh.
 
 #include "common/dtype.h"
+#include "cuda/bitmap_decode.cuh"
 #include "cuda/bitmap_product.cuh"
 #include "cuda/fp32_product.cuh"
 #include "cuda/quantize_rows.cuh"
@@ -49,7 +50,12 @@ struct BitmapRows : Bitmap<V> {
 // By tensor cores.
 template <class V>
 void multiply_16(const Tensor& x, const Bitmap<V>& w, Rows rows, const FloatOutput& output, const OnDeviceOf& device) {
-    const PreparedRows<V> in(x, V{}, rows, kSpan<V>, rows.m > kDecodeRows, "bitmap_linear: rows_kernel", device);
+    const bool few = rows.m <= kDecodeRows;
+    const PreparedRows<V> in(x, V{}, rows, few ? kFragmentStage / sizeof(V) : kSpan<V>, true,
+                             "bitmap_linear: rows_kernel", device, few);
+    if (few)
+        return multiply_few(w, Fragments{reinterpret_cast<const uint4*>(in.x), in.poison, static_cast<int>(rows.m)},
+                            output, "bitmap_linear: decode", device);
     multiply_bitmap(w, Activations{reinterpret_cast<const uint8_t*>(in.x), rows.m, in.stride * 2}, output, in.poison,
                     "bitmap_linear: product", device);
 }

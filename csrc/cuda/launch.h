@@ -15,7 +15,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 // Shared memory of a block, of the type given last.
 #define ENGINE_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
-// The same of more than 48 KB, by kernels that launch_with_shared starts; at most one, and on 1024 bytes.
+// The same of more than 48 KB, for kernels whose launch is told the size; at most one, and on 1024 bytes.
 #define ENGINE_DYNAMIC_SHARED(name, ...)                                     \
     extern __shared__ __align__(1024) unsigned char engine_dynamic_shared[]; \
     auto& name = *reinterpret_cast<std::type_identity_t<__VA_ARGS__>*>(engine_dynamic_shared)
@@ -49,6 +49,13 @@ class OnDeviceOf {
         return major == 9 && minor == 0;
     }
 
+    // From compute capability 9 on.
+    bool overlaps_kernels() const {
+        int major = 0;
+        check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_), "engine: capability");
+        return major >= 9;
+    }
+
   private:
     torch::stable::accelerator::DeviceGuard guard_;
     int32_t index_;
@@ -65,29 +72,48 @@ void launch(void (*kernel)(Parameters...), const char* what, int64_t blocks, int
     check_cuda(cudaGetLastError(), what);
 }
 
-// The same with `shared` bytes for ENGINE_DYNAMIC_SHARED, and in clusters of `cluster` blocks (from sm_90 on).
+// kernel<<<blocks, threads, shared>>>(args...) with an attribute, of which id 0 is none.
 template <class... Parameters, class... Args>
-void launch_clusters(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int cluster,
-                     int shared, const OnDeviceOf& device, Args... args) {
+void launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), const char* what, int64_t blocks,
+                 int threads, int shared, const OnDeviceOf& device, Args... args) {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= 0x7fffffff, what, ": more blocks than a launch can have");
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    if (shared > 48 << 10)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = device.stream();
     config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, args...), what);
+    config.numAttrs = attribute.id == cudaLaunchAttributeIgnore ? 0 : 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...), what);
+}
+
+// The same as launch, with `shared` bytes for ENGINE_DYNAMIC_SHARED, in clusters of `cluster` blocks (from sm_90 on).
+template <class... Parameters, class... Args>
+void launch_clusters(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int cluster,
+                     int shared, const OnDeviceOf& device, Args... args) {
+    cudaLaunchAttribute attribute{};
+    if (cluster > 1) attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    launch_with(attribute, kernel, what, blocks, threads, shared, device, args...);
 }
 template <class... Parameters, class... Args>
 void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
                         const OnDeviceOf& device, Args... args) {
     launch_clusters(kernel, what, blocks, threads, 1, shared, device, args...);
+}
+
+// The same after a kernel whose blocks call allow_next_kernel: this one may begin before that one has ended, and calls
+// wait_for_previous_kernel before it reads what that one writes (ptx.cuh).
+template <class... Parameters, class... Args>
+void launch_dependent(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
+                      const OnDeviceOf& device, Args... args) {
+    cudaLaunchAttribute attribute{};
+    if (device.overlaps_kernels()) attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    launch_with(attribute, kernel, what, blocks, threads, shared, device, args...);
 }
 
 // A word of the host's memory that a kernel writes, 0 until then: the CPU learns a number without a copy, and while the

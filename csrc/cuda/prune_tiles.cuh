@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kPruneThreads)
         if (row != row_before && chunk < tiling.chunks) how = out.row(row);
         row_before = row;
         out.prepare(w.at[i], how);
-        SharedAddress to = shared_cursor(values + (shift + begin)), place_to = shared_cursor(staged.places);
+        SharedAddress to = shared_address(values + (shift + begin)), place_to = shared_address(staged.places);
         if constexpr (kColumns) place_to += (shift + begin) * sizeof(uint16_t);
         const uint32_t place = (chunk - tile * kTileChunks<T>)*8;
 #pragma unroll

@@ -39,8 +39,11 @@ struct FragmentD {
 #if defined(__CUDACC__)
 
 // Byte i of the result is byte `selector >> 4i & 7` of (b, a), a being bytes 0 to 3.
+// Not __byte_perm, which clears the selector's fourth bits first.
 __device__ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-    return __byte_perm(a, b, selector);
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+    return result;
 }
 // sum + the products of the bytes of a and b, unsigned.
 __device__ inline uint32_t byte_dot(uint32_t a, uint32_t b, uint32_t sum) { return __dp4a(a, b, sum); }
@@ -49,14 +52,58 @@ __device__ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t sh
     return __funnelshift_r(low, high, shift);
 }
 
-__device__ inline uint32_t shared_address(const void* shared) {
+// The same address as 32 bits, by which shared memory is read without a 64-bit register.
+using SharedAddress = uint32_t;
+__device__ inline SharedAddress shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+// A value that is to stay in its register, where the compiler would rather compute it again.
+__device__ inline uint32_t kept(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+__device__ inline const uint8_t* kept(const uint8_t* value) {
+    asm volatile("" : "+l"(value));
+    return value;
+}
+__device__ inline uint32_t load_shared(SharedAddress at) {
+    uint32_t value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+    return value;
+}
+__device__ inline void store_shared_byte(SharedAddress at, uint8_t value) {
+    asm volatile("st.shared.b8 [%0], %1;" ::"r"(at), "r"(static_cast<uint32_t>(value)) : "memory");
+}
+// Where `condition` is not 0: low = high, and high is the word at `at`, which moves on. No branch: lanes differ. `one`
+// and `four` are 1 and 4, which the compiler must not know: multiplications have a pipe of their own, moves and sums
+// wait for that of shifts and permutations.
+__device__ inline void next_word_if(uint32_t condition, uint32_t& low, uint32_t& high, SharedAddress& at, uint32_t one,
+                                    uint32_t four) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %3, 0; @p mad.lo.u32 %0, %1, %4, 0; @p ld.shared.b32 %1, [%2]; @p mad.lo.u32 "
+        "%2, %5, %4, %2;}"
+        : "+r"(low), "+r"(high), "+r"(at)
+        : "r"(condition), "r"(one), "r"(four)
+        : "memory");
+}
 
-// Where something of a block is in shared memory, and what puts the low bytes of `value` there if any of `bits` is set,
-// and moves on behind them: in three instructions.
-using SharedAddress = uint32_t;
-__device__ inline SharedAddress shared_cursor(void* shared) { return shared_address(shared); }
+// Asks for the cache line of an address to be brought to L2.
+__device__ inline void prefetch_to_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// A kernel that was started by launch_dependent may begin once every block of the one before has called
+// allow_next_kernel. It sees what that one has written after wait_for_previous_kernel.
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Puts the low bytes of `value` there if any of `bits` is set, and moves on behind them: in three instructions.
 template <int kBytes>
 __device__ inline void push_if(uint32_t bits, SharedAddress& to, uint32_t value) {
     if constexpr (kBytes == 1)
@@ -84,6 +131,15 @@ __device__ inline void copy_16_async(void* to_shared, const void* from) {
 // The same of 8 bytes, by way of L1.
 __device__ inline void copy_8_async(void* to_shared, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to_shared)), "l"(from) : "memory");
+}
+__device__ inline void copy_16_async(SharedAddress to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// No branch: lanes differ.
+__device__ inline void copy_16_async_if(bool condition, SharedAddress to, const void* from) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(to),
+                 "l"(from), "r"(static_cast<uint32_t>(condition))
+                 : "memory");
 }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all but the last kPending groups that this thread has committed.
@@ -182,15 +238,34 @@ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
     return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift % 32));
 }
 
-inline uint32_t shared_address(const void* shared) { return emulated::shared_address(shared); }
-using SharedAddress = char*;
-inline SharedAddress shared_cursor(void* shared) { return static_cast<char*>(shared); }
+using SharedAddress = uint32_t;
+inline SharedAddress shared_address(const void* shared) { return emulated::shared_address(shared); }
 template <int kBytes>
 void push_if(uint32_t bits, SharedAddress& to, uint32_t value) {
     if (bits == 0) return;
-    std::memcpy(to, &value, kBytes);
+    std::memcpy(emulated::at_shared_address(to), &value, kBytes);
     to += kBytes;
 }
+template <class T>
+T kept(T value) {
+    return value;
+}
+inline uint32_t load_shared(SharedAddress at) {
+    if (at % 4) emulated::stop("ld.shared: not aligned");
+    return *reinterpret_cast<const uint32_t*>(emulated::at_shared_address(at));
+}
+inline void store_shared_byte(SharedAddress at, uint8_t value) {
+    *emulated::at_shared_address(at) = static_cast<char>(value);
+}
+inline void next_word_if(uint32_t condition, uint32_t& low, uint32_t& high, SharedAddress& at, uint32_t, uint32_t) {
+    if (condition == 0) return;
+    low = high;
+    high = load_shared(at);
+    at += 4;
+}
+inline void prefetch_to_l2(const void*) {}
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
 
 inline void copy_16_async(void* to_shared, const void* from) {
     if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
@@ -201,6 +276,12 @@ inline void copy_8_async(void* to_shared, const void* from) {
     if (reinterpret_cast<uintptr_t>(to_shared) % 8 || reinterpret_cast<uintptr_t>(from) % 8)
         emulated::stop("cp.async: not aligned to 8 bytes");
     emulated::copy_later(to_shared, from, 8);
+}
+inline void copy_16_async(SharedAddress to, const void* from) {
+    copy_16_async(static_cast<void*>(emulated::at_shared_address(to)), from);
+}
+inline void copy_16_async_if(bool condition, SharedAddress to, const void* from) {
+    if (condition) copy_16_async(to, from);
 }
 inline void copy_commit() { emulated::commit_copies(); }
 template <int kPending>

@@ -119,6 +119,8 @@ inline char* at_shared_address(uint32_t address) {
 
 inline void enter() {
     body();
+    for (const auto& group : fiber().copies)
+        if (!group.empty()) stop("a copy that its thread has not waited for: it may land on what comes after");
     fiber().state = State::done;
     _longjmp(scheduler, 1);
 }

@@ -108,6 +108,12 @@ void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t
     launch_clusters(kernel, what, blocks, threads, 1, shared, device, args...);
 }
 
+template <class... Parameters, class... Args>
+void launch_dependent(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
+                      const OnDeviceOf& device, Args... args) {
+    launch_with_shared(kernel, what, blocks, threads, shared, device, args...);
+}
+
 class HostWord {
   public:
     HostWord(const char* what, const OnDeviceOf&) : what_(what) { word_ = 0; }
