@@ -14,6 +14,10 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 // Shared memory of a block, of the type given last.
 #define ENGINE_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
+// The same of more than 48 KB, by kernels that launch_with_shared starts; at most one, and on 1024 bytes.
+#define ENGINE_DYNAMIC_SHARED(name, ...)                                     \
+    extern __shared__ __align__(1024) unsigned char engine_dynamic_shared[]; \
+    auto& name = *reinterpret_cast<std::type_identity_t<__VA_ARGS__>*>(engine_dynamic_shared)
 
 namespace engine {
 
@@ -36,6 +40,13 @@ class OnDeviceOf {
         check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "engine: processors");
         return count;
     }
+    // wgmma is of compute capability 9.0 alone, where the library has code for sm_90a.
+    bool has_wgmma() const {
+        int major = 0, minor = 0;
+        check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_), "engine: capability");
+        check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_), "engine: capability");
+        return major == 9 && minor == 0;
+    }
 
   private:
     torch::stable::accelerator::DeviceGuard guard_;
@@ -50,6 +61,17 @@ void launch(void (*kernel)(Parameters...), const char* what, int64_t blocks, int
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= 0x7fffffff, what, ": more blocks than a launch can have");
     kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream()>>>(args...);
+    check_cuda(cudaGetLastError(), what);
+}
+
+// The same with `shared` bytes for ENGINE_DYNAMIC_SHARED.
+template <class... Parameters, class... Args>
+void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
+                        const OnDeviceOf& device, Args... args) {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= 0x7fffffff, what, ": more blocks than a launch can have");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, device.stream()>>>(args...);
     check_cuda(cudaGetLastError(), what);
 }
 

@@ -149,6 +149,8 @@ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
     return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift % 32));
 }
 
+inline uint32_t shared_address(const void* shared) { return emulated::shared_address(shared); }
+
 inline void copy_16_async(void* to_shared, const void* from) {
     if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         emulated::stop("cp.async: not aligned to 16 bytes");

@@ -1,7 +1,9 @@
-// The instructions of ptx.cuh one by one: what every lane gives and gets as a row of a tensor, for test_lanes.py.
+// The instructions of ptx.cuh and wgmma.cuh one by one: what every lane gives and gets as a row of a tensor, for
+// test_lanes.py.
 
 #include "common/dtype.h"
 #include "cuda/ptx.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace engine {
 namespace {
@@ -51,6 +53,76 @@ Tensor multiply(Tensor a, std::optional<Tensor> metadata, Tensor b, Tensor of) {
     return d;
 }
 
+// Four products of a warpgroup over rows of 128 bytes, or two sparse ones. Tiles come as they lie in shared memory.
+template <int kN>
+struct WarpgroupTiles {
+    alignas(1024) uint4 b[kN * 8], a[64 * 8];
+};
+enum class WarpgroupA { shared, registers, sparse };
+template <int kN, class T, class Acc>
+__global__ void warpgroup_kernel(const uint4* a, const uint32_t* metadata, const uint4* b, WarpgroupD<Acc, kN>* d,
+                                 WarpgroupA how) {
+    ENGINE_DYNAMIC_SHARED(tiles, WarpgroupTiles<kN>);
+    const int thread = threadIdx.x, rows_a = how == WarpgroupA::registers ? 0 : how == WarpgroupA::sparse ? 256 : 512;
+    for (int i = thread; i < rows_a; i += kWarpgroup) copy_16_async(&tiles.a[i], &a[i]);
+    for (int i = thread; i < kN * 8; i += kWarpgroup) tiles.b[i] = b[i];
+    copy_commit();
+    copy_wait<0>();
+    shared_written();
+    __syncthreads();
+    WarpgroupD<Acc, kN> sum{};
+    const uint64_t all_b = shared_tile<128>(tiles.b);
+    wgmma_begin();
+    if (how == WarpgroupA::sparse) {
+        const uint64_t all_a = shared_tile<64>(tiles.a);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            wgmma_sparse(sum, advance(all_a, 32 * i), metadata[2 * thread + i], advance(all_b, 64 * i), T{});
+    } else if (how == WarpgroupA::shared) {
+        const uint64_t all_a = shared_tile<128>(tiles.a);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) wgmma(sum, advance(all_a, 32 * i), advance(all_b, 32 * i), T{});
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint4 at = a[4 * thread + i];
+            wgmma(sum, FragmentA{{at.x, at.y, at.z, at.w}}, advance(all_b, 32 * i), T{});
+        }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    d[thread] = sum;
+}
+
+template <int kN, class T, class Acc>
+Tensor warpgroup_of(const Tensor& a, const std::optional<Tensor>& metadata, const Tensor& b, ScalarType of) {
+    Tensor d = new_tensor(a, {kWarpgroup, kN / 2}, of);
+    const auto how = metadata                  ? WarpgroupA::sparse
+                     : a.size(0) == kWarpgroup ? WarpgroupA::registers
+                                               : WarpgroupA::shared;
+    launch_with_shared(warpgroup_kernel<kN, T, Acc>, kLanes, 1, kWarpgroup, sizeof(WarpgroupTiles<kN>), OnDeviceOf(a),
+                       static_cast<const uint4*>(a.const_data_ptr()),
+                       metadata ? static_cast<const uint32_t*>(metadata->const_data_ptr()) : nullptr,
+                       static_cast<const uint4*>(b.const_data_ptr()),
+                       static_cast<WarpgroupD<Acc, kN>*>(d.mutable_data_ptr()), how);
+    return d;
+}
+template <class T, class Acc>
+Tensor warpgroup_by(const Tensor& a, const std::optional<Tensor>& metadata, const Tensor& b, ScalarType of) {
+    if (b.size(0) == 64) return warpgroup_of<64, T, Acc>(a, metadata, b, of);
+    if (b.size(0) == 128) return warpgroup_of<128, T, Acc>(a, metadata, b, of);
+    if (b.size(0) == 192) return warpgroup_of<192, T, Acc>(a, metadata, b, of);
+    return warpgroup_of<256, T, Acc>(a, metadata, b, of);
+}
+
+// a uint8 [64, 128], or sparse [64, 64], or [128, 64], registers of four products; b uint8 [N, 128]; metadata int32
+// [128, 2], registers of two sparse products, or none.
+Tensor warpgroup(Tensor a, std::optional<Tensor> metadata, Tensor b, Tensor of) {
+    if (of.scalar_type() == ScalarType::Char) return warpgroup_by<int8_t, int32_t>(a, metadata, b, ScalarType::Int);
+    if (of.scalar_type() == ScalarType::Half) return warpgroup_by<Half, float>(a, metadata, b, ScalarType::Float);
+    return warpgroup_by<BFloat16, float>(a, metadata, b, ScalarType::Float);
+}
+
 __global__ void matrices_kernel(const uint4* memory, const int32_t* rows, uint4* out) {
     struct alignas(16) Rows {
         uint4 at[kWarp];
@@ -92,6 +164,7 @@ Tensor bytes(Tensor a, Tensor b, Tensor c) {
 
 STABLE_TORCH_LIBRARY_IMPL(engine_lanes, CUDA, m) {
     m.impl("multiply", TORCH_BOX(&engine::multiply));
+    m.impl("warpgroup", TORCH_BOX(&engine::warpgroup));
     m.impl("matrices", TORCH_BOX(&engine::matrices));
     m.impl("bytes", TORCH_BOX(&engine::bytes));
 }

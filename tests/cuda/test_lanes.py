@@ -1,4 +1,4 @@
-"""Which lane holds what: each instruction of ptx.cuh against layouts that others published, emulated and on a GPU.
+"""Which lane holds what: each instruction of ptx.cuh and wgmma.cuh against layouts that others published, emulated and on a GPU.
 
 The layouts are no reading of our own kernels. They are CuTe's (NVIDIA/cutlass, `include/cute/atom/`), written as there:
 a shape and strides for the lane and for the lane's values, the first index fastest, giving `row + rows * column`. Of
@@ -6,7 +6,9 @@ the sparse products, int8 is `mma_traits_sm120_sparse.hpp`, whose 8-bit floats l
 LLVM's integration test has them that runs on sm_80 (`mlir/test/Integration/Dialect/SparseTensor/GPU/CUDA/
 sparse-mma-2-4-f16.mlir`). The metadata of both is what PyTorch makes for CUTLASS, which loads it by ldmatrix, lane l
 getting word l, and takes selector 0 for the first 16 rows (`mma_tensor_op_tile_iterator_sparse.h`). PTX wants places
-that ascend of `mma.sp::ordered_metadata`, and so do our checks of metadata.
+that ascend of `mma.sp::ordered_metadata`, and so do our checks of metadata. The warpgroup's products are
+`mma_traits_sm90_gmma.hpp` (`CLayout_64xN`, `ALayout_64x32`, `ALayout_64x16`) and `mma_traits_sm90_gmma_sparse.hpp`
+(`ELayout_64x64`, `ELayout_64x32`), their tiles `Layout_K_SW128_Atom` and `Layout_K_SW64_Atom`.
 """
 
 import math
@@ -34,6 +36,17 @@ SPARSE[torch.bfloat16] = SPARSE[torch.float16]
 # The same of int8 over all 64 columns, as CuTe gives it: a lane's pairs of stored values, and its 32 bits of metadata.
 CUTE_A = (((4, 8), (128, 1)), ((8, 2, 2), (16, 8, 512)))
 CUTE_E = (((2, 2, 8), (8, 512, 1)), ((32,), (16,)))
+# Of a warpgroup, over 64 rows: A's registers for 32 bytes a row, and the bits of metadata for 64.
+WARPGROUP_A = {
+    torch.int8: (((4, 8, 4), (256, 1, 16)), ((4, 2, 2), (64, 8, 1024))),
+    torch.float16: (((4, 8, 4), (128, 1, 16)), ((2, 2, 2), (64, 8, 512))),
+}
+WARPGROUP_E = {
+    torch.int8: (((2, 2, 8, 4), (8, 2048, 1, 16)), ((32,), (64,))),
+    torch.float16: (((2, 2, 8, 4), (1024, 0, 1, 16)), ((16, 2), (64, 8))),
+}
+for of_halfs in (WARPGROUP_A, WARPGROUP_E):
+    of_halfs[torch.bfloat16] = of_halfs[torch.float16]
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the process that runs over emulated CUDA has another library")
 
@@ -49,7 +62,7 @@ def offsets(mode):
 def places(layout):
     """[32, values of a lane], `row + rows * column`."""
     lane, value = layout
-    assert math.prod(lane[0]) == 32
+    assert math.prod(lane[0]) in (32, 128)
     return offsets(lane).unsqueeze(1) + offsets(value)
 
 
@@ -60,7 +73,9 @@ def registers(matrix, layout):
 
 def build(on_gpu):
     name = "lanes_gpu.so" if on_gpu else "lanes_emulated.so"
-    command = ["nvcc", "-arch=native", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *STABLE_ABI, *TORCH_INCLUDES]
+    major, minor = torch.cuda.get_device_capability() if on_gpu else (0, 0)
+    architecture = f"-arch=sm_{major}{minor}" + ("a" if major == 9 else "")
+    command = ["nvcc", architecture, "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *STABLE_ABI, *TORCH_INCLUDES]
     if not on_gpu:
         command = [*CXX, "-Wno-unknown-pragmas", "-I", ROOT / "tests/cuda/emulated", "-x", "c++"]
     command += ["-I", ROOT / "csrc", SOURCE, "-shared"]
@@ -86,6 +101,7 @@ def lanes(request):
     library = torch.library.Library("engine_lanes", "FRAGMENT")
     if not hasattr(torch.ops.engine_lanes, "multiply"):
         library.define("multiply(Tensor a, Tensor? metadata, Tensor b, Tensor of) -> Tensor")
+        library.define("warpgroup(Tensor a, Tensor? metadata, Tensor b, Tensor of) -> Tensor")
         library.define("matrices(Tensor memory, Tensor rows) -> Tensor")
         library.define("bytes(Tensor a, Tensor b, Tensor c) -> Tensor")
     torch.ops.load_library(str(build(on_gpu)))
@@ -137,6 +153,59 @@ def test_sparse_products(lanes, dtype):
         first, second = groups[..., 0] + 2 * groups[..., 1], groups[..., 2] + 2 * groups[..., 3]
         want = torch.sort(kept[:16].int(), descending=True, stable=True).indices
         assert torch.equal(first.long(), want[..., 0]) and torch.equal(second.long(), want[..., 1])
+
+
+def shared_image(matrix):
+    """[rows, 64 or 128 bytes], as Swizzle<2, 4, 3> or Swizzle<3, 4, 3> lays its bytes into shared memory."""
+    of_bytes = matrix.contiguous().view(torch.uint8)
+    at = torch.arange(of_bytes.numel())
+    bits = {64: 3, 128: 7}[of_bytes.shape[1]]
+    image = torch.empty_like(of_bytes).reshape(-1)
+    image[at ^ (at >> 7 & bits) << 4] = of_bytes.reshape(-1)
+    return image.reshape(of_bytes.shape)
+
+
+def assert_warpgroup_product(d, a, b):
+    layout = (((4, 8, 4), (128, 1, 16)), ((2, 2, b.shape[0] // 8), (64, 8, 512)))
+    want = (a.double() @ b.double().t()).t().reshape(-1)[places(layout)]
+    assert torch.equal(d.double(), want)
+
+
+@pytest.fixture
+def warpgroups(lanes, request):
+    if request.node.callspec.params["lanes"] == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is of sm_90a alone")
+    return lanes
+
+
+@pytest.mark.parametrize("n", [64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", DENSE, ids=str)
+def test_warpgroup_products(warpgroups, dtype, n):
+    k = 4 * DENSE[dtype][0]
+    a, b, of = operand(64, k, dtype), operand(n, k, dtype), torch.empty(0, dtype=dtype)
+    assert_warpgroup_product(warpgroups("warpgroup", shared_image(a), None, shared_image(b), of), a, b)
+    parts = torch.stack([registers(part.contiguous(), WARPGROUP_A[dtype]) for part in a.chunk(4, 1)], 1)
+    assert_warpgroup_product(
+        warpgroups("warpgroup", parts.reshape(128, 16).view(torch.uint8), None, shared_image(b), of), a, b
+    )
+
+
+@pytest.mark.parametrize("n", [64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", SPARSE, ids=str)
+def test_sparse_warpgroup_products(warpgroups, dtype, n):
+    k = SPARSE[dtype][0]
+    kept = torch.rand(64, 2 * k // 4, 4).argsort(-1)[..., :2].sort(-1).values
+    values, b = operand(64, k, dtype), operand(n, 2 * k, dtype)
+    a = torch.zeros(64, 2 * k // 4, 4, dtype=dtype).scatter_(-1, kept, values.reshape(64, -1, 2)).reshape(64, 2 * k)
+    bits = (kept[..., :1] | kept[..., 1:] << 2) >> torch.arange(4) & 1
+    words = []
+    for part in bits.reshape(64, 2, k).unbind(1):
+        of_lane = part.t().reshape(-1)[places(WARPGROUP_E[dtype])]
+        words.append((of_lane << torch.arange(32)).sum(-1))
+    metadata = torch.stack(words, 1).to(torch.uint32).view(torch.int32)
+    of = torch.empty(0, dtype=dtype)
+    d = warpgroups("warpgroup", shared_image(values), metadata, shared_image(b), of)
+    assert_warpgroup_product(d, a, b)
 
 
 def test_matrices(lanes):

@@ -36,6 +36,7 @@
 // Shared memory: each resident block has its own, by the place in the source that declares it.
 #define ENGINE_SHARED(name, ...) \
     std::type_identity_t<__VA_ARGS__>& name = emulated::shared<std::type_identity_t<__VA_ARGS__>>([] {})
+#define ENGINE_DYNAMIC_SHARED ENGINE_SHARED
 
 struct Dim3 {
     unsigned x = 0;
@@ -51,7 +52,7 @@ struct uint4 {
 namespace emulated {
 
 constexpr unsigned kWarp = 32, kMostThreads = 1024, kResident = 3;
-constexpr size_t kStack = 64 << 10, kShown = 64;
+constexpr size_t kStack = 64 << 10, kShown = 64, kShared = 227 << 10;
 constexpr int64_t kMostYields = 10'000'000;  // without a block ending: then it never will
 
 enum class State { ready, at_warp_barrier, at_block_barrier, done };
@@ -69,7 +70,8 @@ struct Fiber {
     State state = State::done;
     alignas(16) char shown[2][kShown];  // what the thread shows to its warp, this time and the next
     unsigned turn = 0;
-    std::vector<std::vector<Copy>> copies;  // groups of cp.async; the last is open
+    std::vector<std::vector<Copy>> copies;                     // groups of cp.async; the last is open
+    std::vector<std::vector<std::function<void()>>> products;  // of wgmma, likewise
 };
 
 struct Block {
@@ -77,7 +79,12 @@ struct Block {
     bool running = false;
     uint32_t held = 0;  // warps that stay behind for a while, so that others run far ahead
     std::vector<Fiber> fibers{kMostThreads};
-    std::map<const void*, std::unique_ptr<char[]>> shared;
+    std::unique_ptr<char[]> memory{new char[kShared + 1024]};
+    std::map<const void*, size_t> shared;  // where the variables lie in it
+    size_t shared_end = 0;
+    char* shared_begin() const {
+        return memory.get() + (1024 - reinterpret_cast<uintptr_t>(memory.get()) % 1024) % 1024;
+    }
 };
 
 inline std::vector<Block> resident(kResident);
@@ -110,12 +117,24 @@ inline char place;
 
 template <class T, class Tag>
 T& shared(Tag) {
-    auto& memory = block->shared[&place<Tag>];
-    if (!memory) {
-        memory.reset(new char[sizeof(T) + 128]);
-        std::memset(memory.get(), 0xa5, sizeof(T) + 128);  // nothing may rest on what was there before
+    const auto [found, fresh] = block->shared.try_emplace(&place<Tag>, 0);
+    if (fresh) {
+        const size_t align = std::max<size_t>(alignof(T), 128);
+        found->second = (block->shared_end + align - 1) / align * align;
+        block->shared_end = found->second + sizeof(T);
+        if (block->shared_end > kShared) stop("more shared memory than a block has");
+        std::memset(block->shared_begin() + found->second, 0xa5, sizeof(T));  // nothing may rest on what was there
     }
-    return *reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) / 128 * 128);
+    return *reinterpret_cast<T*>(block->shared_begin() + found->second);
+}
+inline uint32_t shared_address(const void* at) {
+    const auto offset = static_cast<const char*>(at) - block->shared_begin();
+    if (offset < 0 || offset >= static_cast<ptrdiff_t>(kShared)) stop("not an address in shared memory");
+    return static_cast<uint32_t>(offset);
+}
+inline char* at_shared_address(uint32_t address) {
+    if (address >= kShared) stop("an address beyond shared memory");
+    return block->shared_begin() + address;
 }
 
 inline void enter() {
@@ -135,6 +154,7 @@ inline void begin(Block& fresh, unsigned index) {
     fresh.index = index;
     fresh.running = true;
     fresh.shared.clear();
+    fresh.shared_end = 0;
     for (unsigned i = 0; i < blockDim.x; ++i) {
         Fiber& next = fresh.fibers[i];
         getcontext(&next.start);
@@ -145,6 +165,7 @@ inline void begin(Block& fresh, unsigned index) {
         next.state = State::ready;
         next.turn = 0;
         next.copies.assign(1, {});
+        next.products.assign(1, {});
     }
 }
 
@@ -255,6 +276,20 @@ inline void wait_for_copies(size_t pending) {
     }
 }
 
+// A product of wgmma: made at once or when it is waited for, one as allowed as the other.
+inline void begin_product(std::function<void()> product) {
+    if (random() % 2) return product();
+    fiber().products.back().push_back(std::move(product));
+}
+inline void commit_products() { fiber().products.push_back({}); }
+inline void wait_for_products(size_t pending) {
+    auto& groups = fiber().products;
+    while (groups.size() > pending + 1) {
+        for (const auto& product : groups.front()) product();
+        groups.erase(groups.begin());
+    }
+}
+
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::wait(emulated::State::at_block_barrier); }
@@ -300,6 +335,10 @@ namespace engine {
 struct OnDeviceOf {
     explicit OnDeviceOf(const Tensor&) {}
     int processors() const { return 4; }
+    bool has_wgmma() const {
+        const char* capability = std::getenv("ENGINE_EMULATED_CAPABILITY");
+        return capability == nullptr || std::strcmp(capability, "9.0") == 0;
+    }
 };
 
 template <class... Parameters, class... Args>
@@ -310,6 +349,13 @@ void launch(void (*kernel)(Parameters...), const char*, int64_t blocks, int thre
     blockDim.x = static_cast<unsigned>(threads);
     emulated::body = [&] { kernel(args...); };
     emulated::run_grid();
+}
+
+template <class... Parameters, class... Args>
+void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
+                        const OnDeviceOf& device, Args... args) {
+    if (shared < 0 || shared > static_cast<int>(emulated::kShared)) emulated::stop("a launch that a GPU would refuse");
+    launch(kernel, what, blocks, threads, device, args...);
 }
 
 template <class T>
