@@ -64,15 +64,29 @@ void launch(void (*kernel)(Parameters...), const char* what, int64_t blocks, int
     check_cuda(cudaGetLastError(), what);
 }
 
-// The same with `shared` bytes for ENGINE_DYNAMIC_SHARED.
+// The same with `shared` bytes for ENGINE_DYNAMIC_SHARED, and in clusters of `cluster` blocks (from sm_90 on).
 template <class... Parameters, class... Args>
-void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
-                        const OnDeviceOf& device, Args... args) {
+void launch_clusters(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int cluster,
+                     int shared, const OnDeviceOf& device, Args... args) {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= 0x7fffffff, what, ": more blocks than a launch can have");
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
-    kernel<<<static_cast<unsigned>(blocks), threads, shared, device.stream()>>>(args...);
-    check_cuda(cudaGetLastError(), what);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = device.stream();
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, args...), what);
+}
+template <class... Parameters, class... Args>
+void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
+                        const OnDeviceOf& device, Args... args) {
+    launch_clusters(kernel, what, blocks, threads, 1, shared, device, args...);
 }
 
 // One value from the device. Waits for the stream: where it is used is where the CPU stops for the GPU.

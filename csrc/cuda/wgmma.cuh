@@ -67,7 +67,8 @@ __device__ inline void shared_written() {
 #define ENGINE_D8(c, i)                                                                                         \
     c(d.at[i]), c(d.at[i + 1]), c(d.at[i + 2]), c(d.at[i + 3]), c(d.at[i + 4]), c(d.at[i + 5]), c(d.at[i + 6]), \
         c(d.at[i + 7])
-#define ENGINE_D32(c, i) ENGINE_D8(c, i), ENGINE_D8(c, i + 8), ENGINE_D8(c, i + 16), ENGINE_D8(c, i + 24)
+#define ENGINE_D16(c, i) ENGINE_D8(c, i), ENGINE_D8(c, i + 8)
+#define ENGINE_D32(c, i) ENGINE_D16(c, i), ENGINE_D16(c, i + 16)
 #define ENGINE_D64(c, i) ENGINE_D32(c, i), ENGINE_D32(c, i + 32)
 #define ENGINE_D96(c, i) ENGINE_D64(c, i), ENGINE_D32(c, i + 64)
 #define ENGINE_D128(c, i) ENGINE_D64(c, i), ENGINE_D64(c, i + 64)
@@ -77,6 +78,8 @@ __device__ inline void shared_written() {
 #define ENGINE_NAMES60 ENGINE_NAMES30 ENGINE_OF_TEN(3) ENGINE_OF_TEN(4) ENGINE_OF_TEN(5)
 #define ENGINE_NAMES90 ENGINE_NAMES60 ENGINE_OF_TEN(6) ENGINE_OF_TEN(7) ENGINE_OF_TEN(8)
 #define ENGINE_NAMES120 ENGINE_NAMES90 ENGINE_OF_TEN(9) ENGINE_OF_TEN(10) ENGINE_OF_TEN(11)
+#define ENGINE_NAMES8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define ENGINE_NAMES16 ENGINE_NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define ENGINE_NAMES32 ENGINE_NAMES30 "%30, %31"
 #define ENGINE_NAMES64 ENGINE_NAMES60 "%60, %61, %62, %63"
 #define ENGINE_NAMES96 ENGINE_NAMES90 "%90, %91, %92, %93, %94, %95"
@@ -121,6 +124,8 @@ __device__ inline void shared_written() {
 
 // wgmma(d, a, b, T) and wgmma_sparse(d, a, metadata, b, T), all 128 threads together: d is WarpgroupD, T what the bytes
 // are. Volatile, so that their order stays.
+ENGINE_WGMMA_EACH(16, 8, 8, 9, 10, 11, 12)
+ENGINE_WGMMA_EACH(32, 16, 16, 17, 18, 19, 20)
 ENGINE_WGMMA_EACH(64, 32, 32, 33, 34, 35, 36)
 ENGINE_WGMMA_EACH(128, 64, 64, 65, 66, 67, 68)
 ENGINE_WGMMA_EACH(192, 96, 96, 97, 98, 99, 100)

@@ -1,8 +1,9 @@
-// The instructions of ptx.cuh and wgmma.cuh one by one: what every lane gives and gets as a row of a tensor, for
-// test_lanes.py.
+// The instructions of ptx.cuh, wgmma.cuh and tma.cuh one by one: what every lane gives and gets as a row of a tensor,
+// for test_lanes.py.
 
 #include "common/dtype.h"
 #include "cuda/ptx.cuh"
+#include "cuda/tma.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace engine {
@@ -109,6 +110,8 @@ Tensor warpgroup_of(const Tensor& a, const std::optional<Tensor>& metadata, cons
 }
 template <class T, class Acc>
 Tensor warpgroup_by(const Tensor& a, const std::optional<Tensor>& metadata, const Tensor& b, ScalarType of) {
+    if (b.size(0) == 16) return warpgroup_of<16, T, Acc>(a, metadata, b, of);
+    if (b.size(0) == 32) return warpgroup_of<32, T, Acc>(a, metadata, b, of);
     if (b.size(0) == 64) return warpgroup_of<64, T, Acc>(a, metadata, b, of);
     if (b.size(0) == 128) return warpgroup_of<128, T, Acc>(a, metadata, b, of);
     if (b.size(0) == 192) return warpgroup_of<192, T, Acc>(a, metadata, b, of);
@@ -145,6 +148,26 @@ Tensor matrices(Tensor memory, Tensor rows) {
     return out;
 }
 
+__global__ void transposed_kernel(const uint4* registers, const int32_t* rows, uint4* out) {
+    struct alignas(16) Rows {
+        uint4 at[kWarp];
+    };
+    ENGINE_SHARED(shared, Rows);
+    const uint4 mine = registers[threadIdx.x];
+    store_matrices_transposed(&shared.at[rows[threadIdx.x]], {mine.x, mine.y, mine.z, mine.w});
+    __syncwarp();
+    out[threadIdx.x] = shared.at[threadIdx.x];
+}
+
+// int32 [32, 4], registers; int32 [32]: the row of 16 bytes whose address each lane gives. int32 [32, 4]: the rows.
+Tensor transposed(Tensor registers, Tensor rows) {
+    Tensor out = new_tensor(registers, {kWarp, 4}, ScalarType::Int);
+    launch(transposed_kernel, kLanes, 1, kWarp, OnDeviceOf(registers),
+           static_cast<const uint4*>(registers.const_data_ptr()), data<int32_t>(rows),
+           static_cast<uint4*>(out.mutable_data_ptr()));
+    return out;
+}
+
 __global__ void bytes_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint2* out) {
     const uint32_t i = threadIdx.x;
     out[i] = {byte_permute(a[i], b[i], c[i] & 0x7777u), funnel_right(a[i], b[i], c[i])};
@@ -166,5 +189,6 @@ STABLE_TORCH_LIBRARY_IMPL(engine_lanes, CUDA, m) {
     m.impl("multiply", TORCH_BOX(&engine::multiply));
     m.impl("warpgroup", TORCH_BOX(&engine::warpgroup));
     m.impl("matrices", TORCH_BOX(&engine::matrices));
+    m.impl("transposed", TORCH_BOX(&engine::transposed));
     m.impl("bytes", TORCH_BOX(&engine::bytes));
 }

@@ -1,14 +1,15 @@
-"""Which lane holds what: each instruction of ptx.cuh and wgmma.cuh against layouts that others published, emulated and on a GPU.
+"""Which lane holds what: each instruction of ptx.cuh, wgmma.cuh, tma.cuh against layouts that others published.
 
-The layouts are no reading of our own kernels. They are CuTe's (NVIDIA/cutlass, `include/cute/atom/`), written as there:
-a shape and strides for the lane and for the lane's values, the first index fastest, giving `row + rows * column`. Of
-the sparse products, int8 is `mma_traits_sm120_sparse.hpp`, whose 8-bit floats lie as int8 does; 16-bit floats are as
-LLVM's integration test has them that runs on sm_80 (`mlir/test/Integration/Dialect/SparseTensor/GPU/CUDA/
-sparse-mma-2-4-f16.mlir`). The metadata of both is what PyTorch makes for CUTLASS, which loads it by ldmatrix, lane l
-getting word l, and takes selector 0 for the first 16 rows (`mma_tensor_op_tile_iterator_sparse.h`). PTX wants places
-that ascend of `mma.sp::ordered_metadata`, and so do our checks of metadata. The warpgroup's products are
-`mma_traits_sm90_gmma.hpp` (`CLayout_64xN`, `ALayout_64x32`, `ALayout_64x16`) and `mma_traits_sm90_gmma_sparse.hpp`
-(`ELayout_64x64`, `ELayout_64x32`), their tiles `Layout_K_SW128_Atom` and `Layout_K_SW64_Atom`.
+Emulated, and on a GPU where there is one. The layouts are no reading of our own kernels. They are CuTe's
+(NVIDIA/cutlass, `include/cute/atom/`), written as there: a shape and strides for the lane and for the lane's values,
+the first index fastest, giving `row + rows * column`. Of the sparse products, int8 is `mma_traits_sm120_sparse.hpp`,
+whose 8-bit floats lie as int8 does; 16-bit floats are as LLVM's integration test has them that runs on sm_80
+(`mlir/test/Integration/Dialect/SparseTensor/GPU/CUDA/sparse-mma-2-4-f16.mlir`). The metadata of both is what PyTorch
+makes for CUTLASS, which loads it by ldmatrix, lane l getting word l, and takes selector 0 for the first 16 rows
+(`mma_tensor_op_tile_iterator_sparse.h`). PTX wants places that ascend of `mma.sp::ordered_metadata`, and so do our
+checks of metadata. The warpgroup's products are `mma_traits_sm90_gmma.hpp` (`CLayout_64xN`, `ALayout_64x32`,
+`ALayout_64x16`) and `mma_traits_sm90_gmma_sparse.hpp` (`ELayout_64x64`, `ELayout_64x32`), their tiles
+`Layout_K_SW128_Atom` and `Layout_K_SW64_Atom`.
 """
 
 import math
@@ -103,6 +104,7 @@ def lanes(request):
         library.define("multiply(Tensor a, Tensor? metadata, Tensor b, Tensor of) -> Tensor")
         library.define("warpgroup(Tensor a, Tensor? metadata, Tensor b, Tensor of) -> Tensor")
         library.define("matrices(Tensor memory, Tensor rows) -> Tensor")
+        library.define("transposed(Tensor registers, Tensor rows) -> Tensor")
         library.define("bytes(Tensor a, Tensor b, Tensor c) -> Tensor")
     torch.ops.load_library(str(build(on_gpu)))
 
@@ -172,27 +174,27 @@ def assert_warpgroup_product(d, a, b):
 
 
 @pytest.fixture
-def warpgroups(lanes, request):
+def lanes_of_sm90(lanes, request):
     if request.node.callspec.params["lanes"] == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma is of sm_90a alone")
+        pytest.skip("compiled for sm_90a alone")
     return lanes
 
 
-@pytest.mark.parametrize("n", [64, 128, 192, 256])
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DENSE, ids=str)
-def test_warpgroup_products(warpgroups, dtype, n):
+def test_warpgroup_products(lanes_of_sm90, dtype, n):
     k = 4 * DENSE[dtype][0]
     a, b, of = operand(64, k, dtype), operand(n, k, dtype), torch.empty(0, dtype=dtype)
-    assert_warpgroup_product(warpgroups("warpgroup", shared_image(a), None, shared_image(b), of), a, b)
+    assert_warpgroup_product(lanes_of_sm90("warpgroup", shared_image(a), None, shared_image(b), of), a, b)
     parts = torch.stack([registers(part.contiguous(), WARPGROUP_A[dtype]) for part in a.chunk(4, 1)], 1)
     assert_warpgroup_product(
-        warpgroups("warpgroup", parts.reshape(128, 16).view(torch.uint8), None, shared_image(b), of), a, b
+        lanes_of_sm90("warpgroup", parts.reshape(128, 16).view(torch.uint8), None, shared_image(b), of), a, b
     )
 
 
-@pytest.mark.parametrize("n", [64, 128, 192, 256])
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 192, 256])
 @pytest.mark.parametrize("dtype", SPARSE, ids=str)
-def test_sparse_warpgroup_products(warpgroups, dtype, n):
+def test_sparse_warpgroup_products(lanes_of_sm90, dtype, n):
     k = SPARSE[dtype][0]
     kept = torch.rand(64, 2 * k // 4, 4).argsort(-1)[..., :2].sort(-1).values
     values, b = operand(64, k, dtype), operand(n, 2 * k, dtype)
@@ -204,7 +206,7 @@ def test_sparse_warpgroup_products(warpgroups, dtype, n):
         words.append((of_lane << torch.arange(32)).sum(-1))
     metadata = torch.stack(words, 1).to(torch.uint32).view(torch.int32)
     of = torch.empty(0, dtype=dtype)
-    d = warpgroups("warpgroup", shared_image(values), metadata, shared_image(b), of)
+    d = lanes_of_sm90("warpgroup", shared_image(values), metadata, shared_image(b), of)
     assert_warpgroup_product(d, a, b)
 
 
@@ -216,6 +218,15 @@ def test_matrices(lanes):
     lane = torch.arange(32)
     want = torch.stack([memory[rows[8 * i + lane // 4].long(), lane % 4] for i in range(4)], 1)
     assert torch.equal(got, want)
+
+
+def test_transposed_matrices(lanes_of_sm90):
+    """PTX: stmatrix.trans takes what ldmatrix.trans gives: lane l has rows 2 (l % 4) and + 1 of column l / 4."""
+    matrices = torch.randint(-(2**15), 2**15 - 1, (4, 8, 8), dtype=torch.int16)
+    given = matrices.transpose(1, 2).contiguous().view(torch.int32).reshape(4, 32).t().contiguous()
+    rows = torch.randperm(32, dtype=torch.int32)
+    got = lanes_of_sm90("transposed", given, rows)[rows.long()].contiguous().view(torch.int16)
+    assert torch.equal(got.reshape(4, 8, 8), matrices)
 
 
 def test_bytes(lanes):
