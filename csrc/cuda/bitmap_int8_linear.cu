@@ -1,8 +1,10 @@
-// bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_product.cuh multiplies what the bitmap
-// holds. Nothing waits for the GPU. A row of the bitmap that is inconsistent gives NaN (bitmap.cuh).
+// bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_tile.cuh (many rows, where there is wgmma)
+// or bitmap_product.cuh multiplies what the bitmap holds. Nothing waits for the GPU. A row of the bitmap that is
+// inconsistent gives NaN (bitmap.cuh).
 
 #include "common/dtype.h"
 #include "cuda/bitmap_product.cuh"
+#include "cuda/bitmap_tile.cuh"
 #include "cuda/quantize_rows.cuh"
 
 namespace engine {
@@ -31,10 +33,16 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
     const Rows rows = rows_of(x);
     Tensor y = new_tensor(x, output_sizes(x, n), x.scalar_type());
     const OnDeviceOf device(x);
+    const Bitmap<int8_t> w = bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k);
+    Int8Output output{{y.mutable_data_ptr(), x.scalar_type()}, nullptr, data<float>(scale), any_float(bias), n};
+    if (rows.m > kDecodeRows && takes_tiles(rows, n, device)) {
+        const ArrangedRows<int8_t> in(x, rows, input_scale, "bitmap_int8_linear: arrange_kernel", device);
+        multiply_bitmap_tiles(w, in, output, "bitmap_int8_linear: product", device);
+        return y;
+    }
     const QuantizedRows q(x, rows, input_scale, 128, "bitmap_int8_linear: quantize_kernel", device);
-    const Int8Output output{{y.mutable_data_ptr(), x.scalar_type()}, q.scale, data<float>(scale), any_float(bias), n};
-    multiply_bitmap(bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k),
-                    Activations{reinterpret_cast<const uint8_t*>(q.q), rows.m, q.stride}, output, nullptr,
+    output.row_scale = q.scale;
+    multiply_bitmap(w, Activations{reinterpret_cast<const uint8_t*>(q.q), rows.m, q.stride}, output, nullptr,
                     "bitmap_int8_linear: product", device);
     return y;
 }

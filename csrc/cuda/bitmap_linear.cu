@@ -1,11 +1,12 @@
 // bitmap_linear on NVIDIA GPUs. Nothing waits for the GPU. A row of the bitmap that is inconsistent gives NaN
 // (bitmap.cuh).
 //
-// x and values both float16, or both bfloat16: tensor cores, products summed in fp32 (bitmap_product.cuh). Any other
-// pair of dtypes: fp32_product.cuh.
+// x and values both float16, or both bfloat16: tensor cores, products summed in fp32 (bitmap_tile.cuh for many rows
+// where there is wgmma, else bitmap_product.cuh). Any other pair of dtypes: fp32_product.cuh.
 
 #include "common/dtype.h"
 #include "cuda/bitmap_product.cuh"
+#include "cuda/bitmap_tile.cuh"
 #include "cuda/fp32_product.cuh"
 #include "cuda/quantize_rows.cuh"
 
@@ -49,6 +50,10 @@ struct BitmapRows : Bitmap<V> {
 // By tensor cores.
 template <class V>
 void multiply_16(const Tensor& x, const Bitmap<V>& w, Rows rows, const FloatOutput& output, const OnDeviceOf& device) {
+    if (rows.m > kDecodeRows && takes_tiles(rows, w.rows, device)) {
+        const ArrangedRows<V> in(x, rows, std::nullopt, "bitmap_linear: arrange_kernel", device);
+        return multiply_bitmap_tiles(w, in, output, "bitmap_linear: product", device);
+    }
     const PreparedRows<V> in(x, V{}, rows, kSpan<V>, rows.m > kDecodeRows, "bitmap_linear: rows_kernel", device);
     multiply_bitmap(w, Activations{reinterpret_cast<const uint8_t*>(in.x), rows.m, in.stride * 2}, output, in.poison,
                     "bitmap_linear: product", device);

@@ -8,10 +8,11 @@
 // summed dimension is split over the warps of a block where rows are too few; how many values come before a warp's part
 // it counts.
 //
-// tile_kernel, above: 128 rows of x by 64 of w by 128 B a step. Every step the block spreads its part of w into shared
-// memory, from which ldmatrix and mma.m16n8 read as from a dense one: for each 64 · 128 B of w 320 issue slots a warp
-// to spread and 4 · 8 products and 16 ldmatrix: about as many as the products take on the tensor cores. No dense copy
-// is ever in device memory. The compressed w is read once for each 128 rows of x, mostly from L2.
+// tile_kernel, above, where there is no wgmma (bitmap_tile.cuh): 128 rows of x by 64 of w by 128 B a step. Every step
+// the block spreads its part of w into shared memory, from which ldmatrix and mma.m16n8 read as from a dense one: for
+// each 64 · 128 B of w 320 issue slots a warp to spread and 4 · 8 products and 16 ldmatrix: about as many as the
+// products take on the tensor cores. No dense copy is ever in device memory. The compressed w is read once for each 128
+// rows of x, mostly from L2.
 #pragma once
 
 #include <algorithm>

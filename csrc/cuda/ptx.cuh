@@ -39,8 +39,11 @@ struct FragmentD {
 #if defined(__CUDACC__)
 
 // Byte i of the result is byte `selector >> 4i & 7` of (b, a), a being bytes 0 to 3.
+// Not __byte_perm, which clears the selector's fourth bits first.
 __device__ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-    return __byte_perm(a, b, selector);
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+    return result;
 }
 // The low word of (high, low) >> shift % 32.
 __device__ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
@@ -65,6 +68,27 @@ __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" :::
 template <int kPending>
 __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Words of shared memory by its own 32-bit addresses.
+__device__ inline uint32_t shared_word(uint32_t at) {
+    uint32_t value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+    return value;
+}
+// Where `condition` is not 0, (ahead, high, low) move on by a word, of which the new one is at `at`, which moves too.
+// No branch: lanes differ. Nothing waits for what was loaded before the next time.
+__device__ inline void move_words_if(uint32_t condition, uint32_t& low, uint32_t& high, uint32_t& ahead, uint32_t& at) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %4, 0; @p mov.b32 %0, %1; @p mov.b32 %1, %2; @p ld.shared.b32 %2, [%3]; "
+        "@p add.u32 %3, %3, 4;}"
+        : "+r"(low), "+r"(high), "+r"(ahead), "+r"(at)
+        : "r"(condition)
+        : "memory");
+}
+// copy_16_async by such an address, which also has L2 read the 256 bytes around.
+__device__ inline void copy_16_of_stream(uint32_t to_shared, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
 // Four 8x8 matrices of 16 bits. Lane l gives the address of row l % 8 (16 bytes) of matrix l / 8; at[i] of lane (g, t)
@@ -169,6 +193,22 @@ inline void copy_commit() { emulated::commit_copies(); }
 template <int kPending>
 void copy_wait() {
     emulated::wait_for_copies(kPending);
+}
+
+inline uint32_t shared_word(uint32_t at) {
+    uint32_t value;
+    std::memcpy(&value, emulated::at_shared_address(at), 4);
+    return value;
+}
+inline void move_words_if(uint32_t condition, uint32_t& low, uint32_t& high, uint32_t& ahead, uint32_t& at) {
+    if (condition == 0) return;
+    low = high;
+    high = ahead;
+    ahead = shared_word(at);
+    at += 4;
+}
+inline void copy_16_of_stream(uint32_t to_shared, const void* from) {
+    copy_16_async(emulated::at_shared_address(to_shared), from);
 }
 
 inline void load_matrices(uint32_t (&at)[4], const void* shared_row) {

@@ -22,6 +22,11 @@ INSTRUCTIONS = {  # that must be in the machine code
     "semi_structured_int8_linear": ("IMMA.SP.16864.S8.S8", COPY_ASIDE, MATRICES),
     "semi_structured_linear": ("HMMA.SP.16832.F32 ", "HMMA.SP.16832.F32.BF16", COPY_ASIDE, MATRICES),
 }
+# And in sm_90a's: wgmma, tiles by TMA to a cluster.
+BY_WARPGROUPS = {
+    "bitmap_int8_linear": ("IGMMA.64x256x32.S8.S8", "UTMALDG.2D.MULTICAST"),
+    "bitmap_linear": ("HGMMA.64x256x16.F32 ", "HGMMA.64x256x16.F32.BF16", "UTMALDG.2D.MULTICAST"),
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
@@ -67,5 +72,6 @@ def test_compiles_without_spills(source, architecture):
     assert max(shared, default=0) <= 48 << 10, "more than a block has without asking"
     if source.stem in INSTRUCTIONS and disassembler():
         assembly = run([disassembler(), "--dump-sass", "--gpu-architecture", architecture, machine_code])
-        missing = [name for name in INSTRUCTIONS[source.stem] if name not in assembly]
+        meant = INSTRUCTIONS[source.stem] + (BY_WARPGROUPS.get(source.stem, ()) if architecture == "sm_90a" else ())
+        missing = [name for name in meant if name not in assembly]
         assert not missing, f"{architecture}: no {', '.join(missing)}"
