@@ -1,10 +1,12 @@
-// bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_decode.cuh (up to 16 rows) or
-// bitmap_product.cuh multiplies what the bitmap holds. Nothing waits for the GPU. A row of the bitmap that is
+// bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_decode.cuh (up to 16 rows), bitmap_tile.cuh
+// (more, where there is wgmma) or bitmap_product.cuh multiplies what the bitmap holds. Nothing waits for the GPU. A row
+// of the bitmap that is
 // inconsistent gives NaN (bitmap.cuh).
 
 #include "common/dtype.h"
 #include "cuda/bitmap_decode.cuh"
 #include "cuda/bitmap_product.cuh"
+#include "cuda/bitmap_tile.cuh"
 #include "cuda/quantize_rows.cuh"
 
 namespace engine {
@@ -33,11 +35,17 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
     const Rows rows = rows_of(x);
     Tensor y = new_tensor(x, output_sizes(x, n), x.scalar_type());
     const OnDeviceOf device(x);
+    const auto w = bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k);
+    Int8Output output{{y.mutable_data_ptr(), x.scalar_type()}, nullptr, data<float>(scale), any_float(bias), n};
     const bool few = rows.m <= kDecodeRows;
+    if (!few && takes_tiles(rows, n, device)) {
+        const ArrangedRows<int8_t> in(x, rows, input_scale, "bitmap_int8_linear: arrange_kernel", device);
+        multiply_bitmap_tiles(w, in, output, "bitmap_int8_linear: product", device);
+        return y;
+    }
     const QuantizedRows q(x, rows, input_scale, few ? kFragmentStage : kSpan<int8_t>,
                           "bitmap_int8_linear: quantize_kernel", device, few);
-    const Int8Output output{{y.mutable_data_ptr(), x.scalar_type()}, q.scale, data<float>(scale), any_float(bias), n};
-    const auto w = bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k);
+    output.row_scale = q.scale;
     if (few) {
         multiply_few(w, Fragments{reinterpret_cast<const uint4*>(q.q), nullptr, static_cast<int>(rows.m)}, output,
                      "bitmap_int8_linear: decode", device);

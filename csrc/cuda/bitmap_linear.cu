@@ -1,12 +1,13 @@
 // bitmap_linear on NVIDIA GPUs. Nothing waits for the GPU. A row of the bitmap that is inconsistent gives NaN
 // (bitmap.cuh).
 //
-// x and values both float16, or both bfloat16: tensor cores, products summed in fp32 (bitmap_decode.cuh,
-// bitmap_product.cuh). Any other pair of dtypes: fp32_product.cuh.
+// x and values both float16, or both bfloat16: tensor cores, products summed in fp32 (bitmap_decode.cuh; for more rows
+// bitmap_tile.cuh where there is wgmma, else bitmap_product.cuh). Any other pair of dtypes: fp32_product.cuh.
 
 #include "common/dtype.h"
 #include "cuda/bitmap_decode.cuh"
 #include "cuda/bitmap_product.cuh"
+#include "cuda/bitmap_tile.cuh"
 #include "cuda/fp32_product.cuh"
 #include "cuda/quantize_rows.cuh"
 
@@ -51,6 +52,10 @@ struct BitmapRows : Bitmap<V> {
 template <class V>
 void multiply_16(const Tensor& x, const Bitmap<V>& w, Rows rows, const FloatOutput& output, const OnDeviceOf& device) {
     const bool few = rows.m <= kDecodeRows;
+    if (!few && takes_tiles(rows, w.rows, device)) {
+        const ArrangedRows<V> in(x, rows, std::nullopt, "bitmap_linear: arrange_kernel", device);
+        return multiply_bitmap_tiles(w, in, output, "bitmap_linear: product", device);
+    }
     const PreparedRows<V> in(x, V{}, rows, few ? kFragmentStage / sizeof(V) : kSpan<V>, true,
                              "bitmap_linear: rows_kernel", device, few);
     if (few)

@@ -1,9 +1,9 @@
 // x · wᵀ of a bitmap w by tensor cores, for int8 and for 16-bit floats, whose fragments are the same bytes (ptx.cuh).
-// For more than 16 rows of x (up to there: bitmap_decode.cuh): 128 rows of x by 64 of w by 128 B a step. Every step the
-// block spreads its part of w into shared memory, from which ldmatrix and mma.m16n8 read as from a dense one: for each
-// 64 · 128 B of w 320 issue slots a warp to spread and 4 · 8 products and 16 ldmatrix: about as many as the products
-// take on the tensor cores. No dense copy is ever in device memory. The compressed w is read once for each 128 rows of
-// x, mostly from L2.
+// For more than 16 rows of x (up to there: bitmap_decode.cuh) where there is no wgmma (bitmap_tile.cuh): 128 rows of x
+// by 64 of w by 128 B a step. Every step the block spreads its part of w into shared memory, from which ldmatrix and
+// mma.m16n8 read as from a dense one: for each 64 · 128 B of w 320 issue slots a warp to spread and 4 · 8 products and
+// 16 ldmatrix: about as many as the products take on the tensor cores. No dense copy is ever in device memory. The
+// compressed w is read once for each 128 rows of x, mostly from L2.
 #pragma once
 
 #include <algorithm>

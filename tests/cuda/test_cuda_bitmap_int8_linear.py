@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitmaps import damaged, inside, int8_bitmap, mask_of
-from device import DEVICE, assert_same, on, on_device
+from device import DEVICE, EMULATED, assert_same, on, on_device
 from shapes import LINEARS
 
 from engine.ops._check import FLOAT_DTYPES
@@ -39,6 +39,17 @@ def test_stages_and_slices(k):
         bitmap = int8_bitmap(mask_of(n, k))
         for m in (1, 9, 16) if n < 100 else (2,):
             check(activations(m, k), bitmap)
+
+
+# Tiles of 64, 128 and 256 rows of x; several tiles; parts of the summed dimension; rows of the mask not on words. And
+# the same where there is no wgmma.
+@pytest.mark.parametrize("capability", ["9.0", "8.0"] if EMULATED else ["the card's"])
+@pytest.mark.parametrize("shape", [(64, 150, 300), (150, 130, 1032), (300, 20, 1030), (40, 140, 4200), (129, 9, 9216)])
+def test_tiles_and_parts(shape, capability, monkeypatch):
+    monkeypatch.setenv("ENGINE_EMULATED_CAPABILITY", capability)
+    m, n, k = shape
+    for density in (0.5, 0.1, 1.0):
+        check(activations(m, k), int8_bitmap(mask_of(n, k, density)), torch.randn(n))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 1.0])
@@ -80,7 +91,7 @@ def test_rows_that_are_not_finite(m):
     check(x, int8_bitmap(mask_of(9, 70)), torch.randn(9))
 
 
-@pytest.mark.parametrize("m, k", [(1, 133000), (17, 34000)])
+@pytest.mark.parametrize("m, k", [(1, 133000), (17, 34000), (17, 133000)])
 def test_sums_that_are_widened_on_the_way_are_exact(m, k):
     mask = torch.ones(2, k, dtype=torch.bool)
     bitmask, offsets, values, scale = int8_bitmap(mask)
@@ -88,9 +99,8 @@ def test_sums_that_are_widened_on_the_way_are_exact(m, k):
     check(torch.ones(m, k), (bitmask, offsets, values, scale))
 
 
-@pytest.mark.parametrize("m", [3, 20])
-def test_views_and_bitmaps_that_lie(m):
-    k = 213
+@pytest.mark.parametrize("m, k", [(3, 213), (20, 213), (20, 4101)])  # the last in parts
+def test_views_and_bitmaps_that_lie(m, k):
     bitmask, offsets, values, scale = int8_bitmap(mask_of(40, k))
     values, x = inside(values), activations(m, k)
     want = reference(x, bitmask, offsets, values, scale)

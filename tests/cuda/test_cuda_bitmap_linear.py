@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitmaps import damaged, inside, mask_of, offsets_of
-from device import DEVICE, on, on_device
+from device import DEVICE, EMULATED, on, on_device
 from shapes import LINEARS
 from tolerance import assert_as_good_as_torch
 
@@ -46,6 +46,17 @@ def test_stages_and_slices(k):
             check(torch.randn(m, k).bfloat16(), bitmap, dense)
 
 
+# Tiles of 64, 128 and 256 rows of x; several tiles; parts of the summed dimension; rows of the mask not on words. And
+# the same where there is no wgmma.
+@pytest.mark.parametrize("capability", ["9.0", "8.0"] if EMULATED else ["the card's"])
+@pytest.mark.parametrize("shape", [(64, 150, 300), (150, 130, 1032), (300, 20, 1030), (40, 140, 2200), (129, 9, 4608)])
+def test_tiles_and_parts(shape, capability, monkeypatch):
+    monkeypatch.setenv("ENGINE_EMULATED_CAPABILITY", capability)
+    m, n, k = shape
+    for density in (0.5, 0.1, 1.0):
+        check(torch.randn(m, k).bfloat16(), *case(n, k, torch.bfloat16, density), torch.randn(n))
+
+
 @pytest.mark.parametrize("density", [0.0, 0.05, 1.0])
 def test_densities(density):
     for dtype in FLOAT_DTYPES:
@@ -62,10 +73,9 @@ def test_rows_that_are_not_finite(m, dtype):
     check(x, *case(9, 70, dtype), torch.randn(9))
 
 
-@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("m, k", [(3, 213), (20, 213), (20, 2105)])  # the last in parts
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_views_leading_dimensions_and_bitmaps_that_lie(m, dtype):
-    k = 213
+def test_views_leading_dimensions_and_bitmaps_that_lie(m, k, dtype):
     (bitmask, offsets, values), dense = case(40, k, dtype)
     storage = torch.randint(-8, 9, (m * k + 1,)).to(dtype)  # small integers: sums are exact
     dense = dense.mul(16).round().clamp(-8, 8)
