@@ -16,7 +16,6 @@ from engine.kernels.int8_quantize import amax_bits, quantize, row_scale
 BLOCK = 256  # elements that share a scale in "int8"
 HEADER = 8  # bytes before the bitmask in "bitmap": how many values follow, and whether all of x is NaN
 ELEMENTS = 2048  # of a program
-SAMPLES = 256  # of a program that takes some
 INFINITY_BITS = tl.constexpr(0x7F800000)
 BFLOAT16_NAN = tl.constexpr(0x7FC0)
 
@@ -118,78 +117,56 @@ def is_kept(value, limit):
 
 
 @triton.jit
-def sample_kernel(x, residual, magnitudes, n, samples, ELEMENTS: tl.constexpr):
-    """The bits of the magnitudes of evenly spread sums: int32 [samples]."""
-    i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    value = sum_of(x, residual, i * n // samples, i < samples)
-    tl.store(magnitudes + i, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, mask=i < samples)
-
-
-@triton.jit
-def split_kept_kernel(
-    x,  # float32 [n], which becomes the sum where that is kept, and 0 elsewhere
-    residual,  # float32 [n], or None: becomes what is not sent if all that is kept is
-    smallest,  # int32, one element: the bits of the smallest magnitude of the samples that is kept
-    mask,  # uint8 [8 * ceil(n / 64)], 0 at first: the bit of each that is kept
+def count_kept_kernel(
+    x,  # float32 [n]
+    residual,  # float32 [n], or None
+    threshold,  # float32, one element
     counts,  # int32 [programs]: how many each keeps
-    header,  # int32 [2], 0 at first; the second: whether any is a NaN or an infinity
+    not_finite,  # int32 [1], 0 at first: whether any is a NaN or an infinity
     n,
     ELEMENTS: tl.constexpr,
 ):
-    """The one pass over x and the residual."""
-    # One unit in the last place below; 0 where that is 0.
-    below = tl.maximum(tl.minimum(tl.load(smallest), INFINITY_BITS) - 1, 0)
-    threshold = below.to(tl.float32, bitcast=True)
-    program = tl.program_id(0).to(tl.int64)
-    at = program * ELEMENTS + tl.arange(0, ELEMENTS)
+    """The first of two passes over x."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < n
     value = sum_of(x, residual, at, inside)
-    kept = is_kept(value, threshold) & inside
-    tl.store(counts + program, tl.sum(kept.to(tl.int32), axis=0))
+    kept = is_kept(value, tl.load(threshold)) & inside
+    tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32), axis=0))
     if tl.max((finite(value) == 0).to(tl.int32), axis=0) != 0:
-        tl.store(header + 1, 1)
-    octets = tl.reshape(kept.to(tl.int32), [ELEMENTS // 8, 8]) << tl.arange(0, 8)[None, :]
-    byte = program * (ELEMENTS // 8) + tl.arange(0, ELEMENTS // 8)
-    tl.store(mask + byte, tl.sum(octets, axis=1).to(tl.uint8), mask=byte * 8 < n)
-    if residual is not None:
-        received = tl.where(kept, bfloat16_bits(value).to(tl.bfloat16, bitcast=True).to(tl.float32), 0.0)
-        rest = tl.where(finite(value) & finite(received), value - received, 0.0)
-        tl.store(residual + at, rest, mask=inside)
-    tl.store(x + at, tl.where(kept, value, 0.0), mask=inside)
+        tl.store(not_finite, 1)
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def send_kept_kernel(
-    x,  # float32 [n]: the sums that are kept, which become 0
-    residual,  # float32 [n], or None: gets back what there is no room for
+    x,  # float32 [n], which becomes 0
+    residual,  # float32 [n], or None
+    threshold,  # float32, one element
     through,  # int64 [programs]: how many all programs up to each keep
-    mask,  # uint8 [8 * ceil(n / 64)], of which the bits that there is no room for are cleared
+    mask,  # uint8 [8 * ceil(n / 64)], 0 at first
     sent,  # int16 [capacity]
-    header,  # int32 [2]; the first becomes how many are sent
     n,
     capacity,
     ELEMENTS: tl.constexpr,
 ):
-    """Goes over the mask, and over x where a bit is set."""
+    """The second: the bit of each that is sent, its value, and the rest into the residual."""
     program = tl.program_id(0).to(tl.int64)
-    byte = program * (ELEMENTS // 8) + tl.arange(0, ELEMENTS // 8)
-    octets = tl.load(mask + byte, mask=byte * 8 < n, other=0).to(tl.int32)
-    kept = tl.reshape((octets[:, None] >> tl.arange(0, 8)[None, :]) & 1, [ELEMENTS])
-    end, count = tl.load(through + program), tl.sum(kept, axis=0)
-    if program == tl.num_programs(0) - 1:
-        tl.store(header, tl.minimum(end, capacity).to(tl.int32))
-    rank = end - count + tl.cumsum(kept, axis=0) - kept
-    goes = (kept != 0) & (rank < capacity)
     at = program * ELEMENTS + tl.arange(0, ELEMENTS)
-    value = tl.load(x + at, mask=kept != 0, other=0.0)
-    tl.store(sent + rank, bfloat16_bits(value), mask=goes)
-    tl.store(x + at, tl.zeros([ELEMENTS], tl.float32), mask=kept != 0)
-    if end > capacity:
-        left = (kept != 0) & (rank >= capacity)
-        if residual is not None:
-            tl.store(residual + at, tl.where(finite(value), value, 0.0), mask=left)
-        rest = tl.reshape(goes.to(tl.int32), [ELEMENTS // 8, 8]) << tl.arange(0, 8)[None, :]
-        tl.store(mask + byte, tl.sum(rest, axis=1).to(tl.uint8), mask=byte * 8 < n)
+    inside = at < n
+    value = sum_of(x, residual, at, inside)
+    kept = (is_kept(value, tl.load(threshold)) & inside).to(tl.int32)
+    count = tl.sum(kept, axis=0)
+    rank = tl.load(through + program) - count + tl.cumsum(kept, axis=0) - kept
+    goes = (kept != 0) & (rank < capacity)
+    bits = bfloat16_bits(value)
+    tl.store(sent + rank, bits, mask=goes)
+    octets = tl.reshape(goes.to(tl.int32), [ELEMENTS // 8, 8]) << tl.arange(0, 8)[None, :]
+    byte = program * (ELEMENTS // 8) + tl.arange(0, ELEMENTS // 8)
+    tl.store(mask + byte, tl.sum(octets, axis=1).to(tl.uint8), mask=byte * 8 < n)
+    if residual is not None:
+        received = tl.where(goes, bits.to(tl.bfloat16, bitcast=True).to(tl.float32), 0.0)
+        rest = tl.where(finite(value) & finite(received), value - received, 0.0)
+        tl.store(residual + at, rest, mask=inside)
+    tl.store(x + at, tl.zeros([ELEMENTS], tl.float32), mask=inside)
 
 
 @triton.jit
@@ -269,15 +246,14 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
         wire.copy_(to)
 
 
-def smallest_kept(x: Tensor, residual: Tensor | None, density: float) -> Tensor:
-    """The bits of the smallest magnitude that is kept of evenly spread samples: int32, one element."""
+def threshold_of(x: Tensor, residual: Tensor | None, density: float) -> Tensor:
+    """One unit in the last place below the smallest of evenly spread samples that is kept; 0 where that is 0."""
     n = x.numel()
     samples = min(n, max(1024, math.ceil(40 / density)))
-    magnitudes = torch.empty(samples, dtype=torch.int32, device=x.device)
-    with torch.cuda.device_of(x):
-        sample_kernel[(triton.cdiv(samples, SAMPLES),)](x, residual, magnitudes, n, samples, SAMPLES, num_warps=4)
-    # kthvalue would be faster, but PyTorch refuses it where algorithms must be deterministic.
-    return magnitudes.sort().values[samples - max(1, round(density * samples)) :][:1]
+    places = torch.arange(samples, device=x.device) * n // samples
+    values = x[places] if residual is None else x[places] + residual[places]
+    key = values.abs().view(torch.int32).sort().values[samples - max(1, round(density * samples))]
+    return (key.clamp(max=INFINITY_BITS.value) - 1).clamp(min=0).view(torch.float32)
 
 
 def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:
@@ -289,16 +265,18 @@ def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: 
     if n == 0:
         return
     to = wire if aligned(wire) else torch.zeros_like(wire)
-    capacity, smallest = (wire.numel() - bitmap_bytes(n)) // 2, smallest_kept(x, residual, density)
+    capacity, threshold = (wire.numel() - bitmap_bytes(n)) // 2, threshold_of(x, residual, density)
     counts = torch.empty(programs(n), dtype=torch.int32, device=x.device)
-    header, mask = to[:HEADER].view(torch.int32), to[HEADER : bitmap_bytes(n)]
-    sent = to[bitmap_bytes(n) :].view(torch.int16)
+    header = torch.zeros(2, dtype=torch.int32, device=x.device)
+    mask, sent = to[HEADER : bitmap_bytes(n)], to[bitmap_bytes(n) :].view(torch.int16)
     with torch.cuda.device_of(x):
-        split_kept_kernel[programs(n)](x, residual, smallest, mask, counts, header, n, ELEMENTS=ELEMENTS, num_warps=8)
+        count_kept_kernel[programs(n)](x, residual, threshold, counts, header[1:], n, ELEMENTS=ELEMENTS, num_warps=8)
         through = counts.cumsum(0)
         send_kept_kernel[programs(n)](
-            x, residual, through, mask, sent, header, n, capacity, ELEMENTS=ELEMENTS, num_warps=8
+            x, residual, threshold, through, mask, sent, n, capacity, ELEMENTS=ELEMENTS, num_warps=8
         )
+    header[:1] = through[-1:].clamp(max=capacity)
+    to[:HEADER].copy_(header.view(torch.uint8))
     if to is not wire:
         wire.copy_(to)
 
