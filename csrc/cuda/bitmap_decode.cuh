@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <utility>
 
@@ -20,13 +19,9 @@ namespace engine {
 
 constexpr int kDecodeRows = 16;  // of x, at most
 constexpr int64_t kExactStages = kExactSpans * 128 / kFragmentStage;
-// How many blocks of kWarps a multiprocessor should hold, of kThreads in all: where an older one would spill, of 640.
-template <int kWarps, int kThreads>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// How many blocks a multiprocessor should hold.
+template <int kWarps>
 constexpr int kDecodeBlocks = 640 / (kWarps * kWarp);
-#else
-constexpr int kDecodeBlocks = kThreads / (kWarps * kWarp);
-#endif
 
 // Rows of x in the order of the loads below.
 struct Fragments {
@@ -131,8 +126,8 @@ union alignas(16) DecodeMemory {
 };
 
 // Every warp of a block has a slice of the summed dimension. kLong: sums are widened every kExactStages.
-template <class V, int kGroups, int kTokens, bool kLong, int kWarps, int kThreads, class Output>
-__global__ void __launch_bounds__(kWarps* kWarp, kDecodeBlocks<kWarps, kThreads>)
+template <class V, int kGroups, int kTokens, bool kLong, int kWarps, class Output>
+__global__ void __launch_bounds__(kWarps* kWarp, kDecodeBlocks<kWarps>)
     decode_kernel(Bitmap<V> w, Fragments x, Output output, int alignment, Constants constants) {
     constexpr int kRows = kGroups * kGroupRows;
     using Memory = DecodeMemory<V, kRows, kTokens, kWarps>;
@@ -277,9 +272,9 @@ void multiply_few(const Bitmap<V>& w, const Fragments& x, const Output& output, 
     const auto whole = [&](int bytes) { return (reinterpret_cast<uintptr_t>(w.mask) | w.row_bytes) % bytes == 0; };
     const int alignment = whole(16) ? 16 : whole(4) ? 4 : 1;
     const int64_t stages = (w.columns * static_cast<int64_t>(sizeof(V)) + kFragmentStage - 1) / kFragmentStage;
-    const auto start = [&](auto groups, auto is_long, auto warps, auto threads, int64_t most) {
+    const auto start = [&](auto groups, auto is_long, auto warps, int64_t most) {
         constexpr int kGroups = decltype(groups)::value, kWarps = decltype(warps)::value;
-        constexpr int kThreads = decltype(threads)::value, kRows = kGroups * kGroupRows;
+        constexpr int kRows = kGroups * kGroupRows;
         constexpr bool kLong = decltype(is_long)::value;
         const int64_t slices = std::max<int64_t>(1, std::min({most, int64_t{kWarps}, stages}));
         const auto run = [&](auto kernel, size_t part) {
@@ -287,9 +282,8 @@ void multiply_few(const Bitmap<V>& w, const Fragments& x, const Output& output, 
             launch_dependent(kernel, what, (w.rows + kRows - 1) / kRows, static_cast<int>(slices) * kWarp,
                              static_cast<int>(shared), device, w, x, output, alignment, Constants{1, 4});
         };
-        if (x.m <= 8)
-            return run(decode_kernel<V, kGroups, 8, kLong, kWarps, kThreads, Output>, sizeof(Total<V>[kRows][8]));
-        run(decode_kernel<V, kGroups, 16, kLong, kWarps, kThreads, Output>, sizeof(Total<V>[kRows][16]));
+        if (x.m <= 8) return run(decode_kernel<V, kGroups, 8, kLong, kWarps, Output>, sizeof(Total<V>[kRows][8]));
+        run(decode_kernel<V, kGroups, 16, kLong, kWarps, Output>, sizeof(Total<V>[kRows][16]));
     };
     using std::false_type, std::integral_constant, std::true_type;
     constexpr integral_constant<int, 1> one;
@@ -297,15 +291,9 @@ void multiply_few(const Bitmap<V>& w, const Fragments& x, const Output& output, 
     // 16 rows a block, where that makes three blocks a multiprocessor; else 8, and warps enough to fill it.
     const int64_t fill = std::max<int64_t>(1, 24 * device.processors() * kGroupRows / w.rows);
     if (stages > std::min<int64_t>(fill, 5) * kExactStages)
-        return start(one, true_type{}, integral_constant<int, 10>{}, integral_constant<int, 640>{}, 10);
-    static const char* variant = std::getenv("ENGINE_DECODE");  // to be decided by a measurement
-    const bool many = w.rows >= 48 * device.processors();
-    if (many && variant != nullptr && *variant == '2')
-        return start(one, false_type{}, integral_constant<int, 4>{}, integral_constant<int, 1024>{}, 4);
-    if (many && variant != nullptr && *variant == '1' && x.m <= 8)
-        return start(two, false_type{}, integral_constant<int, 6>{}, integral_constant<int, 768>{}, 6);
-    if (many) return start(two, false_type{}, integral_constant<int, 5>{}, integral_constant<int, 640>{}, 5);
-    start(one, false_type{}, integral_constant<int, 10>{}, integral_constant<int, 640>{}, fill);
+        return start(one, true_type{}, integral_constant<int, 10>{}, 10);
+    if (w.rows >= 48 * device.processors()) return start(two, false_type{}, integral_constant<int, 5>{}, 5);
+    start(one, false_type{}, integral_constant<int, 10>{}, fill);
 }
 
 }  // namespace engine

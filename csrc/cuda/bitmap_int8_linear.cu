@@ -38,7 +38,7 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
     const auto w = bitmap_of<int8_t>(bitmask, row_offsets, values, rows.k);
     Int8Output output{{y.mutable_data_ptr(), x.scalar_type()}, nullptr, data<float>(scale), any_float(bias), n};
     const bool few = rows.m <= kDecodeRows;
-    if (!few && takes_tiles(rows, n, device)) {
+    if (!few && takes_tiles(rows, device)) {
         const ArrangedRows<int8_t> in(x, rows, input_scale, "bitmap_int8_linear: arrange_kernel", device);
         multiply_bitmap_tiles(w, in, output, "bitmap_int8_linear: product", device);
         return y;

@@ -52,7 +52,7 @@ struct BitmapRows : Bitmap<V> {
 template <class V>
 void multiply_16(const Tensor& x, const Bitmap<V>& w, Rows rows, const FloatOutput& output, const OnDeviceOf& device) {
     const bool few = rows.m <= kDecodeRows;
-    if (!few && takes_tiles(rows, w.rows, device)) {
+    if (!few && takes_tiles(rows, device)) {
         const ArrangedRows<V> in(x, rows, std::nullopt, "bitmap_linear: arrange_kernel", device);
         return multiply_bitmap_tiles(w, in, output, "bitmap_linear: product", device);
     }

@@ -1,26 +1,22 @@
-// The end of a tile's product (bitmap_tile.cuh): its sums go through shared memory, so that y is written in rows; and
-// where the summed dimension was split, what adds the parts.
+// What bitmap_tile.cuh does with its sums: outputs, or parts of sums that reduce_kernel adds.
 #pragma once
 
 #include "cuda/bitmap_stretch.cuh"
-#include "cuda/tma.cuh"
-#include "cuda/wgmma.cuh"
 
 namespace engine {
 
-constexpr int kTileWarps = 8, kTileConsumers = kTileWarps * kWarp;
+constexpr int kTileRows = 128, kTileWarps = 8, kTileConsumers = kTileWarps * kWarp;
 constexpr int kStagedRow = kTileRows + 4;  // floats: the lanes that write a fragment are in 32 banks
 
-// What there is to do. A cluster's blocks have tiles of w side by side and the same tile of x and part of the sums;
-// clusters go over the tiles of x first, then those of w, then the parts.
+// What a tile_kernel is to do. Block i has tile_m = i % tiles_m, then the tile of w, then the part.
 template <class V>
 struct TileWork {
     Bitmap<V> w;
+    const uint8_t* x;     // [tiles_m, steps, kTokens, 128]
     const float* factor;  // [m]
     uint4* partial;       // [parts, tiles, kTokens / 8, kTileConsumers], or null: there is one part
     bool* fits;           // [rows], where there are parts
-    int64_t m;
-    int tiles_m, tiles_n, stretches, stretches_a_part;
+    int64_t m, tiles_m, tiles_n, stretches, stretches_a_part;
     bool aligned;  // lanes' masks are
 };
 
@@ -38,19 +34,21 @@ __device__ inline void store_four(const AnyFloat& y, int64_t at, const float (&v
         *reinterpret_cast<Elements<4, float>*>(static_cast<float*>(y.at) +
                                                at) = {{values[0], values[1], values[2], values[3]}};
     } else if (y.dtype == ScalarType::Half) {
-        *reinterpret_cast<Elements<2, uint32_t>*>(static_cast<Half*>(y.at) + at) = {
-            {pack_16(values[0], values[1], Half{}), pack_16(values[2], values[3], Half{})}};
+        Elements<4, Half> four;
+        for (int i = 0; i < 4; ++i) four.at[i] = from_float<Half>(values[i]);
+        *reinterpret_cast<Elements<4, Half>*>(static_cast<Half*>(y.at) + at) = four;
     } else {
-        *reinterpret_cast<Elements<2, uint32_t>*>(static_cast<BFloat16*>(y.at) + at) = {
-            {pack_16(values[0], values[1], BFloat16{}), pack_16(values[2], values[3], BFloat16{})}};
+        Elements<4, BFloat16> four;
+        for (int i = 0; i < 4; ++i) four.at[i] = from_float<BFloat16>(values[i]);
+        *reinterpret_cast<Elements<4, BFloat16>*>(static_cast<BFloat16*>(y.at) + at) = four;
     }
 }
 
 // Writes `tokens` rows of y from sums in shared memory: kTileWarps warps, each lane four columns.
 template <class Output>
-__device__ inline void write_tile(const Output& output, const float (*sums)[kStagedRow], int64_t first_token,
-                                  int tokens, int64_t first_row, int64_t rows, const float* factor,
-                                  const bool (&row_fits)[4]) {
+__device__ inline void write_outputs(const Output& output, const float (*sums)[kStagedRow], int64_t first_token,
+                                     int tokens, int64_t first_row, int64_t rows, const float* factor,
+                                     const bool (&row_fits)[4]) {
     const int lane = threadIdx.x % kWarp;
     const int64_t row = first_row + 4 * lane;
     float scale[4], bias[4] = {};
@@ -58,10 +56,8 @@ __device__ inline void write_tile(const Output& output, const float (*sums)[kSta
         scale[i] = row + i < rows ? scale_of(output, row + i) : 0.0f;
         if (output.bias.at != nullptr && row + i < rows) bias[i] = output.bias.load(row + i);
     }
-    const int warp = threadIdx.x / kWarp, own_token = warp + kTileWarps * lane;
-    const float own_factor = own_token < tokens ? factor[first_token + own_token] : 0.0f;  // at most 32 of a warp
-    for (int token = warp; token < tokens; token += kTileWarps) {
-        const float of_token = __shfl_sync(kAllLanes, own_factor, token / kTileWarps);
+    for (int token = threadIdx.x / kWarp; token < tokens; token += kTileWarps) {
+        const float of_token = factor[first_token + token];
         const auto four = *reinterpret_cast<const Elements<4, float>*>(&sums[token][4 * lane]);
         float values[4];
 #pragma unroll
@@ -81,7 +77,7 @@ __device__ inline void write_tile(const Output& output, const float (*sums)[kSta
     }
 }
 
-constexpr int kReducedTokens = 16;
+constexpr int kReducedTokens = 64;
 
 // Adds the parts of kReducedTokens tokens of a tile.
 template <class V, int kTokens, class Output>
@@ -89,11 +85,11 @@ __global__ void __launch_bounds__(kTileConsumers, 4) reduce_kernel(TileWork<V> w
     ENGINE_SHARED(sums, float[kReducedTokens][kStagedRow]);
     constexpr int kChunks = kTokens / kReducedTokens;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const int64_t tile = blockIdx.x / kChunks, tiles = int64_t{work.tiles_m} * work.tiles_n;
+    const int64_t tile = blockIdx.x / kChunks, tiles = work.tiles_m * work.tiles_n;
     const int64_t first_token = tile % work.tiles_m * kTokens + blockIdx.x % kChunks * kReducedTokens;
     const int64_t first_row = tile / work.tiles_m * kTileRows;
     if (first_token >= work.m) return;
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < kReducedTokens / 8; ++j) {
         const int64_t group = blockIdx.x % kChunks * (kReducedTokens / 8) + j;
         Total<V> total[4] = {};
@@ -108,8 +104,8 @@ __global__ void __launch_bounds__(kTileConsumers, 4) reduce_kernel(TileWork<V> w
     __syncthreads();
     bool fits[4];
     for (int i = 0; i < 4; ++i) fits[i] = first_row + 4 * lane + i < work.w.rows && work.fits[first_row + 4 * lane + i];
-    write_tile(output, sums, first_token, static_cast<int>(std::min<int64_t>(kReducedTokens, work.m - first_token)),
-               first_row, work.w.rows, work.factor, fits);
+    write_outputs(output, sums, first_token, static_cast<int>(std::min<int64_t>(kReducedTokens, work.m - first_token)),
+                  first_row, work.w.rows, work.factor, fits);
 }
 
 }  // namespace engine

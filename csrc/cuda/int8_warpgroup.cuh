@@ -7,7 +7,7 @@
 // finishes one.
 //
 // Bytes from L2: (kRows + kTokens) 128 for kRows kTokens 128 products: at 128 by 256 a multiprocessor that multiplies
-// at its full rate takes 48 of the 64 that it can have a clock. Blocks of a cluster share their rows of q.
+// at its full rate takes 48 of the 64 that it can have a clock.
 #pragma once
 
 #include "cuda/warpgroup_output.cuh"
@@ -15,11 +15,10 @@
 namespace engine {
 
 // A tile of y, of rows of w by tokens (rows of q), and who makes it: kConsumers warpgroups of kBlocks blocks of 64 rows
-// each. The kCluster blocks of a cluster have the same
-// tokens, and each fetches a part of them for all.
-template <int kConsumers_, int kBlocks_, int kTokens_, int kCluster_>
+// each.
+template <int kConsumers_, int kBlocks_, int kTokens_>
 struct DenseTile {
-    static constexpr int kConsumers = kConsumers_, kBlocks = kBlocks_, kTokens = kTokens_, kCluster = kCluster_;
+    static constexpr int kConsumers = kConsumers_, kBlocks = kBlocks_, kTokens = kTokens_;
     static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
     static constexpr int kRows = kConsumers * kBlocks * 64;
     static constexpr int kStageBytes = (kTokens + kRows) * 128;
@@ -39,25 +38,15 @@ struct DenseTile {
 template <class Tile>
 __device__ inline void fetch_dense(typename Tile::Shared& shared, const TileMap& map_x, const TileMap& map_w,
                                    TileOrder tiles, int steps) {
-    constexpr int kCluster = Tile::kCluster;
-    constexpr int kShare = sizeof(shared.x[0]) / kCluster;  // bytes of q that a block fetches for its cluster
-    const int rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
     int stage = 0;
     uint32_t parity = 1;
-    for (int item = blockIdx.x / kCluster; item < tiles.count(); item += gridDim.x / kCluster) {
+    for (int item = blockIdx.x; item < tiles.count(); item += gridDim.x) {
         int row, token;
         tiles.at(item, row, token);
-        row = row * kCluster + rank;
-        const int first_token = (token * kCluster + rank) * (kShare / 128);
         for (int step = 0; step < steps; ++step) {
             barrier_wait(shared.empty[stage], parity);
             barrier_arrive_and_expect(shared.full[stage], sizeof(shared.x[0]) + sizeof(shared.w[0]));
-            if constexpr (kCluster > 1) {
-                copy_tile_to(shared.x[stage] + rank * kShare, map_x, step * 128, first_token, shared.full[stage],
-                             (1u << kCluster) - 1);
-            } else {
-                copy_tile(shared.x[stage], map_x, step * 128, first_token, shared.full[stage]);
-            }
+            copy_tile(shared.x[stage], map_x, step * 128, token * Tile::kTokens, shared.full[stage]);
             copy_tile(shared.w[stage], map_w, step * 128, row * Tile::kRows, shared.full[stage]);
             if (++stage == Tile::kStages) {
                 stage = 0;
@@ -73,23 +62,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                           Y* y,           // [m, n]
                           AnyFloat bias,  // [n], or null
                           int64_t m, int64_t n, int steps, TileOrder tiles) {
-    constexpr int kBlocks = Tile::kBlocks, kTokens = Tile::kTokens, kCluster = Tile::kCluster;
+    constexpr int kBlocks = Tile::kBlocks, kTokens = Tile::kTokens;
     ENGINE_DYNAMIC_SHARED(shared, typename Tile::Shared);
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Tile::kStages; ++i) {
             barrier_init(shared.full[i], 1);
-            barrier_init(shared.empty[i], kCluster * Tile::kConsumers * kWarpgroup / kWarp);
+            barrier_init(shared.empty[i], Tile::kConsumers * kWarpgroup / kWarp);
         }
         barriers_ready();
     }
-    kCluster > 1 ? cluster_barrier() : __syncthreads();
+    __syncthreads();
     if (warpgroup == 0) {
         if constexpr (Tile::kConsumers > 1) give_registers<40>();
         if (threadIdx.x < kWarp) {
             if (threadIdx.x == 0) fetch_dense<Tile>(shared, map_x, map_w, tiles, steps);
-            __syncwarp();
-            if constexpr (kCluster > 1) cluster_barrier();
         }
         return;
     }
@@ -97,10 +84,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int thread = threadIdx.x % kWarpgroup, first_row = (warpgroup - 1) * kBlocks * 64;
     int stage = 0;
     uint32_t parity = 0;
-    for (int item = blockIdx.x / kCluster; item < tiles.count(); item += gridDim.x / kCluster) {
+    for (int item = blockIdx.x; item < tiles.count(); item += gridDim.x) {
         int row, token;
         tiles.at(item, row, token);
-        if constexpr (kCluster > 1) row = row * kCluster + static_cast<int>(cluster_rank());
         const int64_t first_m = static_cast<int64_t>(token) * kTokens;
         const int64_t first_n = static_cast<int64_t>(row) * Tile::kRows + first_row;
         const OutputTerms<kBlocks, kTokens> of(terms, bias, first_m, first_n, m, n);
@@ -119,7 +105,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
             wgmma_commit();
             wgmma_wait<1>();  // what the step before has read may be written over
-            if (step > 0) release_stage<kCluster>(shared.empty[before]);
+            if (step > 0) release_stage(shared.empty[before]);
             before = stage;
             if (++stage == Tile::kStages) {
                 stage = 0;
@@ -127,7 +113,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
         }
         wgmma_wait<0>();
-        release_stage<kCluster>(shared.empty[before]);
+        release_stage(shared.empty[before]);
         float* of_token = shared.of_token[warpgroup - 1];
 #pragma unroll
         for (int i = 0; i * kWarpgroup < kTokens; ++i)
@@ -140,8 +126,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             warpgroup_barrier();  // what was staged may be written over
         }
     }
-    __syncwarp();
-    if constexpr (kCluster > 1) cluster_barrier();  // no block ends while another writes to it
 }
 
 }  // namespace engine

@@ -90,19 +90,11 @@ void launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), c
     check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...), what);
 }
 
-// The same as launch, with `shared` bytes for ENGINE_DYNAMIC_SHARED, in clusters of `cluster` blocks (from sm_90 on).
-template <class... Parameters, class... Args>
-void launch_clusters(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int cluster,
-                     int shared, const OnDeviceOf& device, Args... args) {
-    cudaLaunchAttribute attribute{};
-    if (cluster > 1) attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    launch_with(attribute, kernel, what, blocks, threads, shared, device, args...);
-}
+// The same as launch, with `shared` bytes for ENGINE_DYNAMIC_SHARED.
 template <class... Parameters, class... Args>
 void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
                         const OnDeviceOf& device, Args... args) {
-    launch_clusters(kernel, what, blocks, threads, 1, shared, device, args...);
+    launch_with(cudaLaunchAttribute{}, kernel, what, blocks, threads, shared, device, args...);
 }
 
 // The same after a kernel whose blocks call allow_next_kernel: this one may begin before that one has ended, and calls

@@ -9,20 +9,17 @@
 // A step of 128 rows of w by 256 of x takes the tensor cores 512 clocks and brings 42 KB (int8), of which 10 are w's.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
-
 #include "cuda/semi_structured.cuh"
 #include "cuda/warpgroup_output.cuh"
 
 namespace engine {
 
 // A tile of y, of rows of w by tokens (rows of x), and who makes it: kConsumers warpgroups of kBlocks blocks of 64 rows
-// each. The kCluster blocks of a cluster have the same tokens, and each fetches a part of them for all.
-template <class V_, int kConsumers_, int kBlocks_, int kTokens_, int kCluster_>
+// each.
+template <class V_, int kConsumers_, int kBlocks_, int kTokens_>
 struct SemiTile {
     using V = V_;
-    static constexpr int kConsumers = kConsumers_, kBlocks = kBlocks_, kTokens = kTokens_, kCluster = kCluster_;
+    static constexpr int kConsumers = kConsumers_, kBlocks = kBlocks_, kTokens = kTokens_;
     static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
     static constexpr int kRows = kConsumers * kBlocks * 64;
     static constexpr int kMetadata = kStepMetadata<V>;
@@ -44,16 +41,13 @@ struct SemiTile {
 template <class Tile, class V>
 __device__ inline void fetch_semi_structured(typename Tile::Shared& shared, const SemiStructured<V>& w,
                                              const TileMap& map_x, const TileMap& map_w, TileOrder tiles, int steps) {
-    constexpr int kCluster = Tile::kCluster;
-    constexpr int kEach = Tile::kRows / kWarp;              // rows of metadata that a lane copies
-    constexpr int kShare = sizeof(shared.x[0]) / kCluster;  // bytes of x that a block fetches for its cluster
-    const int lane = threadIdx.x % kWarp, rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+    constexpr int kEach = Tile::kRows / kWarp;  // rows of metadata that a lane copies
+    const int lane = threadIdx.x % kWarp;
     int stage = 0;
     uint32_t parity = 1;
-    for (int item = blockIdx.x / kCluster; item < tiles.count(); item += gridDim.x / kCluster) {
+    for (int item = blockIdx.x; item < tiles.count(); item += gridDim.x) {
         int row, token;
         tiles.at(item, row, token);
-        row = row * kCluster + rank;
         const uint8_t* metadata[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; ++i)
@@ -63,13 +57,7 @@ __device__ inline void fetch_semi_structured(typename Tile::Shared& shared, cons
             barrier_wait(shared.empty[stage], parity);
             if (lane == 0) {
                 barrier_arrive_and_expect(shared.full[stage], sizeof(shared.x[0]) + sizeof(shared.w[0]));
-                const int first_token = (token * kCluster + rank) * (kShare / 128);
-                if constexpr (kCluster > 1) {
-                    copy_tile_to(shared.x[stage] + rank * kShare, map_x, step * 128, first_token, shared.full[stage],
-                                 (1u << kCluster) - 1);
-                } else {
-                    copy_tile(shared.x[stage], map_x, step * 128, first_token, shared.full[stage]);
-                }
+                copy_tile(shared.x[stage], map_x, step * 128, token * Tile::kTokens, shared.full[stage]);
                 copy_tile(shared.w[stage], map_w, step * 64, row * Tile::kRows, shared.full[stage]);
             }
 #pragma unroll
@@ -96,24 +84,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     semi_structured_warpgroup_kernel(SemiStructured<V> w, const __grid_constant__ TileMap map_x,
                                      const __grid_constant__ TileMap map_w, Terms terms, AnyFloat y, AnyFloat bias,
                                      int64_t m, TileOrder tiles) {
-    constexpr int kBlocks = Tile::kBlocks, kTokens = Tile::kTokens, kCluster = Tile::kCluster;
+    constexpr int kBlocks = Tile::kBlocks, kTokens = Tile::kTokens;
     ENGINE_DYNAMIC_SHARED(shared, typename Tile::Shared);
     const int steps = static_cast<int>(w.columns / kStepWeights<V>), warpgroup = threadIdx.x / kWarpgroup;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Tile::kStages; ++i) {
             barrier_init(shared.full[i], 1 + kWarp);
-            barrier_init(shared.empty[i], kCluster * Tile::kConsumers * kWarpgroup / kWarp);
+            barrier_init(shared.empty[i], Tile::kConsumers * kWarpgroup / kWarp);
         }
         barriers_ready();
     }
     __syncwarp();
-    kCluster > 1 ? cluster_barrier() : __syncthreads();
+    __syncthreads();
     if (warpgroup == 0) {
         if constexpr (Tile::kConsumers > 1) give_registers<40>();
         if (threadIdx.x < kWarp) {
             fetch_semi_structured<Tile>(shared, w, map_x, map_w, tiles, steps);
-            __syncwarp();
-            if constexpr (kCluster > 1) cluster_barrier();
         }
         return;
     }
@@ -122,10 +108,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int first_row = (warpgroup - 1) * kBlocks * 64, warp_row = first_row + thread / kWarp * 16;
     int stage = 0;
     uint32_t parity = 0;
-    for (int item = blockIdx.x / kCluster; item < tiles.count(); item += gridDim.x / kCluster) {
+    for (int item = blockIdx.x; item < tiles.count(); item += gridDim.x) {
         int row, token;
         tiles.at(item, row, token);
-        if constexpr (kCluster > 1) row = row * kCluster + static_cast<int>(cluster_rank());
         const int64_t first_m = static_cast<int64_t>(token) * kTokens;
         const int64_t first_n = static_cast<int64_t>(row) * Tile::kRows + first_row;
         const OutputTerms<kBlocks, kTokens> of(terms, bias, first_m, first_n, m, w.rows);
@@ -148,7 +133,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
             wgmma_commit();
             wgmma_wait<1>();  // what the step before has read may be written over
-            if (step > 0) release_stage<kCluster>(shared.empty[before]);
+            if (step > 0) release_stage(shared.empty[before]);
             before = stage;
             if (++stage == Tile::kStages) {
                 stage = 0;
@@ -156,7 +141,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
         }
         wgmma_wait<0>();
-        release_stage<kCluster>(shared.empty[before]);
+        release_stage(shared.empty[before]);
         float* of_token = shared.of_token[warpgroup - 1];
 #pragma unroll
         for (int i = 0; i * kWarpgroup < kTokens; ++i)
@@ -169,8 +154,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             warpgroup_barrier();  // what was staged may be written over
         }
     }
-    __syncwarp();
-    if constexpr (kCluster > 1) cluster_barrier();  // no block ends while another writes to it
 }
 
 // The host's part.
@@ -178,17 +161,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 template <class Tile, class Y, class V, class Output>
 void launch_semi_structured_warpgroup(const SemiStructured<V>& w, const Activations& x, const Output& output,
                                       const float* poison, const char* what, const OnDeviceOf& device) {
-    constexpr int kTokens = Tile::kTokens, kCluster = Tile::kCluster, kRows = kCluster * Tile::kRows;
+    constexpr int kTokens = Tile::kTokens, kRows = Tile::kRows;
     const auto tiles_of = [](int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); };
     const TileOrder tiles{tiles_of(w.rows, kRows), tiles_of(x.m, kTokens), 2048 / kRows};
-    const auto map_x = tile_map(x.data, x.m, x.stride, x.stride, kTokens / kCluster, 128, what);
+    const auto map_x = tile_map(x.data, x.m, x.stride, x.stride, kTokens, 128, what);
     const int64_t row_size = w.row_values * static_cast<int64_t>(sizeof(V));
     const auto map_w = tile_map(w.values, w.rows, row_size, row_size, Tile::kRows, 64, what);
     const auto terms = terms_of(output, poison);
-    const int64_t most = device.processors() / kCluster, clusters = static_cast<int64_t>(tiles.rows) * tiles.tokens;
-    launch_clusters(semi_structured_warpgroup_kernel<Tile, Y, V, std::remove_const_t<decltype(terms)>>, what,
-                    std::min(most, clusters) * kCluster, Tile::kThreads, kCluster, sizeof(typename Tile::Shared),
-                    device, w, map_x, map_w, terms, output.y, output.bias, x.m, tiles);
+    launch_with_shared(semi_structured_warpgroup_kernel<Tile, Y, V, std::remove_const_t<decltype(terms)>>, what,
+                       std::min<int64_t>(device.processors(), tiles.count()), Tile::kThreads,
+                       sizeof(typename Tile::Shared), device, w, map_x, map_w, terms, output.y, output.bias, x.m,
+                       tiles);
 }
 
 // How many rows of x a tile has: those with which the waves of tiles, each as long as its copies take, end first.
@@ -213,28 +196,20 @@ template <class V, class Output>
 void multiply_semi_structured(const SemiStructured<V>& w, const Activations& x, const Output& output,
                               const float* poison, const char* what, const OnDeviceOf& device) {
     if (x.m == 0 || w.rows == 0) return;
-    const auto is = [](const char* variable, const char* value) {
-        const char* found = std::getenv(variable);
-        return found != nullptr && std::strcmp(found, value) == 0;
-    };
     const bool exact = sizeof(V) > 1 || w.columns <= kExactSpans * kStepWeights<V>;
     const bool countable = std::max(w.rows, x.m) < 1 << 30 && (w.rows / 64 + 1) * (x.m / 64 + 1) < 1 << 30;
-    const bool many = x.m > 16 || is("ENGINE_SEMI_FEW", "warpgroups");
-    if (!many || !exact || !countable || !has_whole_steps(w) || !device.has_wgmma() || is("ENGINE_SEMI_TILE", "warps"))
+    if (!exact || !countable || !has_whole_steps(w) || !device.has_wgmma())
         return multiply_semi_structured_by_warps(w, x, output, poison, what, device);
     const auto multiply = [&](auto type) {
         using Y = decltype(type);
         const auto by = [&](auto tile) {
             launch_semi_structured_warpgroup<decltype(tile), Y>(w, x, output, poison, what, device);
         };
-        if (x.m <= 16) return by(SemiTile<V, 1, 1, 16, 1>{});
+        if (x.m <= 16) return by(SemiTile<V, 1, 1, 16>{});
         const int tokens = semi_tile_tokens<V>(w.rows, x.m, device.processors());
-        if (tokens == 64) return by(SemiTile<V, 2, 1, 64, 1>{});
-        if (tokens == 128) return by(SemiTile<V, 2, 1, 128, 1>{});
-        if constexpr (sizeof(Y) == 2)
-            if (is("ENGINE_SEMI_TILE", "192")) return by(SemiTile<V, 2, 2, 192, 1>{});
-        if (is("ENGINE_SEMI_TILE", "cluster")) return by(SemiTile<V, 2, 1, 256, 2>{});
-        by(SemiTile<V, 2, 1, 256, 1>{});
+        if (tokens == 64) return by(SemiTile<V, 2, 1, 64>{});
+        if (tokens == 128) return by(SemiTile<V, 2, 1, 128>{});
+        by(SemiTile<V, 2, 1, 256>{});
     };
     if constexpr (sizeof(V) == 2) {
         multiply(V{});

@@ -65,14 +65,6 @@ __device__ inline void barriers_ready() { ENGINE_SM90("fence.mbarrier_init.relea
 __device__ inline void barrier_arrive(Barrier& barrier) {
     ENGINE_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-// Arrives at the barrier in the same place of block `rank` of the cluster.
-__device__ inline void barrier_arrive(Barrier& barrier, unsigned rank) {
-    ENGINE_SM90(
-        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 "
-        "_, [remote]; }" ::"r"(shared_address(&barrier)),
-        "r"(rank) : "memory");
-}
 // Arrives, and announces bytes that copy_tile brings in this phase.
 __device__ inline void barrier_arrive_and_expect(Barrier& barrier, int bytes) {
     ENGINE_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
@@ -91,32 +83,19 @@ __device__ inline void barrier_wait(Barrier& barrier, uint32_t parity) {
         "r"(parity) : "memory");
 }
 
+// `bytes` one after another, a multiple of 16 as both addresses are; they count for the barrier.
+__device__ inline void copy_bytes(void* to_shared, const void* from, int bytes, Barrier& barrier) {
+    ENGINE_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                    shared_address(to_shared)),
+                "l"(from), "r"(bytes), "r"(shared_address(&barrier)) : "memory");
+}
+
 // The tile whose first row and byte of a row these are; its bytes count for the barrier.
 __device__ inline void copy_tile(void* to_shared, const TileMap& from, int byte, int row, Barrier& barrier) {
     ENGINE_SM90(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             shared_address(to_shared)),
         "l"(&from), "r"(byte), "r"(row), "r"(shared_address(&barrier)) : "memory");
-}
-
-// The same into the same place of every block of the cluster whose bit is set in `ranks`, each counting by its own
-// barrier in that place.
-__device__ inline void copy_tile_to(void* to_shared, const TileMap& from, int byte, int row, Barrier& barrier,
-                                    unsigned ranks) {
-    ENGINE_SM90(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-        "{%2, "
-        "%3}], [%4], %5;" ::"r"(shared_address(to_shared)),
-        "l"(&from), "r"(byte), "r"(row), "r"(shared_address(&barrier)), "h"(static_cast<uint16_t>(ranks)) : "memory");
-}
-__device__ inline unsigned cluster_rank() {
-    unsigned rank = 0;
-    ENGINE_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-// All threads of the cluster meet that have not ended.
-__device__ inline void cluster_barrier() {
-    ENGINE_SM90("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 
 // A warpgroup's threads meet.
@@ -163,13 +142,11 @@ using emulated::barrier_arrive_after_copies;
 using emulated::barrier_arrive_and_expect;
 using emulated::barrier_init;
 using emulated::barrier_wait;
-using emulated::cluster_rank;
+using emulated::copy_bytes;
 using emulated::copy_tile;
-using emulated::copy_tile_to;
 using emulated::tile_map;
 using emulated::TileMap;
 inline void barriers_ready() {}
-inline void cluster_barrier() { emulated::wait(emulated::State::at_cluster_barrier); }
 inline void warpgroup_barrier() { emulated::wait(emulated::State::at_warpgroup_barrier); }
 template <int kRegisters>
 void take_registers() {

@@ -13,7 +13,7 @@ namespace engine {
 // from the L2 cache.
 struct TileOrder {
     int rows, tokens, group;  // tiles of w, tiles of x
-    __device__ int count() const { return rows * tokens; }
+    ENGINE_INLINE int count() const { return rows * tokens; }
     __device__ void at(int item, int& row, int& token) const {
         const int first = item / (group * tokens) * group, within = item % (group * tokens);
         const int high = std::min(group, rows - first);
@@ -22,15 +22,9 @@ struct TileOrder {
     }
 };
 
-// Lanes of a consumer's warp: the stage may be written over by all blocks of the cluster that write into it.
-template <int kCluster>
+// A consumer's warp: the stage may be written over.
 __device__ inline void release_stage(Barrier& empty) {
-    const unsigned lane = threadIdx.x % kWarp;
-    if constexpr (kCluster > 1) {
-        if (lane < kCluster) barrier_arrive(empty, lane);
-    } else {
-        if (lane == 0) barrier_arrive(empty);
-    }
+    if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
 }
 
 // How a sum becomes an element of y: in each op's own order of fp32 operations.

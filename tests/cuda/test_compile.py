@@ -29,8 +29,8 @@ INSTRUCTIONS = {  # that must be in the machine code
 }
 # And in sm_90a's: wgmma and wgmma.sp, tiles by TMA, stmatrix.
 BY_WARPGROUPS = {
-    "bitmap_int8_linear": ("IGMMA.64x256x32.S8.S8", "UTMALDG.2D.MULTICAST"),
-    "bitmap_linear": ("HGMMA.64x256x16.F32 ", "HGMMA.64x256x16.F32.BF16", "UTMALDG.2D.MULTICAST"),
+    "bitmap_int8_linear": ("IGMMA.64x256x32.S8.S8", "UBLKCP"),
+    "bitmap_linear": ("HGMMA.64x256x16.F32 ", "HGMMA.64x256x16.F32.BF16", "UBLKCP"),
     "int8_scaled_mm": ("IGMMA.64x256x32.S8.S8", "UTMALDG.2D", "STSM.16.MT88.4"),
     "semi_structured_int8_linear": ("IGMMA.SP.64x256x64.S8.S8", "UTMALDG.2D", "STSM.16.MT88.4"),
     "semi_structured_linear": (

@@ -27,13 +27,6 @@ inline void barrier_arrive_and_expect(Barrier& barrier, int bytes) {
     barrier.bytes += bytes;
     barrier_arrive(barrier);
 }
-// What lies at the same place of another block of the cluster.
-template <class T>
-T& of_cluster(T& mine, unsigned rank) {
-    const uint32_t address = shared_address(&mine);
-    return *reinterpret_cast<T*>(cluster_block(rank).shared_begin() + address);
-}
-inline void barrier_arrive(Barrier& barrier, unsigned rank) { barrier_arrive(of_cluster(barrier, rank)); }
 inline void barrier_arrive_after_copies(Barrier& barrier) {
     std::vector<std::vector<Copy>> begun(1);
     begun.swap(fiber().copies);
@@ -55,6 +48,16 @@ inline void barrier_wait(Barrier& barrier, uint32_t parity) {
     }
 }
 
+inline void copy_bytes(void* to_shared, const void* from, int bytes, Barrier& barrier) {
+    if (shared_address(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+        stop("cp.async.bulk: not aligned to 16 bytes");
+    transfers.push_back([=, &barrier] {
+        std::memcpy(to_shared, from, static_cast<size_t>(bytes));
+        barrier.bytes -= bytes;
+        end_phase(barrier);
+    });
+}
+
 struct TileMap {
     const char* data;
     int64_t rows, row_bytes, stride;
@@ -67,28 +70,18 @@ inline TileMap tile_map(const void* data, int64_t rows, int64_t row_bytes, int64
         stop("a tensor map that the driver would refuse");
     return {static_cast<const char*>(data), rows, row_bytes, stride, tile_rows, tile_bytes};
 }
-// Into the blocks of the cluster whose bit is set in `ranks`.
-inline void copy_tile_to(void* to_shared, const TileMap& map, int byte, int row, Barrier& to_barrier, unsigned ranks) {
-    if (shared_address(to_shared) % 1024) stop("a tile that does not begin on 1024 bytes");
-    for (unsigned rank = 0; rank < cluster; ++rank) {
-        if (!(ranks >> rank & 1)) continue;
-        char* to = &of_cluster(*static_cast<char*>(to_shared), rank);
-        Barrier& barrier = of_cluster(to_barrier, rank);
-        transfers.push_back([map, byte, row, to, &barrier] {
-            for (int i = 0; i < map.tile_rows * map.tile_bytes; ++i) {
-                const int64_t at_row = row + i / map.tile_bytes, at = byte + i % map.tile_bytes;
-                const bool inside = at_row >= 0 && at_row < map.rows && at >= 0 && at < map.row_bytes;
-                to[i ^ (i >> 7 & (map.tile_bytes / 16 - 1)) << 4] =
-                    inside ? map.data[at_row * map.stride + at] : char{0};
-            }
-            barrier.bytes -= map.tile_rows * map.tile_bytes;
-            end_phase(barrier);
-        });
-    }
-}
 inline void copy_tile(void* to_shared, const TileMap& map, int byte, int row, Barrier& barrier) {
-    copy_tile_to(to_shared, map, byte, row, barrier, 1u << block->index % cluster);
+    if (shared_address(to_shared) % 1024) stop("a tile that does not begin on 1024 bytes");
+    auto* to = static_cast<char*>(to_shared);
+    transfers.push_back([=, &barrier] {
+        for (int i = 0; i < map.tile_rows * map.tile_bytes; ++i) {
+            const int64_t at_row = row + i / map.tile_bytes, at = byte + i % map.tile_bytes;
+            const bool inside = at_row >= 0 && at_row < map.rows && at >= 0 && at < map.row_bytes;
+            to[i ^ (i >> 7 & (map.tile_bytes / 16 - 1)) << 4] = inside ? map.data[at_row * map.stride + at] : char{0};
+        }
+        barrier.bytes -= map.tile_rows * map.tile_bytes;
+        end_phase(barrier);
+    });
 }
-inline unsigned cluster_rank() { return block->index % cluster; }
 
 }  // namespace emulated

@@ -33,7 +33,7 @@ constexpr unsigned kWarp = 32, kMostThreads = 1024, kResident = 4;
 constexpr size_t kStack = 64 << 10, kShown = 64, kShared = 227 << 10;
 constexpr int64_t kMostYields = 10'000'000;  // without a block ending: then it never will
 
-enum class State { ready, at_warp_barrier, at_warpgroup_barrier, at_block_barrier, at_cluster_barrier, done };
+enum class State { ready, at_warp_barrier, at_warpgroup_barrier, at_block_barrier, done };
 
 struct Copy {
     void* to;
@@ -67,8 +67,7 @@ struct Block {
 };
 
 inline std::vector<Block> resident(kResident);
-inline Block* block;          // that runs
-inline unsigned cluster = 1;  // blocks of a cluster, which are resident side by side
+inline Block* block;  // that runs
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::mt19937 random;
@@ -164,27 +163,6 @@ inline bool release(unsigned begin, unsigned end, State barrier) {
     return any;
 }
 
-inline Block& cluster_block(unsigned rank) {
-    return block[static_cast<int>(rank) - static_cast<int>(block->index % cluster)];
-}
-inline bool at_cluster_barrier(const Block& some) {
-    const auto end = some.fibers.begin() + blockDim.x;
-    return std::any_of(some.fibers.begin(), end, [](const Fiber& f) { return f.state == State::at_cluster_barrier; });
-}
-// Releases the threads of a whole cluster.
-inline void release_cluster() {
-    for (unsigned rank = 0; rank < cluster; ++rank)
-        for (unsigned i = 0; i < blockDim.x; ++i) {
-            const State state = cluster_block(rank).fibers[i].state;
-            if (state != State::at_cluster_barrier && state != State::done) return;
-        }
-    for (unsigned rank = 0; rank < cluster; ++rank)
-        for (unsigned i = 0; i < blockDim.x; ++i) {
-            State& state = cluster_block(rank).fibers[i].state;
-            if (state == State::at_cluster_barrier) state = State::ready;
-        }
-}
-
 // Every ready thread of `block` once. False when all of them have ended.
 inline bool step(const std::vector<unsigned>& order) {
     const unsigned threads = blockDim.x;
@@ -203,41 +181,32 @@ inline bool step(const std::vector<unsigned>& order) {
     for (unsigned group = 0; group < threads; group += 4 * kWarp)
         released |= release(group, std::min(group + 4 * kWarp, threads), State::at_warpgroup_barrier);
     if (released || running) return true;
-    if (at_cluster_barrier(*block)) {
-        if (++yields > kMostYields) stop("a barrier that not all threads of the cluster reach");
-        release_cluster();
-        return true;
-    }
     for (unsigned i = 0; i < threads; ++i)
         if (block->fibers[i].state != State::done) stop("a barrier that not all its threads reach");
     return false;
 }
 
 inline void run_grid() {
-    std::vector<unsigned> clusters(gridDim.x / cluster);
-    std::iota(clusters.begin(), clusters.end(), 0u);
+    std::vector<unsigned> blocks(gridDim.x);
+    std::iota(blocks.begin(), blocks.end(), 0u);
     std::vector<std::vector<unsigned>> orders(64, std::vector<unsigned>(blockDim.x));
     for (auto& order : orders) {
         std::iota(order.begin(), order.end(), 0u);
         std::shuffle(order.begin(), order.end(), random);
     }
     const unsigned how = random() % 3;
-    if (how == 1) std::reverse(clusters.begin(), clusters.end());
-    if (how == 2) std::shuffle(clusters.begin(), clusters.end(), random);
+    if (how == 1) std::reverse(blocks.begin(), blocks.end());
+    if (how == 2) std::shuffle(blocks.begin(), blocks.end(), random);
     size_t next = 0;
     unsigned running = 0;
     yields = 0;
     for (Block& slot : resident) slot.running = false;
-    while (next < clusters.size() || running > 0) {
-        const unsigned slot = random() % (kResident / cluster) * cluster, rank = random() % cluster;
-        block = &resident[slot + rank];
+    while (next < blocks.size() || running > 0) {
+        block = &resident[random() % kResident];
         if (!block->running) {
-            const auto runs = [](const Block& mate) { return mate.running; };
-            const auto first = resident.begin() + slot;
-            if (next == clusters.size() || std::any_of(first, first + cluster, runs)) continue;
-            for (unsigned i = 0; i < cluster; ++i) begin(first[i], clusters[next] * cluster + i);
-            ++next;
-            running += cluster;
+            if (next == blocks.size()) continue;
+            begin(*block, blocks[next++]);
+            ++running;
         }
         blockIdx.x = block->index;
         for (unsigned turns = 1 + random() % 8; turns > 0 && block->running; --turns) {

@@ -92,20 +92,11 @@ void launch(void (*kernel)(Parameters...), const char*, int64_t blocks, int thre
 }
 
 template <class... Parameters, class... Args>
-void launch_clusters(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int cluster,
-                     int shared, const OnDeviceOf& device, Args... args) {
-    if (shared < 0 || shared > static_cast<int>(emulated::kShared) || (cluster != 1 && cluster != 2) ||
-        blocks % cluster != 0)
-        emulated::stop("a launch that a GPU would refuse");
-    emulated::cluster = static_cast<unsigned>(cluster);
-    launch(kernel, what, blocks, threads, device, args...);
-    emulated::cluster = 1;
-    if (!emulated::transfers.empty()) emulated::stop("copies that nobody has waited for");
-}
-template <class... Parameters, class... Args>
 void launch_with_shared(void (*kernel)(Parameters...), const char* what, int64_t blocks, int threads, int shared,
                         const OnDeviceOf& device, Args... args) {
-    launch_clusters(kernel, what, blocks, threads, 1, shared, device, args...);
+    if (shared < 0 || shared > static_cast<int>(emulated::kShared)) emulated::stop("a launch that a GPU would refuse");
+    launch(kernel, what, blocks, threads, device, args...);
+    if (!emulated::transfers.empty()) emulated::stop("copies that nobody has waited for");
 }
 
 template <class... Parameters, class... Args>
