@@ -99,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path)
     files = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().results]
+    files = [results for results in files if "cuda" not in results]  # a GPU's are tables of their own
     head = [
         "# Measured",
         "",

@@ -51,7 +51,7 @@ def weight_config(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, dev
     tokens = max(16, triton.next_power_of_2(m))
     if m == 1:
         block_k = min(512, max(32, triton.next_power_of_2(k)))
-        outputs = next((o for o in (16, 8) if n >= 2 * o * device.multiprocessors), 4)
+        outputs = 8 if n >= 16 * device.multiprocessors else 4
         return WeightConfig(outputs, 1, block_k, 1, 4, 3)
     blocks = 2  # programs a multiprocessor
     if dtype == torch.float32:
@@ -59,14 +59,18 @@ def weight_config(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, dev
     elif not aligned:
         config = WeightConfig(64, min(tokens, 64), 32, 1, 4, 3)
     else:
-        if tokens == 16:
+        if m < FEWEST_BY_DESCRIPTOR:
+            config, blocks = WeightConfig(64, 16, 256, 1, 2, 4), 3
+        elif tokens == 16:
             config, blocks = WeightConfig(32, 16, 256, 1, 2, 4), 4
         elif tokens == 32:
             config = WeightConfig(128, 32, 128, 1, 2, 4)
         elif tokens == 64:
-            config = WeightConfig(128, 64, 128, 1, 4, 3)
+            config = WeightConfig(64, 64, 128, 1, 4, 3)
         elif tokens == 128:
-            config = WeightConfig(64, 128, 64, 1, 4, 5)
+            config = WeightConfig(128, 128, 64, 1, 4, 4)
+        elif tokens == 256:
+            config = WeightConfig(64, 128, 64, 1, 4, 3)
         else:
             config = WeightConfig(64, 256, 64, 1, 4, 3)
         room = (device.shared_memory // blocks - 2048) // (config.block_k * (config.outputs + 2 * config.tokens))

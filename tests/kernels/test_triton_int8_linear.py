@@ -145,9 +145,9 @@ def test_config():
 @compiled
 def test_when_the_library_multiplies(monkeypatch):
     monkeypatch.setattr(module, "_library_multiplies", lambda: True)
-    assert module.use_library(8192, 8192, 8192, True, H200)
+    assert module.use_library(8192, 8192, 8192, True, H200) and module.use_library(128, 5120, 13824, True, H200)
     for m, n, k, aligned, card in (
-        (256, 8192, 8192, True, H200),
+        (64, 8192, 8192, True, H200),
         (1024, 384, 384, True, H200),
         (8192, 8192, 8192, False, H200),
         (8192, 8192, 200000, True, H200),
