@@ -98,7 +98,7 @@ def _library_multiplies() -> bool:
 
 def use_library(m: int, n: int, k: int, aligned: bool, device: Device) -> bool:
     """Whether CUDA C++ multiplies: on Hopper, from 65 tokens on, where small tiles give work to half of the card."""
-    fits = device.capability == 90 and aligned and m > 64 and 0 < k <= LONGEST_SUM
+    fits = device.capability == 90 and aligned and m > 64 and 0 < k < LONGEST_SUM and k % 16 == 0
     enough = 2 * triton.cdiv(m, 128) * triton.cdiv(n, 64) >= device.multiprocessors
     return fits and enough and _library_multiplies()
 

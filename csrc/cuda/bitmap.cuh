@@ -124,11 +124,6 @@ __device__ inline void make_table(SpreadTable<V>& table) {
     table[m] = {selector, 8 * taken};
 }
 
-// Words of shared memory, which is padded: anything may be read ahead.
-struct SharedWords {
-    const uint32_t* at;
-    __device__ uint32_t next() { return *at++; }
-};
 // Words of `values`, at whose ends a word may hang over: there only bytes inside are read.
 struct GlobalWords {
     const uint8_t *at, *begin, *end;
@@ -144,8 +139,8 @@ struct GlobalWords {
 };
 
 // A lane's piece spread over 8 registers. `words` begins with the word that holds the first value, at byte `offset`.
-template <class V, class Words>
-__device__ inline void spread(uint32_t (&out)[8], uint32_t mask, Words words, uint32_t offset,
+template <class V>
+__device__ inline void spread(uint32_t (&out)[8], uint32_t mask, GlobalWords words, uint32_t offset,
                               const SpreadTable<V>& table) {
     uint32_t low = words.next(), high = words.next(), shift = 8 * offset;
 #pragma unroll

@@ -1,7 +1,6 @@
 // bitmap_int8_linear on NVIDIA GPUs: the rows of x become int8, then bitmap_decode.cuh (up to 16 rows), bitmap_tile.cuh
 // (more, where there is wgmma) or bitmap_product.cuh multiplies what the bitmap holds. Nothing waits for the GPU. A row
-// of the bitmap that is
-// inconsistent gives NaN (bitmap.cuh).
+// of the bitmap that is inconsistent gives NaN (bitmap.cuh).
 
 #include "common/dtype.h"
 #include "cuda/bitmap_decode.cuh"

@@ -3,7 +3,6 @@
 
 #include "cuda/bitmap_activations.cuh"
 #include "cuda/bitmap_cursor.cuh"
-#include "cuda/bitmap_product.cuh"
 
 namespace engine {
 

@@ -2,8 +2,8 @@
 //
 // A block has 128 rows of w and kTokens of x: two warpgroups multiply 64 rows of w each, operand A, by all of the tile
 // of x, operand B. Each warp spreads its 16 rows in registers, straight into fragments of A, while the tensor cores
-// work on the step before: no spread weight is ever in memory. One more warp brings x (bitmap_activations.cuh), by one
-// bulk copy a step, kStages - 1 steps ahead.
+// work on the step before: no spread weight is ever in memory. A thread beside them brings x (bitmap_activations.cuh),
+// by one bulk copy a step, kStages - 1 steps ahead.
 //
 // A stretch is 256 bytes of each row of w, two steps. Its mask is read two stretches or more ahead, its values come by
 // cp.async into shared memory one or two ahead. Lane t of a quad has 64 bytes of it, whose values it takes one word

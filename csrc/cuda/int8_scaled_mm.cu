@@ -10,7 +10,7 @@ namespace engine {
 namespace {
 
 constexpr const char* kOp = "int8_scaled_mm";
-constexpr int64_t kLongestSum = 131072;  // |products| are at most 128 · 128, so that int32 holds so many
+constexpr int64_t kLongestSum = 131071;  // |products| are at most 128 · 128, so that int32 holds so many
 
 struct Operands {
     Tensor q, weight;
@@ -72,7 +72,8 @@ Tensor int8_scaled_mm(Tensor q, Tensor token_scale_in, Tensor weight, Tensor sca
         Tensor y = new_tensor(q, {m, n}, dtype);
         const OnDeviceOf device(q);
         STD_TORCH_CHECK(device.has_wgmma(), kOp, ": expected a GPU of compute capability 9.0");
-        STD_TORCH_CHECK((n / 64 + 1) * (m / 16 + 1) < 0x7fffffff, kOp, ": expected fewer rows");
+        STD_TORCH_CHECK(std::max(m, n) < 1 << 30 && (n / 64 + 1) * (m / 128 + 1) < 1 << 30, kOp,
+                        ": expected fewer rows");
         if (m == 0 || n == 0) return y;
         const Operands of{q, weight, {data<float>(token_scale), data<float>(scale)}, any_float(bias), m, n, k};
         multiply_by_best<Y>(of, y, device);

@@ -75,9 +75,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     __syncthreads();
     if (warpgroup == 0) {
         if constexpr (Tile::kConsumers > 1) give_registers<40>();
-        if (threadIdx.x < kWarp) {
-            if (threadIdx.x == 0) fetch_dense<Tile>(shared, map_x, map_w, tiles, steps);
-        }
+        if (threadIdx.x == 0) fetch_dense<Tile>(shared, map_x, map_w, tiles, steps);
         return;
     }
     if constexpr (Tile::kConsumers > 1) take_registers<232>();

@@ -148,27 +148,6 @@ __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Words of shared memory by its own 32-bit addresses.
-__device__ inline uint32_t shared_word(uint32_t at) {
-    uint32_t value;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
-    return value;
-}
-// Where `condition` is not 0, (ahead, high, low) move on by a word, of which the new one is at `at`, which moves too.
-// No branch: lanes differ. Nothing waits for what was loaded before the next time.
-__device__ inline void move_words_if(uint32_t condition, uint32_t& low, uint32_t& high, uint32_t& ahead, uint32_t& at) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %4, 0; @p mov.b32 %0, %1; @p mov.b32 %1, %2; @p ld.shared.b32 %2, [%3]; "
-        "@p add.u32 %3, %3, 4;}"
-        : "+r"(low), "+r"(high), "+r"(ahead), "+r"(at)
-        : "r"(condition)
-        : "memory");
-}
-// copy_16_async by such an address, which also has L2 read the 256 bytes around.
-__device__ inline void copy_16_of_stream(uint32_t to_shared, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
-}
-
 // Four 8x8 matrices of 16 bits. Lane l gives the address of row l % 8 (16 bytes) of matrix l / 8; at[i] of lane (g, t)
 // is bytes [4t, 4t + 4) of row g of matrix i.
 __device__ inline void load_matrices(uint32_t (&at)[4], const void* shared_row) {
@@ -308,22 +287,6 @@ inline void copy_commit() { emulated::commit_copies(); }
 template <int kPending>
 void copy_wait() {
     emulated::wait_for_copies(kPending);
-}
-
-inline uint32_t shared_word(uint32_t at) {
-    uint32_t value;
-    std::memcpy(&value, emulated::at_shared_address(at), 4);
-    return value;
-}
-inline void move_words_if(uint32_t condition, uint32_t& low, uint32_t& high, uint32_t& ahead, uint32_t& at) {
-    if (condition == 0) return;
-    low = high;
-    high = ahead;
-    ahead = shared_word(at);
-    at += 4;
-}
-inline void copy_16_of_stream(uint32_t to_shared, const void* from) {
-    copy_16_async(emulated::at_shared_address(to_shared), from);
 }
 
 inline void load_matrices(uint32_t (&at)[4], const void* shared_row) {

@@ -94,13 +94,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         barriers_ready();
     }
-    __syncwarp();
     __syncthreads();
     if (warpgroup == 0) {
         if constexpr (Tile::kConsumers > 1) give_registers<40>();
-        if (threadIdx.x < kWarp) {
-            fetch_semi_structured<Tile>(shared, w, map_x, map_w, tiles, steps);
-        }
+        if (threadIdx.x < kWarp) fetch_semi_structured<Tile>(shared, w, map_x, map_w, tiles, steps);
         return;
     }
     if constexpr (Tile::kConsumers > 1) take_registers<232>();

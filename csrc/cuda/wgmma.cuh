@@ -70,7 +70,6 @@ __device__ inline void shared_written() {
 #define ENGINE_D16(c, i) ENGINE_D8(c, i), ENGINE_D8(c, i + 8)
 #define ENGINE_D32(c, i) ENGINE_D16(c, i), ENGINE_D16(c, i + 16)
 #define ENGINE_D64(c, i) ENGINE_D32(c, i), ENGINE_D32(c, i + 32)
-#define ENGINE_D96(c, i) ENGINE_D64(c, i), ENGINE_D32(c, i + 64)
 #define ENGINE_D128(c, i) ENGINE_D64(c, i), ENGINE_D64(c, i + 64)
 #define ENGINE_OF_TEN(t) \
     "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
@@ -82,7 +81,6 @@ __device__ inline void shared_written() {
 #define ENGINE_NAMES16 ENGINE_NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define ENGINE_NAMES32 ENGINE_NAMES30 "%30, %31"
 #define ENGINE_NAMES64 ENGINE_NAMES60 "%60, %61, %62, %63"
-#define ENGINE_NAMES96 ENGINE_NAMES90 "%90, %91, %92, %93, %94, %95"
 #define ENGINE_NAMES128 ENGINE_NAMES120 "%120, %121, %122, %123, %124, %125, %126, %127"
 
 // The instruction for N columns, so many registers of D, and the operands after D by their numbers.
@@ -128,7 +126,6 @@ ENGINE_WGMMA_EACH(16, 8, 8, 9, 10, 11, 12)
 ENGINE_WGMMA_EACH(32, 16, 16, 17, 18, 19, 20)
 ENGINE_WGMMA_EACH(64, 32, 32, 33, 34, 35, 36)
 ENGINE_WGMMA_EACH(128, 64, 64, 65, 66, 67, 68)
-ENGINE_WGMMA_EACH(192, 96, 96, 97, 98, 99, 100)
 ENGINE_WGMMA_EACH(256, 128, 128, 129, 130, 131, 132)
 
 #else
@@ -190,14 +187,17 @@ void wgmma(WarpgroupD<Acc, kN>& d, uint64_t a, uint64_t b, T) {
 
 template <class Acc, int kN, class T>
 void wgmma(WarpgroupD<Acc, kN>& d, const FragmentA& a, uint64_t b, T) {
-    emulated::show(a);
+    const FragmentA issued = a;
+    emulated::show(issued);
     FragmentRow<T> rows[2];
     for (unsigned i = 0; i < 4; ++i) {
         const auto part = emulated::shown_by<FragmentA>(threadIdx.x % kWarp / 4 * 4 + i);
         rows[0].set(i, part.at[0], part.at[2]);
         rows[1].set(i, part.at[1], part.at[3]);
     }
-    begin_product(d, 0, b, [low = rows[0], high = rows[1], b](unsigned more) {
+    begin_product(d, 0, b, [low = rows[0], high = rows[1], b, issued, registers = &a](unsigned more) {
+        if (std::memcmp(registers, &issued, sizeof(issued)) != 0)
+            emulated::stop("registers of A were written before their product was waited for");
         return [mine = more == 0 ? low : high, b](unsigned column) {
             FragmentRow<T> other;
             read_row<32>(other.at, b, column);

@@ -73,6 +73,7 @@ __global__ void warpgroup_kernel(const uint4* a, const uint32_t* metadata, const
     __syncthreads();
     WarpgroupD<Acc, kN> sum{};
     const uint64_t all_b = shared_tile<128>(tiles.b);
+    FragmentA registers[4];  // until the products are waited for
     wgmma_begin();
     if (how == WarpgroupA::sparse) {
         const uint64_t all_a = shared_tile<64>(tiles.a);
@@ -87,7 +88,8 @@ __global__ void warpgroup_kernel(const uint4* a, const uint32_t* metadata, const
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint4 at = a[4 * thread + i];
-            wgmma(sum, FragmentA{{at.x, at.y, at.z, at.w}}, advance(all_b, 32 * i), T{});
+            registers[i] = {{at.x, at.y, at.z, at.w}};
+            wgmma(sum, registers[i], advance(all_b, 32 * i), T{});
         }
     }
     wgmma_commit();
@@ -114,7 +116,6 @@ Tensor warpgroup_by(const Tensor& a, const std::optional<Tensor>& metadata, cons
     if (b.size(0) == 32) return warpgroup_of<32, T, Acc>(a, metadata, b, of);
     if (b.size(0) == 64) return warpgroup_of<64, T, Acc>(a, metadata, b, of);
     if (b.size(0) == 128) return warpgroup_of<128, T, Acc>(a, metadata, b, of);
-    if (b.size(0) == 192) return warpgroup_of<192, T, Acc>(a, metadata, b, of);
     return warpgroup_of<256, T, Acc>(a, metadata, b, of);
 }
 

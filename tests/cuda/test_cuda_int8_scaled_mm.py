@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from device import assert_same, on, on_device
+from device import DEVICE, assert_same, on, on_device
 
 from engine.ops._check import FLOAT_DTYPES
 from engine.ops._library import REFERENCES
 
 pytestmark = on_device
-SHAPES = [(1, 5, 16), (17, 130, 272), (64, 64, 128), (300, 200, 400), (257, 300, 1040)]  # M, N, K
+# M, N, K. Emulated, on four multiprocessors, the last has three tiles of 256 tokens for each block; on a card the
+# larger ones have tiles of each size, and several for each.
+SHAPES = [(1, 5, 16), (17, 130, 272), (64, 64, 128), (300, 200, 400), (257, 300, 1040), (700, 390, 1040)]
+if DEVICE == "cuda":
+    SHAPES += [(640, 3392, 1040), (1000, 3000, 528), (5000, 4104, 272)]
 
 
 def check(m, n, k, dtype=torch.bfloat16, bias=None):

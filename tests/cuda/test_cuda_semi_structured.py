@@ -121,6 +121,8 @@ WHOLE_STEPS = [
     (250, 500, 640),
     (500, 497, 128),
 ]
+if not EMULATED:  # on a card these have the largest tiles, and several for each multiprocessor
+    WHOLE_STEPS += [(640, 3392, 640), (2600, 4200, 256)]
 
 
 @pytest.mark.parametrize("capability", ["9.0", "8.0"] if EMULATED else ["the card's"])

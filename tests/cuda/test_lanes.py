@@ -180,7 +180,7 @@ def lanes_of_sm90(lanes, request):
     return lanes
 
 
-@pytest.mark.parametrize("n", [16, 32, 64, 128, 192, 256])
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", DENSE, ids=str)
 def test_warpgroup_products(lanes_of_sm90, dtype, n):
     k = 4 * DENSE[dtype][0]
@@ -192,7 +192,7 @@ def test_warpgroup_products(lanes_of_sm90, dtype, n):
     )
 
 
-@pytest.mark.parametrize("n", [16, 32, 64, 128, 192, 256])
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", SPARSE, ids=str)
 def test_sparse_warpgroup_products(lanes_of_sm90, dtype, n):
     k = SPARSE[dtype][0]
