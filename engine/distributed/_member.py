@@ -106,6 +106,7 @@ def reduce_by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup, communic
         t.div_(group.size(), rounding_mode=None if t.is_floating_point() else "trunc")
 
 
+GLOO_LETS_GO = 0.05  # seconds
 _members: "weakref.WeakKeyDictionary[dist.ProcessGroup, Member]" = weakref.WeakKeyDictionary()
 _connecting = threading.Lock()
 
@@ -130,6 +131,13 @@ def _close(ways: list[Communicator | Network], worker: Worker, reason: str) -> N
 
 @atexit.register
 def _close_all() -> None:
-    """A thread in native code while the interpreter goes would abort the process, and a waiting one hold it up."""
-    for member in list(_members.values()):
+    """A thread in native code while the interpreter goes would abort the process, and a waiting one hold it up.
+
+    So would a thread of gloo's that is about to let go of the last tensor it was given, for which it wants the
+    interpreter's lock. There is no way to ask for it; it is given a while in which the lock is free.
+    """
+    members = list(_members.values())
+    for member in members:
         member.close("this rank is exiting")
+    if members:
+        time.sleep(GLOO_LETS_GO)
