@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import LINEARS
+from shapes import LINEARS, few_outputs
 from tolerance import assert_as_good_as_torch
 
 import engine
@@ -59,6 +59,12 @@ def test_native_is_as_good_as_torch(variant, shape, values_dtype):
     for dtype, bias in zip(FLOAT_DTYPES, (None, torch.randn(n), torch.randn(n).half()), strict=True):
         x = torch.randn(m, k).to(dtype)
         assert_as_good_as_torch(bitmap_linear(x, *weight, bias), *truth_of(x, *weight, bias))
+
+
+def test_sums_of_few_outputs(variant):
+    for m, n, k in few_outputs(60):
+        x, weight = torch.randn(m, k), random_bitmap(n, k, density=0.9)
+        assert_as_good_as_torch(bitmap_linear(x, *weight), *truth_of(x, *weight))
 
 
 # Small integers, so that every sum is exact: each tile of every kernel with each tail, on one and on several

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import LINEARS
+from shapes import LINEARS, few_outputs
 from tolerance import assert_as_good_as_torch
 
 import engine
@@ -43,6 +43,13 @@ def test_native_is_as_good_as_torch(variant, shape, dtype):
         for b in (None, bias):
             truth = F.linear(x.double(), dense_of(weight, k).double(), None if b is None else b.double())
             assert_as_good_as_torch(block_linear(x, *weight, b), truth, F.linear(x, dense, b))
+
+
+def test_sums_of_few_outputs(variant):
+    for m, n, k in few_outputs(60):
+        x, dense = torch.randn(m, k), torch.randn(n, k)
+        weight = engine.ops.prune_to_block(dense, 0.0, [(16, 16), (32, 48), (16, 256)][m % 3])
+        assert_as_good_as_torch(block_linear(x, *weight, n), F.linear(x.double(), dense.double()), F.linear(x, dense))
 
 
 @pytest.mark.parametrize("k", [1, 7, 33, 65, 130, 513])
