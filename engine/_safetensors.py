@@ -49,10 +49,11 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a header says of a tensor. `dtype` is None where PyTorch or this engine has no such type."""
+    """What a header says of a tensor. `dtype` is None where PyTorch or this engine has no such type as `stored`."""
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
+    stored: str = dataclasses.field(default="", compare=False)
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Entry":
@@ -65,7 +66,12 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize if self.dtype else 0
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+        return f"{self.type_name} {list(self.shape)}"
+
+    @property
+    def type_name(self) -> str:
+        """PyTorch's name of the type, or the file's."""
+        return self.stored if self.dtype is None else str(self.dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
@@ -111,7 +117,7 @@ class TensorFile:
     @staticmethod
     def _entry(file: Any, name: str) -> Entry:
         part = file.get_slice(name)
-        return Entry(DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+        return Entry(DTYPES.get(part.get_dtype()), tuple(part.get_shape()), part.get_dtype())
 
     def read(self, name: str) -> Tensor:
         """A copy of a tensor in memory of its own, on the CPU. CheckpointError where that fails."""
@@ -128,7 +134,7 @@ class TensorFile:
         """A tensor over the file's own pages."""
         where, entry = f"{self.path}: {name}", self.entries[name]
         if entry.dtype is None:
-            raise CheckpointError(f"{where}: its data type is not supported")
+            raise CheckpointError(f"{where}: its data type, {entry.type_name}, is not supported")
         with explained(where):
             self._file = self._file or safe_open(self.path, "pt")
             tensor = self._file.get_tensor(name)

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,20 @@ def test_inspect(model, out):
     save_file(tensors, out, file.metadata)
     assert "first.weight: " in run("inspect", out, code=1)
     assert "5 tensors, 0 compressed" in run("inspect", model)
+
+
+def test_inspect_names_what_it_cannot_read(tmp_path):
+    header = {
+        "odd": {"dtype": "F8_E8M0", "shape": [2, 3], "data_offsets": [8, 14]},
+        "plain": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(14))
+    printed = run("inspect", tmp_path / "a.safetensors")
+    assert re.search(r"odd +dense +2×3 +F8_E8M0 +– +– +–", printed)
+    assert "1 tensors, 0 compressed: 8 bytes" in printed and "not supported: odd (F8_E8M0)" in printed
+    odd, plain = json.loads(run("inspect", tmp_path / "a.safetensors", "--json"))["tensors"]
+    assert odd["bytes"] is None and plain["bytes"] == 8
 
 
 def test_doctor_and_version():

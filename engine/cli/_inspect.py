@@ -15,10 +15,11 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A checkpoint, any safetensors file, or a folder with one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a checkpoint holds, after checking all of it."""
+    """Show what a checkpoint holds, after checking all of it. What is of a type unknown here is named at the end."""
     with one_line_errors():
         rows, checkpoint = _inspect(file)
-    totals = {key: sum(row[key] for row in rows) for key in ("bytes", "dense_bytes")}
+    known = [row for row in rows if row["bytes"] is not None]
+    totals = {key: sum(row[key] for row in known) for key in ("bytes", "dense_bytes")}
     if as_json:
         typer.echo(json.dumps({"file": str(file), "recipe": checkpoint.recipe, "tensors": rows, **totals}, indent=2))
         return
@@ -33,7 +34,7 @@ def inspect(
             shape_text(row["shape"]),
             row["dtype"],
             sparsity,
-            f"{row['bytes']:,}",
+            "–" if row["bytes"] is None else f"{row['bytes']:,}",
             share,
         )
     console.print(table)
@@ -41,14 +42,16 @@ def inspect(
         console.print(plain(f"{alias} = {name}"))
     share = f"{totals['bytes'] / totals['dense_bytes']:.1%}" if totals["dense_bytes"] else "–"
     console.print(
-        f"{len(rows)} tensors, {len(checkpoint.weights)} compressed: {totals['bytes']:,} bytes, {share} of dense"
+        f"{len(known)} tensors, {len(checkpoint.weights)} compressed: {totals['bytes']:,} bytes, {share} of dense"
     )
+    if unread := [f"{row['name']} ({row['dtype']})" for row in rows if row["bytes"] is None]:
+        console.print(plain(f"not read, as their data type is not supported: {', '.join(unread)}"))
     if checkpoint.recipe is not None:
         console.print(f"recipe: {json.dumps(checkpoint.recipe)}")
 
 
 def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:
-    """A row for each weight and each other tensor; every one of them is read and checked."""
+    """A row for each weight and each other tensor; every one is read and checked, but for those of an unknown type."""
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
@@ -70,9 +73,10 @@ def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:
             }
         )
     for name in file.plain:
-        file.read(name)
-        entry = file.entries[name]
-        dtype = str(entry.dtype).removeprefix("torch.")
-        row = {"name": name, "format": "dense", "shape": entry.shape, "dtype": dtype, "sparsity": None}
-        rows.append({**row, "bytes": entry.nbytes, "dense_bytes": entry.nbytes})
+        entry, nbytes = file.entries[name], None
+        if entry.dtype is not None:
+            file.read(name)
+            nbytes = entry.nbytes
+        row = {"name": name, "format": "dense", "shape": entry.shape, "dtype": entry.type_name, "sparsity": None}
+        rows.append({**row, "bytes": nbytes, "dense_bytes": nbytes})
     return sorted(rows, key=lambda row: row["name"]), file
