@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
 from engine.ops._block import block_norms
+from engine.ops._library import reference_mode
 
 MAKERS = {
     "dense int8": lambda w: DenseInt8.from_dense(w),
@@ -42,6 +43,17 @@ def test_linear_multiplies_by_the_dense_weight(make, shape):
     quantised = getattr(format, "scale", None) is not None and getattr(format, "quantize_input", True)
     assert error < (0.03 if quantised else 1e-5)  # activations to int8 cost under a hundredth, static a little more
     assert format.linear(x).shape == (3, 2, shape[0])
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_sum_of_nothing_is_no_negative_zero(make, rows):
+    format = make(torch.tensor([[2.0], [0.0], [-0.0], [-2.0]]))
+    x = torch.linspace(-1, 1, rows).unsqueeze(1)
+    y = format.linear(x)
+    with reference_mode():
+        assert torch.equal(y.signbit() & (y == 0), torch.zeros_like(y, dtype=torch.bool))
+        assert torch.equal(format.linear(x).signbit(), y.signbit())
 
 
 def test_lossless_formats_give_the_weight_back():

@@ -43,10 +43,16 @@ class _Compressed(nn.Module):
     @property
     def format(self) -> Format:
         """The format over this module's tensors, without a copy."""
-        fields, parameters = self._settings.copy(), self._parameters
-        for name in self._format_type.TENSORS:
+        kind, parameters = self._format_type, self._parameters
+        if torch.compiler.is_dynamo_compiling():  # which can't follow the rest
+            tensors: dict[str, Any] = {name: parameters[name] for name in kind.TENSORS}
+            return kind(**tensors, **self._settings)
+        format = object.__new__(kind)  # a dataclass's __init__ would cost 0.3 µs more
+        fields = vars(format)
+        fields.update(self._settings)
+        for name in kind.TENSORS:
             fields[name] = parameters[name]
-        return self._format_type(**fields)
+        return format
 
     @property
     def weight(self) -> Tensor:
@@ -158,10 +164,15 @@ class CompressedLinear(_Compressed):
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype (under autocast, in autocast's)."""
         # Of a bitmap's columns an op knows only how many bytes they are. What is no tensor may be torch.fx's stand-in.
-        if isinstance(x, Tensor) and (x.dim() == 0 or x.size(-1) != self.in_features):
-            raise ValueError(f"engine.nn.CompressedLinear: x: expected [..., {self.in_features}], got {list(x.shape)}")
+        if isinstance(x, Tensor):
+            shape = x.shape
+            if not shape or shape[-1] != self.in_features:
+                expected = f"[..., {self.in_features}]"
+                raise ValueError(f"engine.nn.CompressedLinear: x: expected {expected}, got {list(shape)}")
+        if torch._C._is_any_autocast_enabled():
+            x = in_autocast(x)
         # The bias as an attribute would cost 0.5 µs more.
-        return self.format.linear(in_autocast(x), self._parameters["bias"])
+        return self.format.linear(x, self._parameters["bias"])
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.t() if self.transposed else matrix

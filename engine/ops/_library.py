@@ -22,10 +22,12 @@ def define(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    check: Callable | None = None,
 ) -> Callable:
     """Defines `engine::<schema>` and returns what calls it.
 
-    Without `backward` the op refuses gradients: asking for one raises, naming the op.
+    Without `backward` the op refuses gradients: asking for one raises, naming the op. `check` says why a kernel
+    refuses, as by :func:`explained_by`, which costs a Python frame more.
     """
     name = schema[: schema.index("(")]
     qualified = f"engine::{name}"
@@ -39,7 +41,7 @@ def define(
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
     packet, _, overload = name.partition(".")
-    return _without_autograd_overhead(getattr(getattr(torch.ops.engine, packet), overload or "default"))
+    return _without_autograd_overhead(getattr(getattr(torch.ops.engine, packet), overload or "default"), check)
 
 
 def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Callable:
@@ -52,7 +54,7 @@ def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Call
     return getattr(torch.ops.engine, name).default
 
 
-def _without_autograd_overhead(op: torch._ops.OpOverload) -> Callable:
+def _without_autograd_overhead(op: torch._ops.OpOverload, check: Callable | None) -> Callable:
     """Calls `op`, past its autograd kernel where no gradient can be wanted.
 
     That kernel is Python in PyTorch and costs 8 µs a call under `torch.no_grad()`, more than a small layer; inference
@@ -61,14 +63,19 @@ def _without_autograd_overhead(op: torch._ops.OpOverload) -> Callable:
     direct = op._op  # what `op` itself calls, a Python frame later
 
     def call(*args):
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(op, args)
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return direct(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return direct(*args)
+        try:
+            if torch.compiler.is_dynamo_compiling():
+                return op(*args)
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(op, args)
+            if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                return direct(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return direct(*args)
+        except RuntimeError:
+            if check is not None:
+                check(*args)
+            raise
 
     return call
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._library import define, explained_by
+from engine.ops._library import define
 
 
 def define_with_patches(
@@ -42,12 +42,13 @@ def define_with_patches(
         grad_x, *rest = backward(ctx, grad)
         return (None if grad_x is None else grad_x.unflatten(-1, ctx.kernel), *rest)
 
-    op = define(schema, reference=reference, fake=fake, backward=backward, setup_context=setup_context)
+    op = define(schema, reference=reference, fake=fake, backward=backward, setup_context=setup_context, check=check)
     of_patches = define(
         schema.replace("(", ".patches(", 1),
         reference=over_rows(reference),
         fake=sizes_alone,
         backward=back,
         setup_context=setup,
+        check=over_rows(check),
     )
-    return op, explained_by(over_rows(check))(lambda *args: of_patches(*args))
+    return op, of_patches

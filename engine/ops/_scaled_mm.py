@@ -28,7 +28,8 @@ def _reference(
     q: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     _check_arguments(q, token_scale, weight, scale, bias, dtype)
-    acc = (q.double() @ weight.double().t()).float()  # float64 holds these sums exactly; rounded once, to fp32
+    # float64 holds these sums exactly; rounded once, to fp32. Of one column they may be -0.0, integers not.
+    acc = (q.double() @ weight.double().t() + 0.0).float()
     y = acc * (token_scale.unsqueeze(-1) * scale)
     return (y if bias is None else y + bias.float()).to(dtype)
 

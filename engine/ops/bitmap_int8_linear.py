@@ -5,7 +5,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_mask, check_bitmap, check_bitmap_metadata
-from engine.ops._library import REFERENCES, explained_by
+from engine.ops._library import REFERENCES
 from engine.ops._patches import define_with_patches
 from engine.ops.bitmap_to_dense import bitmap_to_dense
 from engine.ops.int8_linear import check_input_scale  # (its module defines the reference that this one builds on)
@@ -109,7 +109,6 @@ _op, bitmap_int8_linear_of_patches = define_with_patches(
 )
 
 
-@explained_by(_check_arguments)
 def bitmap_int8_linear(
     x: Tensor,
     bitmask: Tensor,
@@ -147,6 +146,6 @@ def bitmap_int8_linear(
         ValueError: the shapes do not fit, `row_offsets` does not run from 0 to nnz without a step back, a row has more
             or fewer bits set than values, or a bit beyond K is set.
     """
-    if isinstance(input_scale, float | int):
+    if input_scale is not None and isinstance(input_scale, float | int):  # most often None
         input_scale = torch.full((), input_scale, dtype=torch.float32, device=x.device)
     return _op(x, bitmask, row_offsets, values, scale, bias, input_scale)

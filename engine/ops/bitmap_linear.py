@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_mask, check_bitmap, check_bitmap_metadata
-from engine.ops._library import define, explained_by
+from engine.ops._library import define
 from engine.ops.bitmap_to_dense import bitmap_to_dense
 
 BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in the backward
@@ -35,7 +35,7 @@ def _reference(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, 
     _check_arguments(x, bitmask, row_offsets, values, bias)
     weight = x.new_zeros(bitmask.shape[0], x.shape[-1], dtype=torch.float32)
     weight[bitmap_mask(bitmask, x.shape[-1])] = values.float()
-    y = x.float() @ weight.t()
+    y = x.float() @ weight.t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
     if bias is not None:
         y = y + bias.float()
     return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
@@ -68,6 +68,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | No
 
 _op = define(
     "bitmap_linear(Tensor x, Tensor bitmask, Tensor row_offsets, Tensor values, Tensor? bias=None) -> Tensor",
+    check=_check_arguments,
     reference=_reference,
     fake=_fake,
     backward=_backward,
@@ -75,7 +76,6 @@ _op = define(
 )
 
 
-@explained_by(_check_arguments)
 def bitmap_linear(
     x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None
 ) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._block import check_block, check_block_metadata, from_blocks
-from engine.ops._library import REFERENCES, explained_by
+from engine.ops._library import REFERENCES
 from engine.ops._patches import define_with_patches
 from engine.ops.int8_linear import check_input_scale  # defines the reference that this one builds on, too
 
@@ -107,7 +107,6 @@ _op, block_int8_linear_of_patches = define_with_patches(
 )
 
 
-@explained_by(_check_arguments)
 def block_int8_linear(
     x: Tensor,
     crow_indices: Tensor,
@@ -142,6 +141,6 @@ def block_int8_linear(
         ValueError: the shapes do not fit, `crow_indices` does not run from 0 to B without a step back, or a column of
             blocks lies outside the matrix or does not ascend.
     """
-    if isinstance(input_scale, float | int):
+    if input_scale is not None and isinstance(input_scale, float | int):  # most often None
         input_scale = torch.full((), input_scale, dtype=torch.float32, device=x.device)
     return _op(x, crow_indices, col_indices, values, scale, bias, input_scale)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._block import check_block, check_block_metadata, collect_blocks, from_blocks
-from engine.ops._library import define, explained_by
+from engine.ops._library import define
 
 OP = "block_linear"
 
@@ -33,7 +33,8 @@ def _reference(
     x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
 ) -> Tensor:
     _check_arguments(x, crow_indices, col_indices, values, rows, bias)
-    y = x.float() @ from_blocks(crow_indices, col_indices, values.float(), rows, x.shape[-1]).t()
+    weight = from_blocks(crow_indices, col_indices, values.float(), rows, x.shape[-1])
+    y = x.float() @ weight.t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
     if bias is not None:
         y = y + bias.float()
     return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
@@ -72,6 +73,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | No
 _op = define(
     "block_linear(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, SymInt rows, Tensor? bias=None)"
     " -> Tensor",
+    check=_check_arguments,
     reference=_reference,
     fake=_fake,
     backward=_backward,
@@ -79,7 +81,6 @@ _op = define(
 )
 
 
-@explained_by(_check_arguments)
 def block_linear(
     x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
 ) -> Tensor:

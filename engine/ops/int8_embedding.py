@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._library import define, explained_by
+from engine.ops._library import define
 
 
 def _check_metadata(indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
@@ -38,12 +38,12 @@ def _fake(indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) ->
 
 _op = define(
     "int8_embedding(Tensor indices, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor",
+    check=_check_arguments,
     reference=_reference,
     fake=_fake,
 )
 
 
-@explained_by(_check_arguments)
 def int8_embedding(indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Looks up rows of an int8 table, each with a scale of its own: `weight[i] * scale[i]`, in fp32, then cast.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check, _scaled_mm  # noqa: F401  (defines the op that its kernels for CUDA call)
-from engine.ops._library import REFERENCES, explained_by
+from engine.ops._library import REFERENCES
 from engine.ops._patches import define_with_patches
 
 
@@ -52,7 +52,8 @@ def _reference(
 ) -> Tensor:
     _check_arguments(x, weight, scale, bias, input_scale)
     q, row_scale = REFERENCES["int8_quantize"](x) if input_scale is None else _quantize_by(x, input_scale)
-    acc = (q.double() @ weight.double().t()).float()  # float64 holds these sums exactly; rounded once, to fp32
+    # float64 holds these sums exactly; rounded once, to fp32. Of one column they may be -0.0, integers not.
+    acc = (q.double() @ weight.double().t() + 0.0).float()
     y = acc * (row_scale.unsqueeze(-1) * scale)
     if bias is not None:
         y = y + bias.float()
@@ -97,7 +98,6 @@ _op, int8_linear_of_patches = define_with_patches(
 )
 
 
-@explained_by(_check_arguments)
 def int8_linear(
     x: Tensor,
     weight: Tensor,
@@ -131,6 +131,6 @@ def int8_linear(
         TypeError: an argument has another dtype.
         ValueError: the shapes do not fit.
     """
-    if isinstance(input_scale, float | int):
+    if input_scale is not None and isinstance(input_scale, float | int):  # most often None
         input_scale = torch.full((), input_scale, dtype=torch.float32, device=x.device)
     return _op(x, weight, scale, bias, input_scale)

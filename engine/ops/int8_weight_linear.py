@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._library import define, explained_by
+from engine.ops._library import define
 
 BLOCK_ELEMENTS = 1 << 20  # of the weight turned to float at once in the backward
 
@@ -25,7 +25,7 @@ def _check_arguments(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
 
 def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_arguments(x, weight, scale, bias)
-    y = x.float() @ weight.float().t() * scale
+    y = (x.float() @ weight.float().t() + 0.0) * scale  # a kernel's sum begins with 0.0, and so is never -0.0
     if bias is not None:
         y = y + bias.float()
     return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
@@ -53,6 +53,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | No
 
 _op = define(
     "int8_weight_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
+    check=_check_arguments,
     reference=_reference,
     fake=_fake,
     backward=_backward,
@@ -60,7 +61,6 @@ _op = define(
 )
 
 
-@explained_by(_check_arguments)
 def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`(x @ weight.T) * scale + bias` in fp32 arithmetic: only the weight is quantised.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._library import REFERENCES, explained_by
+from engine.ops._library import REFERENCES
 from engine.ops._patches import define_with_patches
 from engine.ops._semi_structured import check_semi_structured, check_semi_structured_metadata, spread
 from engine.ops.int8_linear import check_input_scale  # defines the reference that this one builds on, too
@@ -103,7 +103,6 @@ _op, semi_structured_int8_linear_of_patches = define_with_patches(
 )
 
 
-@explained_by(_check_arguments)
 def semi_structured_int8_linear(
     x: Tensor,
     values: Tensor,
@@ -138,6 +137,6 @@ def semi_structured_int8_linear(
         TypeError: an argument has another dtype.
         ValueError: the shapes do not fit.
     """
-    if isinstance(input_scale, float | int):
+    if input_scale is not None and isinstance(input_scale, float | int):  # most often None
         input_scale = torch.full((), input_scale, dtype=torch.float32, device=x.device)
     return _op(x, values, metadata, scale, bias, input_scale)

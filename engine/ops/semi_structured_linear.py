@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._library import define, explained_by
+from engine.ops._library import define
 from engine.ops._semi_structured import check_semi_structured, check_semi_structured_metadata, collect, spread
 
 OP = "semi_structured_linear"
@@ -27,7 +27,8 @@ def _check_arguments(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor |
 
 def _reference(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_arguments(x, values, metadata, bias)
-    y = x.float() @ spread(values.float(), metadata)[:, : x.shape[-1]].t()
+    weight = spread(values.float(), metadata)[:, : x.shape[-1]]
+    y = x.float() @ weight.t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
     if bias is not None:
         y = y + bias.float()
     return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
@@ -63,6 +64,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Te
 
 _op = define(
     "semi_structured_linear(Tensor x, Tensor values, Tensor metadata, Tensor? bias=None) -> Tensor",
+    check=_check_arguments,
     reference=_reference,
     fake=_fake,
     backward=_backward,
@@ -70,7 +72,6 @@ _op = define(
 )
 
 
-@explained_by(_check_arguments)
 def semi_structured_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` in fp32 arithmetic, read directly from a 2:4 weight.
 
