@@ -219,7 +219,7 @@ def test_errors():
     wrong = {
         r"x: expected a float32.*got torch.float64": (TypeError, (x.double(), weight, scale)),
         r"x: expected shape \[\.\.\., 5\], got \[3, 4\]": (ValueError, (x[:, 1:], weight, scale)),
-        r"x: expected shape \[\.\.\., 5\], got \[\]": (ValueError, (torch.tensor(1.0), weight, scale)),
+        r"x: expected at least one dimension, got \[\]": (ValueError, (torch.tensor(1.0), weight, scale)),
         r"weight: expected a int8 tensor, got torch.uint8": (TypeError, (x, weight.to(torch.uint8), scale)),
         r"weight: expected shape \[N, K\], got \[5\]": (ValueError, (x, weight[0], scale)),
         r"scale: expected a float32 tensor, got torch.float16": (TypeError, (x, weight, scale.half())),
