@@ -1,5 +1,7 @@
 """The shapes that tests and benchmarks share, each with why it is there."""
 
+import torch
+
 # rows, columns
 MATRICES = {
     (0, 8): "no rows",
@@ -30,3 +32,11 @@ LINEARS = {
     (70, 50, 300): "several row blocks with tails",
     (128, 65, 1027): "a long odd row",
 }
+
+
+def few_outputs(count: int) -> list[tuple[int, int, int]]:
+    """Random M, N, K for which MKL adds up a sum in the most chains, and so with the least error for their length."""
+    return [
+        (int(torch.randint(17, 97, ())), int(torch.randint(1, 9, ())), int(torch.randint(90, 330, ())))
+        for _ in range(count)
+    ]

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/gemm_float.h"
 #include "common/registers_avx512.h"
 
 namespace engine {
@@ -157,46 +158,55 @@ struct BlockFloatAvx512 {
         }
     }
 
-    // As above.
+    // As above. After kFloatChain of K sums are added to what came before.
     template <int R, int V>
     ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const float* x,  // [R, stride]
                                                                 int64_t stride, const BlockStrip<float>& strip,
                                                                 const float*, bool add,
                                                                 float* sums) {  // [R, 16 V]
-        __m512 acc[R][V];
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
-        }
         const float* w = strip.weights;
-        for (int64_t i = 0; i < strip.blocks; ++i) {
-            const float* row[(R + 2) / 3];
-#pragma GCC unroll 4
-            for (int t = 0; t < (R + 2) / 3; ++t) row[t] = x + strip.columns[i] * strip.wide + 3 * t * stride;
-            for (int64_t k = 0; k < strip.wide; k += 4) {
-#pragma GCC unroll 4
-                for (int f = 0; f < 4; ++f, w += 16 * V) {
-                    __m512 weight[V];
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; ++v) weight[v] = _mm512_load_ps(w + 16 * v);
+        const int64_t blocks = std::max<int64_t>(1, kFloatChain / strip.wide);
+        int64_t first = 0, begin = 0;
+        do {
+            const int64_t last = std::min(strip.blocks, first + blocks);
+            const int64_t end = std::min(strip.wide, begin + kFloatChain);
+            __m512 acc[R][V];
 #pragma GCC unroll 12
-                    for (int r = 0; r < R; ++r) {
-                        const __m512 one = _mm512_set1_ps(row[r / 3][r % 3 * stride + k + f]);
+            for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-                        for (int v = 0; v < V; ++v) acc[r][v] = _mm512_fmadd_ps(one, weight[v], acc[r][v]);
+                for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
+            }
+            for (int64_t i = first; i < last; ++i) {
+                const float* row[(R + 2) / 3];
+#pragma GCC unroll 4
+                for (int t = 0; t < (R + 2) / 3; ++t) row[t] = x + strip.columns[i] * strip.wide + 3 * t * stride;
+                for (int64_t k = begin; k < end; k += 4) {
+#pragma GCC unroll 4
+                    for (int f = 0; f < 4; ++f, w += 16 * V) {
+                        __m512 weight[V];
+#pragma GCC unroll 4
+                        for (int v = 0; v < V; ++v) weight[v] = _mm512_load_ps(w + 16 * v);
+#pragma GCC unroll 12
+                        for (int r = 0; r < R; ++r) {
+                            const __m512 one = _mm512_set1_ps(row[r / 3][r % 3 * stride + k + f]);
+#pragma GCC unroll 4
+                            for (int v = 0; v < V; ++v) acc[r][v] = _mm512_fmadd_ps(one, weight[v], acc[r][v]);
+                        }
                     }
                 }
             }
-        }
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
+            for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) {
-                float* to = sums + (r * V + v) * 16;
-                _mm512_store_ps(to, add ? _mm512_add_ps(_mm512_load_ps(to), acc[r][v]) : acc[r][v]);
+                for (int v = 0; v < V; ++v) {
+                    float* to = sums + (r * V + v) * 16;
+                    _mm512_store_ps(to, add ? _mm512_add_ps(_mm512_load_ps(to), acc[r][v]) : acc[r][v]);
+                }
             }
-        }
+            add = true;
+            begin = end < strip.wide ? end : 0;
+            if (begin == 0) first = last;
+        } while (first < strip.blocks);
     }
 };
 

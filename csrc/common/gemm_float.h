@@ -28,6 +28,10 @@ namespace engine {
 
 constexpr int64_t kFloatDepth = 256;  // a strip of such depth stays in L1, a panel of it in L2
 constexpr int64_t kFloatGroup = 112;  // at most so many weight rows to a group
+// A sum's error grows with the length of the chain in which it is added up: 0.3 length epsilon / 2 for products of
+// random numbers, and over several chains as the square root of length times K. MKL has 4 chains for up to 8 outputs
+// and one of up to 192 for more.
+constexpr int64_t kFloatChain = 64;
 
 // y = (x · weightᵀ) · scale + bias, in fp32 and then cast.
 template <class T>

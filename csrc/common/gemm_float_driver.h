@@ -102,7 +102,10 @@ void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, P
             const int64_t width = strips.width(strip), row = strip * Kernel::kWidth;
             float* mine = sums + (strip - begin) * Kernel::kWidth * whole;
             for (int64_t r = 0; r < whole; r += Kernel::kRows) {
-                Kernel::tile(panel + r * kFloatDepth, strips.at(strip, k0), kc, width, k0 > 0, mine + r * width);
+                for (int64_t k = 0; k == 0 || k < kc; k += kFloatChain) {
+                    Kernel::tile(panel + r * kFloatDepth + k, strips.at(strip, k0 + k), std::min(kFloatChain, kc - k),
+                                 width, k0 + k > 0, mine + r * width);
+                }
             }
             if (k0 + kc >= call.k) {
                 Kernel::finish(call, mine, width, chunk + row, std::min(width, strips.rows - row), column, columns);

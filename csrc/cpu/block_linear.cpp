@@ -75,7 +75,7 @@ ENGINE_AVX512 void line_avx512(const FloatLinear<T>& call, const FloatRows& rows
 #if ENGINE_X86
 struct StripScratch;                       // tag: what a thread packs and sums in
 struct StripRowsScratch;                   // tag: the activations of a call, held by the calling thread
-constexpr int64_t kStripDepth = 256;       // of K, summed before it is added to what came before: errors grow less
+constexpr int64_t kStripDepth = 256;       // of K, packed at a time
 constexpr int64_t kChunkBytes = 4 << 20;   // of activations at a time
 constexpr int64_t kStripRowsAtOnce = 256;  // rows of activations to a task
 

@@ -99,29 +99,24 @@ __device__ inline uint32_t sum_through_quad(uint32_t value) {
     return t >= 2 ? value + two : value;
 }
 
-// What spreads the values of one register: for the mask bits m of its weights, the selector by which byte_permute puts
-// the next values to their places (byte 4 is a zero), and how many bits of values it takes. 16 entries for int8 lie in
-// 32 banks: lanes never wait for each other.
-struct Spread {
-    uint32_t selector, bits;
-};
+// What spreads the values of one register: by the mask bits of its weights, in the lower half the selector by which
+// byte_permute puts the next values to their places (byte 4 is a zero), in the upper how many bits of values that
+// takes. Entries lie in as many banks: lanes never wait for each other.
 template <class V>
-using SpreadTable = Spread[1 << kInRegister<V>];
+using SpreadTable = uint32_t[1 << kInRegister<V>];
 
 // All threads call; a barrier must follow.
 template <class V>
-__device__ inline void make_table(SpreadTable<V>& table) {
+__device__ inline void make_spread_table(SpreadTable<V>& table) {
     const unsigned m = threadIdx.x;
     if (m >= 1u << kInRegister<V>) return;
     uint32_t selector = 0, taken = 0;
     for (int i = 0; i < kInRegister<V>; ++i) {
-        for (unsigned byte = 0; byte < sizeof(V); ++byte) {
-            const uint32_t from = m >> i & 1 ? taken + byte : 4;
-            selector |= from << (4 * (i * sizeof(V) + byte));
-        }
+        for (unsigned byte = 0; byte < sizeof(V); ++byte)
+            selector |= (m >> i & 1 ? taken + byte : 4) << (4 * (i * sizeof(V) + byte));
         if (m >> i & 1) taken += sizeof(V);
     }
-    table[m] = {selector, 8 * taken};
+    table[m] = selector | 8 * taken << 16;
 }
 
 // Words of `values`, at whose ends a word may hang over: there only bytes inside are read.
@@ -145,9 +140,9 @@ __device__ inline void spread(uint32_t (&out)[8], uint32_t mask, GlobalWords wor
     uint32_t low = words.next(), high = words.next(), shift = 8 * offset;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const Spread by = table[mask >> (i * kInRegister<V>)&((1u << kInRegister<V>)-1)];
-        out[i] = byte_permute(funnel_right(low, high, shift), 0, by.selector);
-        shift += by.bits;
+        const uint32_t entry = table[mask >> (i * kInRegister<V>)&((1u << kInRegister<V>)-1)];
+        out[i] = byte_permute(funnel_right(low, high, shift), 0, entry);
+        shift += entry >> 16;
         if (shift >= 32) {
             low = high;
             high = words.next();

@@ -62,7 +62,6 @@ __global__ void __launch_bounds__(kRowThreads)
                    const float* channels,     // [k], or null
                    uint8_t* to,               // [tiles, steps, tokens, 128]
                    float* factor, int64_t k, int64_t steps, int tokens, bool vectors) {
-    ENGINE_SHARED(warps, uint32_t[kRowThreads / kWarp]);
     const int64_t row = blockIdx.x;
     const T* from = x + row * k;
     uint32_t amax = 0;
@@ -70,15 +69,7 @@ __global__ void __launch_bounds__(kRowThreads)
         const auto four = elements_at<4>(from, i, k, vectors);
         for (int j = 0; j < 4; ++j) amax = std::max(amax, std::bit_cast<uint32_t>(to_float(four.at[j])) & 0x7fffffffu);
     }
-    if (channels != nullptr) {
-        for (int64_t i = threadIdx.x; i < k; i += kRowThreads)
-            if (!static_scale(channels[i], 0).finite) amax = std::max(amax, 0x7f800000u);
-    }
-    for (unsigned by = 1; by < kWarp; by *= 2) amax = std::max(amax, __shfl_xor_sync(kAllLanes, amax, by));
-    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = amax;
-    __syncthreads();
-    for (int i = 0; i < kRowThreads / kWarp; ++i) amax = std::max(amax, warps[i]);
-
+    amax = amax_of_threads(amax, channels, k);
     RowScale s = row_scale(amax);
     if constexpr (sizeof(V) == 1) {
         if (input_scale != nullptr) s = static_scale(*input_scale, amax);

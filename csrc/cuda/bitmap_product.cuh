@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kTileThreads, kLong ? 1 : 2)
 
     if (spans > 0) load_tile(tiles.x[0], x, first_m, 0);
     copy_commit();
-    make_table<V>(table);
+    make_spread_table<V>(table);
     const int64_t bits = sum_of_quad(row < w.rows ? count_spans(w, row_mask, 0, spans, t) : 0);
     const bool readable = row < w.rows && row_fits(w, row, bits);
     if (t == 0) fits[tile_row] = readable;

@@ -123,23 +123,6 @@ __device__ inline void begin_values(uint32_t (&lane_first)[2], RowStream (&rows)
     }
 }
 
-// By the mask bits of a register's weights: in the lower half the selector by which byte_permute puts the next values
-// to their places (byte 4 is a zero), in the upper how many bits of values that takes.
-using TileTable = uint32_t[16];
-
-template <class V>
-__device__ inline void make_tile_table(TileTable& table) {
-    const unsigned m = threadIdx.x;
-    if (m >= 16) return;
-    uint32_t selector = 0, taken = 0;
-    for (int i = 0; i < kInRegister<V>; ++i) {
-        for (unsigned byte = 0; byte < sizeof(V); ++byte)
-            selector |= (m >> i & 1 ? taken + byte : 4) << (4 * (i * sizeof(V) + byte));
-        if (m >> i & 1) taken += sizeof(V);
-    }
-    table[m] = selector | 8 * taken << 16;
-}
-
 // The next values of a row.
 struct ValueReader {
     const uint32_t* next;
@@ -164,7 +147,7 @@ struct ValueReader {
 // A step of two rows, spread into the fragments of its four products.
 template <class V>
 __device__ inline void spread_step(FragmentA (&out)[4], ValueReader (&readers)[2], const LaneMask<V> (&masks)[2], int j,
-                                   const TileTable& table) {
+                                   const SpreadTable<V>& table) {
     constexpr uint32_t kBits = ((1u << kInRegister<V>)-1) * sizeof(uint32_t);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kWgmmaTileThreads, 1) wgmma_tile_kernel(TileWo
     ENGINE_DYNAMIC_SHARED(shared, typename Shape::Shared);
     ENGINE_SHARED(full, Barrier[kStages]);
     ENGINE_SHARED(empty, Barrier[kStages]);
-    ENGINE_SHARED(table, TileTable);
+    ENGINE_SHARED(table, SpreadTable<V>);
     ENGINE_SHARED(must_end, uint32_t[kTileRows]);
     ENGINE_SHARED(fits, bool[kTileRows]);
     const Bitmap<V>& w = work.w;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kWgmmaTileThreads, 1) wgmma_tile_kernel(TileWo
         }
         barriers_ready();
     }
-    make_tile_table<V>(table);
+    make_spread_table<V>(table);
     __syncthreads();
 
     if (warp >= kTileWarps) {

@@ -20,14 +20,6 @@ struct TileWork {
     bool aligned;  // lanes' masks are
 };
 
-// The last step of an output: `factor` is the token's, `scale` the row's of w.
-__device__ inline float finished(const Int8Output&, float sum, float factor, float scale) {
-    return sum * (factor * scale);
-}
-__device__ inline float finished(const FloatOutput&, float sum, float factor, float) { return sum + factor; }
-__device__ inline float scale_of(const Int8Output& output, int64_t row) { return output.scale[row]; }
-__device__ inline float scale_of(const FloatOutput&, int64_t) { return 1.0f; }
-
 // Writes four outputs one after another.
 __device__ inline void store_four(const AnyFloat& y, int64_t at, const float (&values)[4]) {
     if (y.dtype == ScalarType::Float) {
@@ -51,9 +43,9 @@ __device__ inline void write_outputs(const Output& output, const float (*sums)[k
                                      const bool (&row_fits)[4]) {
     const int lane = threadIdx.x % kWarp;
     const int64_t row = first_row + 4 * lane;
-    float scale[4], bias[4] = {};
+    float of_out[4], bias[4] = {};
     for (int i = 0; i < 4; ++i) {
-        scale[i] = row + i < rows ? scale_of(output, row + i) : 0.0f;
+        of_out[i] = row + i < rows ? output.of_out(row + i) : 0.0f;
         if (output.bias.at != nullptr && row + i < rows) bias[i] = output.bias.load(row + i);
     }
     for (int token = threadIdx.x / kWarp; token < tokens; token += kTileWarps) {
@@ -62,7 +54,7 @@ __device__ inline void write_outputs(const Output& output, const float (*sums)[k
         float values[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            values[i] = finished(output, four.at[i], of_token, scale[i]);
+            values[i] = Output::finish(four.at[i], of_token, of_out[i]);
             if (output.bias.at != nullptr) values[i] = values[i] + bias[i];
             if (!row_fits[i]) values[i] = std::numeric_limits<float>::quiet_NaN();
         }

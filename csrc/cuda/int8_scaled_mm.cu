@@ -14,35 +14,33 @@ constexpr int64_t kLongestSum = 131071;  // |products| are at most 128 · 128, s
 
 struct Operands {
     Tensor q, weight;
-    Int8Terms terms;
-    AnyFloat bias;
     int64_t m, n, k;
 };
 
 template <class Tile, class Y>
-void multiply(const Operands& of, Tensor& y, const OnDeviceOf& device) {
+void multiply(const Operands& of, const Int8Output& output, const OnDeviceOf& device) {
     constexpr int kTokens = Tile::kTokens, kRows = Tile::kRows;
     const auto tiles_of = [](int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); };
     const TileOrder tiles{tiles_of(of.n, kRows), tiles_of(of.m, kTokens), 2048 / kRows};
     const auto map_x = tile_map(of.q.const_data_ptr(), of.m, of.k, of.k, kTokens, 128, kOp);
     const auto map_w = tile_map(of.weight.const_data_ptr(), of.n, of.k, of.k, kRows, 128, kOp);
     launch_with_shared(int8_warpgroup_kernel<Tile, Y>, kOp, std::min<int64_t>(device.processors(), tiles.count()),
-                       Tile::kThreads, sizeof(typename Tile::Shared), device, map_x, map_w, of.terms,
-                       static_cast<Y*>(y.mutable_data_ptr()), of.bias, of.m, of.n, tiles_of(of.k, 128), tiles);
+                       Tile::kThreads, sizeof(typename Tile::Shared), device, map_x, map_w, output, of.m,
+                       tiles_of(of.k, 128), tiles);
 }
 
 // A tile is made in the time that its copies and products take: by an H200, of 128 rows of w by 128 tokens in 0.54, of
 // 64 by 128 in 0.37 of what 128 by 256 take. That one is chosen whose waves of tiles end first.
 template <class Y>
-void multiply_by_best(const Operands& of, Tensor& y, const OnDeviceOf& device) {
+void multiply_by_best(const Operands& of, const Int8Output& output, const OnDeviceOf& device) {
     const auto time = [&](int rows, int tokens, double of_tile) {
         const int64_t tiles = ((of.n + rows - 1) / rows) * ((of.m + tokens - 1) / tokens);
         return static_cast<double>((tiles + device.processors() - 1) / device.processors()) * of_tile;
     };
     const double large = time(128, 256, 1.0), middle = time(128, 128, 0.54), small = time(64, 128, 0.37);
-    if (large <= std::min(middle, small)) return multiply<DenseTile<2, 1, 256>, Y>(of, y, device);
-    if (middle <= small) return multiply<DenseTile<2, 1, 128>, Y>(of, y, device);
-    multiply<DenseTile<1, 1, 128>, Y>(of, y, device);
+    if (large <= std::min(middle, small)) return multiply<DenseTile<2, 256>, Y>(of, output, device);
+    if (middle <= small) return multiply<DenseTile<2, 128>, Y>(of, output, device);
+    multiply<DenseTile<1, 128>, Y>(of, output, device);
 }
 
 Tensor int8_scaled_mm(Tensor q, Tensor token_scale_in, Tensor weight, Tensor scale_in, std::optional<Tensor> bias_in,
@@ -75,8 +73,9 @@ Tensor int8_scaled_mm(Tensor q, Tensor token_scale_in, Tensor weight, Tensor sca
         STD_TORCH_CHECK(std::max(m, n) < 1 << 30 && (n / 64 + 1) * (m / 128 + 1) < 1 << 30, kOp,
                         ": expected fewer rows");
         if (m == 0 || n == 0) return y;
-        const Operands of{q, weight, {data<float>(token_scale), data<float>(scale)}, any_float(bias), m, n, k};
-        multiply_by_best<Y>(of, y, device);
+        const Int8Output output{
+            {y.mutable_data_ptr(), dtype}, data<float>(token_scale), data<float>(scale), any_float(bias), n};
+        multiply_by_best<Y>({q, weight, m, n, k}, output, device);
         return y;
     });
 }

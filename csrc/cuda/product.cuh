@@ -46,26 +46,38 @@ struct AnyFloat {
     }
 };
 
-// float(sum) · (s_x · s_w) + bias in fp32, in that order, each step rounded.
+// How a sum becomes an element of y: by a number of its token and one of its row of w, then the bias, in fp32 and in
+// each op's own order, each step rounded.
+
+// float(sum) · (s_x · s_w) + bias.
 struct Int8Output {
     AnyFloat y;              // [m, n]
     const float* row_scale;  // [m]
     const float* scale;      // [n]
     AnyFloat bias;           // [n], or null
     int64_t n;
+    __device__ float of_token(int64_t token, const float*) const { return row_scale[token]; }
+    __device__ float of_out(int64_t out) const { return scale[out]; }
+    __device__ static float finish(float sum, float of_token, float of_out) { return sum * (of_token * of_out); }
     __device__ void operator()(int64_t token, int64_t out, int64_t sum, bool fits, float) const {
-        float value = static_cast<float>(sum) * (row_scale[token] * scale[out]);
+        float value = finish(static_cast<float>(sum), row_scale[token], scale[out]);
         if (bias.at != nullptr) value = value + bias.load(out);
         y.store(token * n + out, fits ? value : std::numeric_limits<float>::quiet_NaN());
     }
 };
 
+// sum + poison + bias: `poison` [m] is NaN for a row of x that is not finite, else 0; or null.
 struct FloatOutput {
     AnyFloat y;     // [m, n]
     AnyFloat bias;  // [n], or null
     int64_t n;
+    __device__ float of_token(int64_t token, const float* poison) const {
+        return poison == nullptr ? 0.0f : poison[token];
+    }
+    __device__ float of_out(int64_t) const { return 0; }
+    __device__ static float finish(float sum, float of_token, float) { return sum + of_token; }
     __device__ void operator()(int64_t token, int64_t out, float sum, bool fits, float poison) const {
-        float value = sum + poison;
+        float value = finish(sum, poison, 0);
         if (bias.at != nullptr) value = value + bias.load(out);
         y.store(token * n + out, fits ? value : std::numeric_limits<float>::quiet_NaN());
     }

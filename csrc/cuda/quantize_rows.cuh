@@ -92,20 +92,10 @@ __device__ inline bool whole_chunks(const T* x, int64_t k) {
     return reinterpret_cast<uintptr_t>(x) % 16 == 0 && k * sizeof(T) % 16 == 0;
 }
 
-// The largest |x| of a row, as bits (quantize.h), for all threads of a block. Where channels have scales, one that
-// can't be used counts as an infinity.
-template <class T>
-__device__ inline uint32_t row_amax(const T* row, int64_t k, bool whole,
-                                    const float* channels = nullptr) {  // [k], or null
+// The largest |x| of a row, as bits (quantize.h), for all threads of a block, of which each has the largest that it
+// saw. Where channels have scales, one that can't be used counts as an infinity.
+__device__ inline uint32_t amax_of_threads(uint32_t amax, const float* channels, int64_t k) {  // channels [k], or null
     ENGINE_SHARED(warps, uint32_t[kRowThreads / kWarp]);
-    uint32_t amax = 0;
-    for (int64_t begin = int64_t{threadIdx.x} * 16; begin < k; begin += kRowThreads * 16) {
-        T elements[16];
-        load_elements(elements, row, k, begin, whole);
-#pragma unroll
-        for (int i = 0; i < 16; ++i)
-            amax = std::max(amax, std::bit_cast<uint32_t>(to_float(elements[i])) & 0x7fffffffu);
-    }
     if (channels != nullptr) {
         for (int64_t i = threadIdx.x; i < k; i += kRowThreads)
             if (!static_scale(channels[i], 0).finite) amax = std::max(amax, 0x7f800000u);
@@ -115,6 +105,19 @@ __device__ inline uint32_t row_amax(const T* row, int64_t k, bool whole,
     __syncthreads();
     for (int i = 0; i < kRowThreads / kWarp; ++i) amax = std::max(amax, warps[i]);
     return amax;
+}
+template <class T>
+__device__ inline uint32_t row_amax(const T* row, int64_t k, bool whole,
+                                    const float* channels = nullptr) {  // [k], or null
+    uint32_t amax = 0;
+    for (int64_t begin = int64_t{threadIdx.x} * 16; begin < k; begin += kRowThreads * 16) {
+        T elements[16];
+        load_elements(elements, row, k, begin, whole);
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            amax = std::max(amax, std::bit_cast<uint32_t>(to_float(elements[i])) & 0x7fffffffu);
+    }
+    return amax_of_threads(amax, channels, k);
 }
 
 // Where channels have scales, the weights hold them already, and a row's own scale is 1.

@@ -2,9 +2,8 @@
 //
 // w is operand A and comes as it is: its values by the tensor memory accelerator (TMA), its metadata by cp.async and
 // through registers. x is operand B. One warp fetches, into a ring of stages as many as shared memory holds, of each
-// step 128 bytes of a row of x and 64 bytes of values; two warpgroups multiply, each kBlocks blocks of 64 rows of w by
-// all kTokens rows of x. A block of threads works on one tile of y after the other, and fetches for the next while it
-// finishes one.
+// step 128 bytes of a row of x and 64 bytes of values; two warpgroups multiply, each 64 rows of w by all kTokens rows
+// of x. A block of threads works on one tile of y after the other, and fetches for the next while it finishes one.
 //
 // A step of 128 rows of w by 256 of x takes the tensor cores 512 clocks and brings 42 KB (int8), of which 10 are w's.
 #pragma once
@@ -14,14 +13,13 @@
 
 namespace engine {
 
-// A tile of y, of rows of w by tokens (rows of x), and who makes it: kConsumers warpgroups of kBlocks blocks of 64 rows
-// each.
-template <class V_, int kConsumers_, int kBlocks_, int kTokens_>
+// A tile of y, of rows of w by tokens (rows of x), and who makes it: kConsumers warpgroups of 64 rows each.
+template <class V_, int kConsumers_, int kTokens_>
 struct SemiTile {
     using V = V_;
-    static constexpr int kConsumers = kConsumers_, kBlocks = kBlocks_, kTokens = kTokens_;
+    static constexpr int kConsumers = kConsumers_, kTokens = kTokens_;
     static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-    static constexpr int kRows = kConsumers * kBlocks * 64;
+    static constexpr int kRows = kConsumers * 64;
     static constexpr int kMetadata = kStepMetadata<V>;
     static constexpr int kStageBytes = kTokens * 128 + kRows * (64 + kMetadata);
     static constexpr int kChunk = 64;  // tokens of y that a warpgroup turns at once
@@ -43,8 +41,7 @@ __device__ inline void fetch_semi_structured(typename Tile::Shared& shared, cons
                                              const TileMap& map_x, const TileMap& map_w, TileOrder tiles, int steps) {
     constexpr int kEach = Tile::kRows / kWarp;  // rows of metadata that a lane copies
     const int lane = threadIdx.x % kWarp;
-    int stage = 0;
-    uint32_t parity = 1;
+    RingPlace<Tile::kStages> at{0, 1};
     for (int item = blockIdx.x; item < tiles.count(); item += gridDim.x) {
         int row, token;
         tiles.at(item, row, token);
@@ -54,15 +51,16 @@ __device__ inline void fetch_semi_structured(typename Tile::Shared& shared, cons
             metadata[i] =
                 w.metadata + std::min<int64_t>(row * Tile::kRows + i * kWarp + lane, w.rows - 1) * w.row_bytes;
         for (int step = 0; step < steps; ++step) {
-            barrier_wait(shared.empty[stage], parity);
+            Barrier& full = shared.full[at.stage];
+            barrier_wait(shared.empty[at.stage], at.parity);
             if (lane == 0) {
-                barrier_arrive_and_expect(shared.full[stage], sizeof(shared.x[0]) + sizeof(shared.w[0]));
-                copy_tile(shared.x[stage], map_x, step * 128, token * Tile::kTokens, shared.full[stage]);
-                copy_tile(shared.w[stage], map_w, step * 64, row * Tile::kRows, shared.full[stage]);
+                barrier_arrive_and_expect(full, sizeof(shared.x[0]) + sizeof(shared.w[0]));
+                copy_tile(shared.x[at.stage], map_x, step * 128, token * Tile::kTokens, full);
+                copy_tile(shared.w[at.stage], map_w, step * 64, row * Tile::kRows, full);
             }
 #pragma unroll
             for (int i = 0; i < kEach; ++i) {
-                uint8_t* to = shared.metadata[stage] + (i * kWarp + lane) * Tile::kMetadata;
+                uint8_t* to = shared.metadata[at.stage] + (i * kWarp + lane) * Tile::kMetadata;
                 if constexpr (sizeof(V) == 1) {
                     copy_16_async(to, metadata[i]);
                 } else {
@@ -70,86 +68,48 @@ __device__ inline void fetch_semi_structured(typename Tile::Shared& shared, cons
                 }
                 metadata[i] += Tile::kMetadata;
             }
-            barrier_arrive_after_copies(shared.full[stage]);
-            if (++stage == Tile::kStages) {
-                stage = 0;
-                parity ^= 1;
-            }
+            barrier_arrive_after_copies(full);
+            at.next();
         }
     }
 }
 
-template <class Tile, class Y, class V, class Terms>
+template <class Tile, class Y, class V, class Output>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     semi_structured_warpgroup_kernel(SemiStructured<V> w, const __grid_constant__ TileMap map_x,
-                                     const __grid_constant__ TileMap map_w, Terms terms, AnyFloat y, AnyFloat bias,
+                                     const __grid_constant__ TileMap map_w,
+                                     Output output,        // y is of Y
+                                     const float* poison,  // [m], or null
                                      int64_t m, TileOrder tiles) {
-    constexpr int kBlocks = Tile::kBlocks, kTokens = Tile::kTokens;
+    constexpr int kTokens = Tile::kTokens;
     ENGINE_DYNAMIC_SHARED(shared, typename Tile::Shared);
     const int steps = static_cast<int>(w.columns / kStepWeights<V>), warpgroup = threadIdx.x / kWarpgroup;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < Tile::kStages; ++i) {
-            barrier_init(shared.full[i], 1 + kWarp);
-            barrier_init(shared.empty[i], Tile::kConsumers * kWarpgroup / kWarp);
-        }
-        barriers_ready();
-    }
-    __syncthreads();
+    begin_ring<Tile>(shared, 1 + kWarp);
     if (warpgroup == 0) {
         if constexpr (Tile::kConsumers > 1) give_registers<40>();
         if (threadIdx.x < kWarp) fetch_semi_structured<Tile>(shared, w, map_x, map_w, tiles, steps);
         return;
     }
     if constexpr (Tile::kConsumers > 1) take_registers<232>();
-    const int thread = threadIdx.x % kWarpgroup;
-    const int first_row = (warpgroup - 1) * kBlocks * 64, warp_row = first_row + thread / kWarp * 16;
-    int stage = 0;
-    uint32_t parity = 0;
+    const int consumer = warpgroup - 1, first_row = consumer * 64;
+    const int warp_row = first_row + threadIdx.x % kWarpgroup / kWarp * 16;
+    RingPlace<Tile::kStages> at{0, 0};
     for (int item = blockIdx.x; item < tiles.count(); item += gridDim.x) {
         int row, token;
         tiles.at(item, row, token);
         const int64_t first_m = static_cast<int64_t>(token) * kTokens;
         const int64_t first_n = static_cast<int64_t>(row) * Tile::kRows + first_row;
-        const OutputTerms<kBlocks, kTokens> of(terms, bias, first_m, first_n, m, w.rows);
-        WarpgroupD<Accumulator<V>, kTokens> sums[kBlocks] = {};
-        int before = 0;
-        for (int step = 0; step < steps; ++step) {
-            barrier_wait(shared.full[stage], parity);
+        const OutputTerms<kTokens> of(output, poison, first_m, first_n, m);
+        WarpgroupD<Accumulator<V>, kTokens> sums{};
+        multiply_steps<Tile>(shared, at, steps, [&](int stage) {
             const uint64_t tile_x = shared_tile<128>(shared.x[stage]);
             const uint64_t tile_w = shared_tile<64>(shared.w[stage] + first_row * 64);
-            uint2 metadata[kBlocks];
-#pragma unroll
-            for (int i = 0; i < kBlocks; ++i)
-                metadata[i] = staged_metadata<V>(shared.metadata[stage], warp_row + 64 * i);
+            const uint2 metadata = staged_metadata<V>(shared.metadata[stage], warp_row);
             wgmma_begin();
-#pragma unroll
-            for (int i = 0; i < kBlocks; ++i) {
-                const uint64_t block = advance(tile_w, i * 64 * 64);
-                wgmma_sparse(sums[i], block, metadata[i].x, tile_x, V{});
-                wgmma_sparse(sums[i], advance(block, 32), metadata[i].y, advance(tile_x, 64), V{});
-            }
-            wgmma_commit();
-            wgmma_wait<1>();  // what the step before has read may be written over
-            if (step > 0) release_stage(shared.empty[before]);
-            before = stage;
-            if (++stage == Tile::kStages) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-        wgmma_wait<0>();
-        release_stage(shared.empty[before]);
-        float* of_token = shared.of_token[warpgroup - 1];
-#pragma unroll
-        for (int i = 0; i * kWarpgroup < kTokens; ++i)
-            if (i * kWarpgroup + thread < kTokens) of_token[i * kWarpgroup + thread] = of.token[i];
-        warpgroup_barrier();
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-            write_tile<Y, Terms>(sums[i], of.out[i], of.bias[i], of_token, shared.staged[warpgroup - 1],
-                                 static_cast<Y*>(y.at), first_m, first_n + 64 * i, m, w.rows);
-            warpgroup_barrier();  // what was staged may be written over
-        }
+            wgmma_sparse(sums, tile_w, metadata.x, tile_x, V{});
+            wgmma_sparse(sums, advance(tile_w, 32), metadata.y, advance(tile_x, 64), V{});
+        });
+        finish_tile<Y>(shared, consumer, sums, of, output, first_m, first_n, m);
     }
 }
 
@@ -164,11 +124,9 @@ void launch_semi_structured_warpgroup(const SemiStructured<V>& w, const Activati
     const auto map_x = tile_map(x.data, x.m, x.stride, x.stride, kTokens, 128, what);
     const int64_t row_size = w.row_values * static_cast<int64_t>(sizeof(V));
     const auto map_w = tile_map(w.values, w.rows, row_size, row_size, Tile::kRows, 64, what);
-    const auto terms = terms_of(output, poison);
-    launch_with_shared(semi_structured_warpgroup_kernel<Tile, Y, V, std::remove_const_t<decltype(terms)>>, what,
+    launch_with_shared(semi_structured_warpgroup_kernel<Tile, Y, V, Output>, what,
                        std::min<int64_t>(device.processors(), tiles.count()), Tile::kThreads,
-                       sizeof(typename Tile::Shared), device, w, map_x, map_w, terms, output.y, output.bias, x.m,
-                       tiles);
+                       sizeof(typename Tile::Shared), device, w, map_x, map_w, output, poison, x.m, tiles);
 }
 
 // How many rows of x a tile has: those with which the waves of tiles, each as long as its copies take, end first.
@@ -202,11 +160,11 @@ void multiply_semi_structured(const SemiStructured<V>& w, const Activations& x, 
         const auto by = [&](auto tile) {
             launch_semi_structured_warpgroup<decltype(tile), Y>(w, x, output, poison, what, device);
         };
-        if (x.m <= 16) return by(SemiTile<V, 1, 1, 16>{});
+        if (x.m <= 16) return by(SemiTile<V, 1, 16>{});
         const int tokens = semi_tile_tokens<V>(w.rows, x.m, device.processors());
-        if (tokens == 64) return by(SemiTile<V, 2, 1, 64>{});
-        if (tokens == 128) return by(SemiTile<V, 2, 1, 128>{});
-        by(SemiTile<V, 2, 1, 256>{});
+        if (tokens == 64) return by(SemiTile<V, 2, 64>{});
+        if (tokens == 128) return by(SemiTile<V, 2, 128>{});
+        by(SemiTile<V, 2, 256>{});
     };
     if constexpr (sizeof(V) == 2) {
         multiply(V{});

@@ -1,4 +1,5 @@
-// What the products by warpgroups share: the order of their tiles, and how a warpgroup's sums become elements of y.
+// What the products by warpgroups share: the order of their tiles, the ring of stages through which w and x come, and
+// how a warpgroup's sums become elements of y.
 #pragma once
 
 #include <algorithm>
@@ -22,55 +23,80 @@ struct TileOrder {
     }
 };
 
+// The stage of a ring that is next, and the parity of the phase that is waited for there: at first 0, but 1 for who
+// fetches, as every stage is empty.
+template <int kStages>
+struct RingPlace {
+    int stage;
+    uint32_t parity;
+    __device__ void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// All threads of a block call. `copies` arrivals make a stage full, one of each consumer's warp empty.
+template <class Tile>
+__device__ inline void begin_ring(typename Tile::Shared& shared, int copies) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Tile::kStages; ++i) {
+            barrier_init(shared.full[i], copies);
+            barrier_init(shared.empty[i], Tile::kConsumers * kWarpgroup / kWarp);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+}
+
 // A consumer's warp: the stage may be written over.
 __device__ inline void release_stage(Barrier& empty) {
     if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
 }
 
-// How a sum becomes an element of y: in each op's own order of fp32 operations.
-struct Int8Terms {
-    const float *token, *out;  // [m], [n]
-    __device__ float of_token(int64_t i) const { return token[i]; }
-    __device__ float of_out(int64_t i) const { return out[i]; }
-    __device__ static float finish(int32_t sum, float of_token, float of_out) {
-        return static_cast<float>(sum) * (of_token * of_out);
+// A consumer's steps of a tile: multiply(stage) begins the products of one, which go on while the next is waited for.
+template <class Tile, class Multiply>
+__device__ inline void multiply_steps(typename Tile::Shared& shared, RingPlace<Tile::kStages>& at, int steps,
+                                      const Multiply& multiply) {
+    int before = 0;
+    for (int step = 0; step < steps; ++step) {
+        barrier_wait(shared.full[at.stage], at.parity);
+        multiply(at.stage);
+        wgmma_commit();
+        wgmma_wait<1>();  // what the step before has read may be written over
+        if (step > 0) release_stage(shared.empty[before]);
+        before = at.stage;
+        at.next();
     }
-};
-struct FloatTerms {
-    const float* poison;  // [m], or null
-    __device__ float of_token(int64_t i) const { return poison == nullptr ? 0.0f : poison[i]; }
-    __device__ float of_out(int64_t) const { return 0; }
-    __device__ static float finish(float sum, float of_token, float) { return sum + of_token; }
-};
-inline Int8Terms terms_of(const Int8Output& output, const float*) { return {output.row_scale, output.scale}; }
-inline FloatTerms terms_of(const FloatOutput&, const float* poison) { return {poison}; }
+    wgmma_wait<0>();
+    release_stage(shared.empty[before]);
+}
 
 // What a thread needs to finish its part of a tile of y: loaded before the products, to be there after them.
-template <int kBlocks, int kTokens>
+template <int kTokens>
 struct OutputTerms {
-    float token[(kTokens + kWarpgroup - 1) / kWarpgroup], out[kBlocks][2], bias[kBlocks][2];
+    float token[(kTokens + kWarpgroup - 1) / kWarpgroup], out[2], bias[2];
 
-    template <class Terms>
-    __device__ OutputTerms(const Terms& terms, const AnyFloat& bias_of, int64_t first_m, int64_t first_n, int64_t m,
-                           int64_t n) {
+    template <class Output>
+    __device__ OutputTerms(const Output& output, const float* poison, int64_t first_m, int64_t first_n, int64_t m) {
         const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll
         for (int i = 0; i * kWarpgroup < kTokens; ++i)
-            token[i] = terms.of_token(std::min(first_m + i * kWarpgroup + thread, m - 1));
+            token[i] = output.of_token(std::min(first_m + i * kWarpgroup + thread, m - 1), poison);
 #pragma unroll
-        for (int i = 0; i < kBlocks * 2; ++i) {
+        for (int i = 0; i < 2; ++i) {
             const int64_t at =
-                std::min<int64_t>(first_n + i / 2 * 64 + thread / kWarp * 16 + thread % kWarp / 4 + i % 2 * 8, n - 1);
-            out[i / 2][i % 2] = terms.of_out(at);
-            bias[i / 2][i % 2] =
-                bias_of.at != nullptr ? bias_of.load(at) : -0.0f;  // which adds nothing, not even a sign
+                std::min<int64_t>(first_n + thread / kWarp * 16 + thread % kWarp / 4 + i * 8, output.n - 1);
+            out[i] = output.of_out(at);
+            bias[i] = output.bias.at != nullptr ? output.bias.load(at) : -0.0f;  // which adds nothing, not even a sign
         }
     }
 };
 
 // A warpgroup's 64 rows of w by kTokens of x become elements of y. 16-bit ones are turned in shared memory, as y has
 // the rows of w side by side.
-template <class Y, class Terms, class Acc, int kTokens>
+template <class Y, class Output, class Acc, int kTokens>
 __device__ inline void write_tile(const WarpgroupD<Acc, kTokens>& sums, const float (&of_out)[2],
                                   const float (&bias)[2],
                                   const float* of_token,  // [kTokens]
@@ -79,7 +105,7 @@ __device__ inline void write_tile(const WarpgroupD<Acc, kTokens>& sums, const fl
     const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % kWarp, warp = thread / kWarp, t = lane % 4;
     const int tokens = static_cast<int>(std::min<int64_t>(m - first_m, kTokens));
     const auto value = [&](int i, float token) {
-        return Terms::finish(sums.at[i], token, of_out[i / 2 % 2]) + bias[i / 2 % 2];
+        return Output::finish(static_cast<float>(sums.at[i]), token, of_out[i / 2 % 2]) + bias[i / 2 % 2];
     };
     const auto pair_of = [&](int j) { return *reinterpret_cast<const float2*>(of_token + 8 * j + 2 * t); };
     if constexpr (sizeof(Y) == 4 || kTokens < 64) {
@@ -130,6 +156,22 @@ __device__ inline void write_tile(const WarpgroupD<Acc, kTokens>& sums, const fl
             }
         }
     }
+}
+
+// A consumer writes its tile of y.
+template <class Y, class Output, class Shared, class Acc, int kTokens>
+__device__ inline void finish_tile(Shared& shared, int consumer, const WarpgroupD<Acc, kTokens>& sums,
+                                   const OutputTerms<kTokens>& of, const Output& output, int64_t first_m,
+                                   int64_t first_n, int64_t m) {
+    const int thread = threadIdx.x % kWarpgroup;
+    float* of_token = shared.of_token[consumer];
+#pragma unroll
+    for (int i = 0; i * kWarpgroup < kTokens; ++i)
+        if (i * kWarpgroup + thread < kTokens) of_token[i * kWarpgroup + thread] = of.token[i];
+    warpgroup_barrier();
+    write_tile<Y, Output>(sums, of.out, of.bias, of_token, shared.staged[consumer], static_cast<Y*>(output.y.at),
+                          first_m, first_n, m, output.n);
+    warpgroup_barrier();  // what was staged may be written over
 }
 
 }  // namespace engine

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import LINEARS
+from shapes import LINEARS, few_outputs
 from stored import FORMS, Form, assert_same, random_keep
 from tolerance import assert_as_good_as_torch
 from torch import Tensor
@@ -78,6 +78,13 @@ def test_native_is_as_good_as_torch(variant, op, shape, values_dtype):
     for dtype, bias in zip(FLOAT_DTYPES, (None, torch.randn(n), torch.randn(n).half()), strict=True):
         x = torch.randn(m, k).to(dtype)
         assert_as_good_as_torch(op(x, weight, n, bias), *op.truth(x, weight, n, bias))
+
+
+def test_sums_of_few_outputs(variant, op):
+    for m, n, k in few_outputs(60):
+        weight = op.form.store(torch.randn(n, k), torch.rand(n, k) < 0.95)
+        x = torch.randn(m, k)
+        assert_as_good_as_torch(op(x, weight, n), *op.truth(x, weight, n))
 
 
 # Each tile of every kernel with each tail, on one and on several stretches of K.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import LINEARS
+from shapes import LINEARS, few_outputs
 from tolerance import assert_as_good_as_torch
 
 import engine
@@ -42,6 +42,12 @@ def test_native_is_as_good_as_torch(variant, shape, dtype):
     x, (weight, scale) = torch.randn(m, k).to(dtype), weights(n, k)
     for bias in (None, torch.randn(n), torch.randn(n).bfloat16(), torch.randn(n).half()):
         assert_as_good_as_torch(int8_weight_linear(x, weight, scale, bias), *truth_of(x, weight, scale, bias))
+
+
+def test_sums_of_few_outputs(variant):
+    for m, n, k in few_outputs(60):
+        x, (weight, scale) = torch.randn(m, k), weights(n, k)
+        assert_as_good_as_torch(int8_weight_linear(x, weight, scale), *truth_of(x, weight, scale))
 
 
 # Small integers, so that every sum is exact: each tile of every kernel with each tail, on one and on several
