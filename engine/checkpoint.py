@@ -17,6 +17,7 @@ from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn._replace import has_hooks, is_conv1d, switches_of_fused_paths
+from engine.nn.attention import attention_unfused
 from engine.nn.compressed import _Compressed
 from engine.nn.conv2d import why_not
 
@@ -85,10 +86,11 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Loads a file written by :func:`save` or `engine compress`, or a plain safetensors file, into `model`.
 
     Every compressed weight replaces the nn.Linear, nn.Embedding, nn.Conv2d or Conv1D at its name; all other tensors
-    are copied into the model's own. What was tied when the file was written is tied again. Names that differ from the
-    model's by one prefix ("bert."), or as transformers renames them, are taken as the same. The whole file is checked
-    before the model changes at all, and after an error or an interrupt the model is as it was. The file is closed on
-    return.
+    are copied into the model's own. An nn.MultiheadAttention whose projections are stored as layers of their own
+    becomes an :class:`engine.nn.MultiheadAttention`. What was tied when the file was written is tied again. Names
+    that differ from the model's by one prefix ("bert."), or as transformers renames them, are taken as the same.
+    The whole file is checked before the model changes at all, and after an error or an interrupt the model is as it
+    was. The file is closed on return.
 
     Args:
         model: freshly constructed, or compressed in the same places.
@@ -102,11 +104,13 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         CheckpointError: the file is damaged, or not for this model; the message names the tensor.
     """
     file = CheckpointFile(path)
-    slots = Slots(model)
-    names = match_names(file, slots)
-    replacements = _replacements(file, slots, names)
-    copies, ties = _copies(file, slots, names)
-    _commit(model, file, replacements, copies, ties)
+    stored = {*file.weights, *file.plain, *file.aliases}
+    with attention_unfused(model, lambda name: any(f".{key}".endswith(f".{name}.q_proj.weight") for key in stored)):
+        slots = Slots(model)
+        names = match_names(file, slots)
+        replacements = _replacements(file, slots, names)
+        copies, ties = _copies(file, slots, names)
+        _commit(model, file, replacements, copies, ties)
     return model
 
 

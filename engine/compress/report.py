@@ -102,7 +102,9 @@ class Report:
             return ""
         largest = sorted(self.others, key=lambda name: -self.others[name])[:OTHERS_NAMED]
         more = f" and {len(self.others) - len(largest)} more" if len(self.others) > len(largest) else ""
-        return f"meant by no target: {_size(sum(self.others.values()))} in {', '.join(largest)}{more}"
+        fused = any(name.endswith("in_proj_weight") for name in self.others)
+        hint = " (engine.nn.unfuse_attention_ makes attention's projections layers of their own)" if fused else ""
+        return f"meant by no target: {_size(sum(self.others.values()))} in {', '.join(largest)}{more}{hint}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""

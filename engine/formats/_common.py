@@ -49,6 +49,17 @@ def check_scales(where: str, scale: Tensor | None, input_scale: Tensor | None, r
         _check.expect(bool((tensor.isfinite() & (tensor > 0)).all()), where, name, "finite numbers above 0", "others")
 
 
+def check_values(
+    where: str, values: Tensor, scale: Tensor | None, input_scale: Tensor | None, rows: int, columns: int
+) -> None:
+    """Raises unless `values` are float and have no scale, or are int8 and have one as `check_scales` wants it."""
+    _check.is_dtype(where, "values", values, *_check.FLOAT_DTYPES, torch.int8)
+    fits = (scale is not None) == (values.dtype == torch.int8)
+    _check.expect(fits, where, "scale", "one for int8 values and none for float values", "the other way round")
+    if scale is not None:
+        check_scales(where, scale, input_scale, rows, columns)
+
+
 def check_shard(where: str, dim: int, begin: int, end: int, shape: tuple[int, int]) -> None:
     """Raises ValueError unless [begin, end) lies within dimension `dim` of `shape`."""
     _check.expect(dim in (0, 1), where, "dim", "0 (rows) or 1 (columns)", dim)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine import ops
 from engine.formats._common import (
-    check_scales,
     check_shard,
+    check_values,
     dequantized,
     nbytes_of,
     own,
@@ -19,8 +19,6 @@ from engine.formats._common import (
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_columns, check_bitmap, check_bitmap_metadata
 from engine.ops.bitmap_int8_linear import bitmap_int8_linear_of_patches
-
-INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
 
 @dataclasses.dataclass(eq=False)
@@ -130,10 +128,7 @@ class Bitmap:
         where = "formats.Bitmap"
         check_bitmap_metadata(where, self.bitmask, self.row_offsets, self.values, self.columns)
         check_bitmap(where, self.bitmask, self.row_offsets, self.values, self.columns)
-        _check.is_dtype(where, "values", self.values, *_check.FLOAT_DTYPES, torch.int8)
-        _check.expect((self.scale is not None) == (self.values.dtype == torch.int8), where, "scale", *INT8_HAS_SCALE)
-        if self.scale is not None:
-            check_scales(where, self.scale, self.input_scale, self.bitmask.shape[0], self.columns)
+        check_values(where, self.values, self.scale, self.input_scale, *self.shape)
 
     @property
     def label(self) -> str:

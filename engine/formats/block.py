@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine import ops
 from engine.formats._common import (
-    check_scales,
     check_shard,
+    check_values,
     dequantized,
     nbytes_of,
     own,
@@ -21,8 +21,6 @@ from engine.ops import _check
 from engine.ops._block import BLOCK_SHAPE, block_norms, check_block, check_block_metadata
 from engine.ops._prune import as_threshold, keep_mask
 from engine.ops.block_int8_linear import block_int8_linear_of_patches
-
-INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
 
 @dataclasses.dataclass(eq=False)
@@ -130,11 +128,8 @@ class Block:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""
         where = "formats.Block"
         check_block_metadata(where, self.crow_indices, self.col_indices, self.values, self.rows, self.columns)
-        _check.is_dtype(where, "values", self.values, *_check.FLOAT_DTYPES, torch.int8)
         check_block(where, self.crow_indices, self.col_indices, self.values.shape[2], self.columns)
-        _check.expect((self.scale is not None) == (self.values.dtype == torch.int8), where, "scale", *INT8_HAS_SCALE)
-        if self.scale is not None:
-            check_scales(where, self.scale, self.input_scale, *self.shape)
+        check_values(where, self.values, self.scale, self.input_scale, *self.shape)
 
     @property
     def label(self) -> str:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine import ops
 from engine.formats._common import (
-    check_scales,
     check_shard,
+    check_values,
     dequantized,
     nbytes_of,
     own,
@@ -20,8 +20,6 @@ from engine.formats._common import (
 from engine.ops import _check
 from engine.ops._semi_structured import PADDING, check_semi_structured, check_semi_structured_metadata, collect
 from engine.ops.semi_structured_int8_linear import semi_structured_int8_linear_of_patches
-
-INT8_HAS_SCALE = ("one for int8 values and none for float values", "the other way round")
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,11 +117,8 @@ class SemiStructured:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""
         where = "formats.SemiStructured"
         check_semi_structured_metadata(where, self.values, self.metadata, self.columns)
-        _check.is_dtype(where, "values", self.values, *_check.FLOAT_DTYPES, torch.int8)
         check_semi_structured(where, self.values, self.metadata, self.columns)
-        _check.expect((self.scale is not None) == (self.values.dtype == torch.int8), where, "scale", *INT8_HAS_SCALE)
-        if self.scale is not None:
-            check_scales(where, self.scale, self.input_scale, *self.shape)
+        check_values(where, self.values, self.scale, self.input_scale, *self.shape)
 
     @property
     def label(self) -> str:

@@ -78,10 +78,14 @@ def block_rows_of(crow_indices: Tensor, count: int) -> Tensor:
 
 
 def as_blocks(dense: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    """`[N, K]` cut into blocks, padded with zeros: `[ceil(N / R), ceil(K / C), R, C]`."""
+    """`[N, K]` cut into blocks, padded with zeros: `[ceil(N / R), ceil(K / C), R, C]`.
+
+    A view where nothing has to be padded.
+    """
     rows, columns = dense.shape
     high, wide = -(-rows // block_rows), -(-columns // block_columns)
-    padded = pad(dense, (0, wide * block_columns - columns, 0, high * block_rows - rows))
+    padding = (0, wide * block_columns - columns, 0, high * block_rows - rows)
+    padded = pad(dense, padding) if any(padding) else dense  # by nothing it would copy
     return padded.reshape(high, block_rows, wide, block_columns).transpose(1, 2)
 
 

@@ -5,6 +5,7 @@ which stays as the default for every other device and for :func:`engine.referenc
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -87,7 +88,9 @@ def _refuse_tangents(op: torch._ops.OpOverload, args: tuple) -> None:
 
 
 def explained_by(check: Callable) -> Callable:
-    """Decorates an op's public function: when its kernel refuses, `check` (same arguments) says why, with its type.
+    """Decorates an op's public function: when its kernel refuses, `check` says why, with its type.
+
+    `check` takes all of the function's arguments, by position.
 
     Kernels check for safety alone, tersely, as the call must stay short; what a user reads is written once, in `check`.
     """
@@ -98,7 +101,9 @@ def explained_by(check: Callable) -> Callable:
             try:
                 return function(*args, **kwargs)
             except RuntimeError:
-                check(*args, **kwargs)
+                given = inspect.signature(function).bind(*args, **kwargs)
+                given.apply_defaults()
+                check(*given.args)
                 raise
 
         return call

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_mask, check_bitmap, check_bitmap_metadata
 from engine.ops._library import define
+from engine.ops._linear import bias_gradient, check_activations, check_bias, check_rows, multiply
 from engine.ops.bitmap_to_dense import bitmap_to_dense
 
 BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in the backward
@@ -15,13 +16,10 @@ BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in the backward
 
 def _check_metadata(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None) -> None:
     op = "bitmap_linear"
-    _check.is_float(op, "x", x)
-    _check.expect(x.dim() >= 1, op, "x", "shape [..., K]", list(x.shape))
+    check_activations(op, x)
     _check.is_float(op, "values", values)
     check_bitmap_metadata(op, bitmask, row_offsets, values, x.shape[-1])
-    if bias is not None:
-        _check.is_float(op, "bias", bias)
-        _check.has_shape(op, "bias", bias, (bitmask.shape[0],))
+    check_bias(op, bias, bitmask.shape[0])
 
 
 def _check_arguments(
@@ -35,10 +33,7 @@ def _reference(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, 
     _check_arguments(x, bitmask, row_offsets, values, bias)
     weight = x.new_zeros(bitmask.shape[0], x.shape[-1], dtype=torch.float32)
     weight[bitmap_mask(bitmask, x.shape[-1])] = values.float()
-    y = x.float() @ weight.t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
-    if bias is not None:
-        y = y + bias.float()
-    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
+    return multiply(x, weight, bias)
 
 
 def _fake(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,13 +51,12 @@ def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | N
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
     x, bitmask, row_offsets, values = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
+    grad_x = grad_values = None
     if ctx.needs_input_grad[0]:
         grad_x = _backward_input_op(grad, bitmask, row_offsets, values, ctx.columns)
     if ctx.needs_input_grad[3]:
         grad_values = _backward_values_op(grad, x, bitmask, row_offsets, ctx.nnz, ctx.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:  # an omitted bias has no entry there
-        grad_bias = grad.float().reshape(-1, bitmask.shape[0]).sum(0).to(ctx.bias_dtype)
+    grad_bias = bias_gradient(ctx, grad, place=4)
     return grad_x, None, None, grad_values, grad_bias
 
 
@@ -128,18 +122,11 @@ def _blocks(bitmask: Tensor, row_offsets: Tensor, columns: int) -> Iterator[tupl
         )
 
 
-def _as_matrix(op: str, argument: str, t: Tensor, columns: int) -> Tensor:
-    """`[..., columns]` of a float dtype as fp32 `[M, columns]`."""
-    _check.is_float(op, argument, t)
-    _check.expect(t.dim() >= 1 and t.shape[-1] == columns, op, argument, f"shape [..., {columns}]", list(t.shape))
-    return t.reshape(t.shape[:-1].numel(), columns).float()
-
-
 def _backward_input(grad: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, columns: int) -> Tensor:
     """`grad @ weight` in fp32, of the dtype of `grad`."""
     op = "bitmap_linear_backward_input"
     check_bitmap_metadata(op, bitmask, row_offsets, values, columns)
-    g = _as_matrix(op, "grad", grad, bitmask.shape[0])
+    g = check_rows(op, "grad", grad, bitmask.shape[0])
     total = g.new_zeros(g.shape[0], columns)
     for rows, places, offsets in _blocks(bitmask, row_offsets, columns):
         total.addmm_(g[:, rows], bitmap_to_dense(bitmask[rows], offsets, values[places], columns).float())
@@ -154,7 +141,7 @@ def _backward_values(
     columns = x.shape[-1]
     result = x.new_empty((nnz,), dtype=dtype)
     check_bitmap_metadata(op, bitmask, row_offsets, result, columns)
-    g, inputs = _as_matrix(op, "grad", grad, bitmask.shape[0]), _as_matrix(op, "x", x, columns)
+    g, inputs = check_rows(op, "grad", grad, bitmask.shape[0]), check_rows(op, "x", x, columns)
     for rows, places, offsets in _blocks(bitmask, row_offsets, columns):
         dense = g[:, rows].t() @ inputs
         result[places] = torch.ops.engine.bitmap_gather(dense, bitmask[rows], offsets, places.stop - places.start)

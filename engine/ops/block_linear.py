@@ -1,11 +1,11 @@
 """block_linear: a linear layer of whose weight only some blocks are kept, with float values."""
 
-import torch
 from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._block import check_block, check_block_metadata, collect_blocks, from_blocks
 from engine.ops._library import define
+from engine.ops._linear import as_rows, bias_gradient, check_activations, check_bias, multiply
 
 OP = "block_linear"
 
@@ -13,13 +13,10 @@ OP = "block_linear"
 def _check_metadata(
     x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
 ) -> None:
-    _check.is_float(OP, "x", x)
-    _check.expect(x.dim() >= 1, OP, "x", "shape [..., K]", list(x.shape))
+    check_activations(OP, x)
     _check.is_float(OP, "values", values)
     check_block_metadata(OP, crow_indices, col_indices, values, rows, x.shape[-1])
-    if bias is not None:
-        _check.is_float(OP, "bias", bias)
-        _check.has_shape(OP, "bias", bias, (rows,))
+    check_bias(OP, bias, rows)
 
 
 def _check_arguments(
@@ -33,11 +30,7 @@ def _reference(
     x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
 ) -> Tensor:
     _check_arguments(x, crow_indices, col_indices, values, rows, bias)
-    weight = from_blocks(crow_indices, col_indices, values.float(), rows, x.shape[-1])
-    y = x.float() @ weight.t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
-    if bias is not None:
-        y = y + bias.float()
-    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
+    return multiply(x, from_blocks(crow_indices, col_indices, values.float(), rows, x.shape[-1]), bias)
 
 
 def _fake(
@@ -57,16 +50,14 @@ def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int, Tenso
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, Tensor | None]:
     x, crow_indices, col_indices, values = ctx.saved_tensors
     grad = grad.float()
-    grad_x = grad_values = grad_bias = None
+    grad_x = grad_values = None
     if ctx.needs_input_grad[0]:
         weight = from_blocks(crow_indices, col_indices, values.float(), ctx.rows, ctx.columns)
         grad_x = (grad @ weight).to(ctx.dtype)
-    rows = grad.reshape(grad.shape[:-1].numel(), ctx.rows)
     if ctx.needs_input_grad[3]:
-        dense = rows.t() @ x.reshape(rows.shape[0], ctx.columns).float()
+        dense = as_rows(grad).t() @ as_rows(x)
         grad_values = collect_blocks(dense, crow_indices, col_indices, values).to(values.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:  # left out, bias may have no place in the tuple
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    grad_bias = bias_gradient(ctx, grad, place=5)
     return grad_x, None, None, grad_values, None, grad_bias
 
 

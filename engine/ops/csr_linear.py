@@ -6,19 +6,17 @@ from torch import Tensor
 from engine.ops import _check
 from engine.ops._csr import blocks, check_csr, check_csr_metadata, dense_rows, row_indices
 from engine.ops._library import define
+from engine.ops._linear import bias_gradient, check_activations, check_bias, check_rows, multiply
 
 
 def _check_metadata(
     x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None
 ) -> None:
     op = "csr_linear"
-    _check.is_float(op, "x", x)
-    _check.expect(x.dim() >= 1, op, "x", "shape [..., K]", list(x.shape))
+    check_activations(op, x)
     _check.is_float(op, "values", values)
     check_csr_metadata(op, crow_indices, col_indices, values)
-    if bias is not None:
-        _check.is_float(op, "bias", bias)
-        _check.has_shape(op, "bias", bias, (crow_indices.shape[0] - 1,))
+    check_bias(op, bias, crow_indices.shape[0] - 1)
 
 
 def _check_arguments(
@@ -33,10 +31,7 @@ def _reference(
 ) -> Tensor:
     _check_arguments(x, crow_indices, col_indices, values, bias)
     weight = dense_rows(crow_indices, col_indices, values, 0, crow_indices.shape[0] - 1, x.shape[-1])
-    y = x.float() @ weight.t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
-    if bias is not None:
-        y = y + bias.float()
-    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
+    return multiply(x, weight, bias)
 
 
 def _fake(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,13 +49,12 @@ def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | N
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
     x, crow_indices, col_indices, values = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
+    grad_x = grad_values = None
     if ctx.needs_input_grad[0]:
         grad_x = _backward_input_op(grad, crow_indices, col_indices, values, ctx.columns)
     if ctx.needs_input_grad[3]:
         grad_values = _backward_values_op(grad, x, crow_indices, col_indices, ctx.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:  # left out, bias may have no place in the tuple
-        grad_bias = grad.float().reshape(-1, crow_indices.shape[0] - 1).sum(0).to(ctx.bias_dtype)
+    grad_bias = bias_gradient(ctx, grad, place=4)
     return grad_x, None, None, grad_values, grad_bias
 
 
@@ -109,19 +103,12 @@ def csr_linear(
 # The gradient's ops. Both go through the weight's rows block by block, so that it is never dense as a whole.
 
 
-def _as_matrix(op: str, argument: str, t: Tensor, columns: int) -> Tensor:
-    """`[..., columns]` of a float dtype as fp32 `[M, columns]`."""
-    _check.is_float(op, argument, t)
-    _check.expect(t.dim() >= 1 and t.shape[-1] == columns, op, argument, f"shape [..., {columns}]", list(t.shape))
-    return t.reshape(t.shape[:-1].numel(), columns).float()
-
-
 def _backward_input(grad: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
     """`grad @ weight` in fp32, of the dtype of `grad`."""
     op = "csr_linear_backward_input"
     check_csr_metadata(op, crow_indices, col_indices, values)
     check_csr(op, crow_indices, col_indices, columns)
-    g = _as_matrix(op, "grad", grad, crow_indices.shape[0] - 1)
+    g = check_rows(op, "grad", grad, crow_indices.shape[0] - 1)
     total = g.new_zeros(g.shape[0], columns)
     for begin, end in blocks(crow_indices, columns):
         total.addmm_(g[:, begin:end], dense_rows(crow_indices, col_indices, values, begin, end, columns))
@@ -135,7 +122,7 @@ def _backward_values(grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices:
     result = x.new_empty(col_indices.shape, dtype=dtype)
     check_csr_metadata(op, crow_indices, col_indices, result)
     check_csr(op, crow_indices, col_indices, columns)
-    g, inputs = _as_matrix(op, "grad", grad, crow_indices.shape[0] - 1), _as_matrix(op, "x", x, columns)
+    g, inputs = check_rows(op, "grad", grad, crow_indices.shape[0] - 1), check_rows(op, "x", x, columns)
     for begin, end in blocks(crow_indices, columns):
         offsets = crow_indices[begin : end + 1]
         first, last = int(offsets[0]), int(offsets[-1])

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check
+from engine.ops._int8_linear import quantize_by
 from engine.ops._library import REFERENCES, define, explained_by
-from engine.ops.int8_linear import _quantize_by
 from engine.ops.int8_quantize import int8_quantize  # noqa: F401  (defines the reference that this one builds on)
 
 OP = "int8_fake_quantize"
@@ -21,7 +21,7 @@ def _check_arguments(x: Tensor, scale: Tensor | float | None = None) -> None:
 
 def _reference(x: Tensor, scale: Tensor | None = None) -> Tensor:
     _check_arguments(x, scale)
-    q, row_scale = REFERENCES["int8_quantize"](x) if scale is None else _quantize_by(x, scale)
+    q, row_scale = REFERENCES["int8_quantize"](x) if scale is None else quantize_by(x, scale)
     return ((q.float() + 0.0) * row_scale.unsqueeze(-1)).to(x.dtype)  # an int8 zero has no sign
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._library import define
+from engine.ops._linear import bias_gradient, check_bias, check_rows
 
 BLOCK_ELEMENTS = 1 << 20  # of the weight turned to float at once in the backward
 
@@ -18,14 +19,12 @@ def _check_arguments(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     n, k = weight.shape
     _check.expect(x.dim() >= 1 and x.shape[-1] == k, op, "x", f"shape [..., {k}]", list(x.shape))
     _check.has_shape(op, "scale", scale, (n,))
-    if bias is not None:
-        _check.is_float(op, "bias", bias)
-        _check.has_shape(op, "bias", bias, (n,))
+    check_bias(op, bias, n)
 
 
 def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_arguments(x, weight, scale, bias)
-    y = (x.float() @ weight.float().t() + 0.0) * scale  # a kernel's sum begins with 0.0, and so is never -0.0
+    y = (x.float() @ weight.float().t() + 0.0) * scale  # as in _linear.py, never -0.0
     if bias is not None:
         y = y + bias.float()
     return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
@@ -45,9 +44,7 @@ def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], ou
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
     weight, scale = ctx.saved_tensors
     grad_x = _backward_input_op(grad, weight, scale) if ctx.needs_input_grad[0] else None
-    grad_bias = None
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # an omitted bias has no entry there
-        grad_bias = grad.float().reshape(-1, weight.shape[0]).sum(0).to(ctx.bias_dtype)
+    grad_bias = bias_gradient(ctx, grad, place=3)
     return grad_x, None, None, grad_bias
 
 
@@ -89,12 +86,10 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 
 def _backward_input(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     op = "int8_weight_linear_backward_input"
-    _check.is_float(op, "grad", grad)
     _check.is_dtype(op, "weight", weight, torch.int8)
     n, k = weight.shape
-    _check.expect(grad.dim() >= 1 and grad.shape[-1] == n, op, "grad", f"shape [..., {n}]", list(grad.shape))
     _check.has_shape(op, "scale", scale, (n,))
-    scaled = grad.reshape(grad.shape[:-1].numel(), n).float() * scale
+    scaled = check_rows(op, "grad", grad, n) * scale
     total = scaled.new_zeros(scaled.shape[0], k)
     step = max(1, BLOCK_ELEMENTS // max(1, k))
     for begin in range(0, n, step):

@@ -1,23 +1,20 @@
 """semi_structured_linear: a linear layer whose 2:4 weight holds float values."""
 
-import torch
 from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._library import define
+from engine.ops._linear import as_rows, bias_gradient, check_activations, check_bias, multiply
 from engine.ops._semi_structured import check_semi_structured, check_semi_structured_metadata, collect, spread
 
 OP = "semi_structured_linear"
 
 
 def _check_metadata(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
-    _check.is_float(OP, "x", x)
-    _check.expect(x.dim() >= 1, OP, "x", "shape [..., K]", list(x.shape))
+    check_activations(OP, x)
     _check.is_float(OP, "values", values)
     check_semi_structured_metadata(OP, values, metadata, x.shape[-1])
-    if bias is not None:
-        _check.is_float(OP, "bias", bias)
-        _check.has_shape(OP, "bias", bias, (values.shape[0],))
+    check_bias(OP, bias, values.shape[0])
 
 
 def _check_arguments(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> None:
@@ -27,11 +24,7 @@ def _check_arguments(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor |
 
 def _reference(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_arguments(x, values, metadata, bias)
-    weight = spread(values.float(), metadata)[:, : x.shape[-1]]
-    y = x.float() @ weight.t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
-    if bias is not None:
-        y = y + bias.float()
-    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
+    return multiply(x, spread(values.float(), metadata)[:, : x.shape[-1]], bias)
 
 
 def _fake(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,15 +43,13 @@ def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], ou
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
     x, values, metadata = ctx.saved_tensors
     grad = grad.float()
-    grad_x = grad_values = grad_bias = None
+    grad_x = grad_values = None
     if ctx.needs_input_grad[0]:
         grad_x = (grad @ spread(values.float(), metadata)[:, : ctx.columns]).to(ctx.dtype)
-    rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
     if ctx.needs_input_grad[1]:
-        dense = rows.t() @ x.reshape(rows.shape[0], ctx.columns).float()
+        dense = as_rows(grad).t() @ as_rows(x)
         grad_values = collect(dense, metadata).to(ctx.values_dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # left out, bias may have no place in the tuple
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    grad_bias = bias_gradient(ctx, grad, place=3)
     return grad_x, grad_values, None, grad_bias
 
 

@@ -8,8 +8,8 @@ from triton_tools import compile_launches, compiled, hopper_first, interpreted, 
 pytest.importorskip("triton")
 from engine.kernels import int8_quantize as module
 from engine.ops._check import FLOAT_DTYPES
+from engine.ops._int8_linear import quantize_by
 from engine.ops._library import REFERENCES
-from engine.ops.int8_linear import _quantize_by
 
 reference = REFERENCES["int8_quantize"]
 WIDE = (3, module.WIDEST_BLOCK + 33)  # does not fit a block's registers
@@ -49,7 +49,7 @@ def test_a_given_scale_and_aligned_rows():
         for s in (0.01,) if shape == WIDE else (0.01, 0.0, -1.0, torch.nan, torch.inf, 1e-39, 3e38):
             counters = torch.full((1500,), 7, dtype=torch.int32)
             q, scale = module.quantize_rows(x, 3, torch.tensor([s]), align=16, counters=counters)
-            want, want_scale = _quantize_by(x, torch.tensor([s]))
+            want, want_scale = quantize_by(x, torch.tensor([s]))
             same_bits(q, want.to(torch.int8))
             same_bits(scale, want_scale)
             assert q.stride(0) % 16 == 0 and not counters.any()
@@ -64,7 +64,7 @@ def test_a_scale_for_each_channel():
         for s in (0.01, *worst):
             channels[-1:] = s
             q, scale = module.quantize_rows(x, 3, channels, align=16)
-            want, want_scale = _quantize_by(x, channels)
+            want, want_scale = quantize_by(x, channels)
             same_bits(q, want.to(torch.int8))
             same_bits(scale, want_scale)
 
@@ -122,6 +122,6 @@ def test_on_a_gpu_is_reference_to_the_bit(dtype):
     for m, k in (*MATRICES, WIDE):
         x, channels = torch.randn(m, k).to(dtype), torch.rand(k) / 20 + 1e-3
         q, scale = module.quantize_rows(x.cuda(), 132, channels.cuda())
-        want, want_scale = _quantize_by(x, channels)
+        want, want_scale = quantize_by(x, channels)
         same_bits(q.cpu(), want.to(torch.int8))
         same_bits(scale.cpu(), want_scale)
