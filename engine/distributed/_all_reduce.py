@@ -26,8 +26,9 @@ def all_reduce(
     """Reduces `t` over all ranks of `group`, in place; afterwards every rank holds the same bits.
 
     Where all ranks are processes of one host, the elements go through shared memory and are reduced in rank order:
-    the result is the same from run to run too. float16 and bfloat16 are added up in float32 and rounded once. The first
-    call of a size class measures `torch.distributed.all_reduce` too, and goes that way where it is faster. Between
+    the result is the same from run to run too. float16 and bfloat16 are added up in float32 and rounded once. Where
+    `torch.distributed.all_reduce` gives the same bits (integers but for their average, and sums and averages of float32
+    or float64 over two ranks), the first call of a size class measures it too, and the faster way is taken. Between
     hosts, through gloo, each rank adds up one part of the tensor in a fixed order and passes it on; where every host
     has as many ranks, more than one, they add up inside the host first (float16 and bfloat16 are rounded there too). A
     line of the log (`engine.distributed`) says why ranks don't share memory.
@@ -100,7 +101,7 @@ def begin(
         _take_residual(t, residual)
         return _by_torch(t, op, group, async_op)
     how = (op, group, member, codec, residual, density)
-    if async_op and (codec is not None or member.knows(t.numel() * t.element_size())):
+    if async_op and (codec is not None or member.goes_through_memory(t, op, group.size())):
         return member.worker.submit(lambda: _through_memory(t, *how))
     # Asynchronous or not: torch.distributed may be called, and that in the caller's thread, in the order of its calls.
     member.worker.drain()
@@ -139,11 +140,11 @@ def _through_memory(
         communicator.all_reduce(flat, op, codec, density)
         if residual is not None:
             residual.zero_()
-    elif member.knows(nbytes := flat.numel() * flat.element_size()):
+    elif member.goes_through_memory(flat, op, group.size()):
         communicator.all_reduce(flat, op)
     else:
         communicator.compare("all_reduce", flat, op)
-        if member.shared_memory_is_faster(communicator, group, nbytes):
+        if member.shared_memory_is_faster(communicator, group, flat):
             communicator.all_reduce(flat, op, compared=True)
         else:
             reduce_by_torch(flat, op, group, communicator)

@@ -42,12 +42,12 @@ class Member:
         self._finalizer = weakref.finalize(self, _close, self._ways(), self.worker, "this rank left the group")
         self._finalizer.atexit = False  # `_close_all` does that
 
-    def shared_memory_is_faster(self, communicator: Communicator, group: dist.ProcessGroup, nbytes: int) -> bool:
-        """Whether it beat `dist.all_reduce` at such sizes; measured once, and known to be so by all ranks alike.
+    def shared_memory_is_faster(self, communicator: Communicator, group: dist.ProcessGroup, t: torch.Tensor) -> bool:
+        """Whether it beat `dist.all_reduce` at sizes such as that of `t`; measured once, by all ranks alike.
 
         The operation for which it is asked must have been compared among the ranks, and nothing be under way.
         """
-        size_class = next(i for i, (most, _) in enumerate(SIZE_CLASSES) if most is None or nbytes <= most)
+        size_class = _size_class(t)
         if torch.device("cpu") not in group._device_types:  # of NCCL alone: there is no other way
             self._faster[size_class] = True
         if size_class not in self._faster:
@@ -55,15 +55,15 @@ class Member:
             communicator.agree(seconds)  # the slowest rank's, for all
             ours, theirs = seconds.tolist()
             self._faster[size_class] = ours <= theirs
-            logger.info("%d bytes: shared memory %.6f s, torch.distributed %.6f s", nbytes, ours, theirs)
+            logger.info("%d bytes: shared memory %.6f s, torch.distributed %.6f s", t.nbytes, ours, theirs)
         return self._faster[size_class]
 
-    def knows(self, nbytes: int) -> bool:
-        """Whether the faster way for such sizes is known to be shared memory."""
-        for i, (most, _) in enumerate(SIZE_CLASSES):
-            if most is None or nbytes <= most:
-                return self._faster.get(i, False)
-        return False
+    def goes_through_memory(self, t: torch.Tensor, op: str, size: int) -> bool:
+        """Whether it is settled that `t`, reduced over so many ranks, goes through shared memory.
+
+        Otherwise torch.distributed may be faster and gives the same bits.
+        """
+        return not same_bits_by_torch(t.dtype, op, size) or self._faster.get(_size_class(t), False)
 
     def close(self, reason: str) -> None:
         """Ends what is under way with an error, and gives memory and thread back."""
@@ -72,6 +72,21 @@ class Member:
 
     def _ways(self) -> list[Communicator | Network]:
         return [way for way in (self.communicator, self.network) if way is not None]
+
+
+def same_bits_by_torch(dtype: torch.dtype, op: str, size: int) -> bool:
+    """Whether `dist.all_reduce` over so many ranks gives what is given through shared memory.
+
+    gloo adds up in an order of its own, in float16 and bfloat16 rounds after each addition, and lets a maximum pass a
+    NaN; its sum of int32 may overflow before it is divided.
+    """
+    if dtype.is_floating_point:
+        return size == 2 and dtype in (torch.float32, torch.float64) and op in ("sum", "avg")
+    return op != "avg"
+
+
+def _size_class(t: torch.Tensor) -> int:
+    return next(i for i, (most, _) in enumerate(SIZE_CLASSES) if most is None or t.nbytes <= most)
 
 
 def _measure(communicator: Communicator, group: dist.ProcessGroup, nbytes: int) -> list[float]:

@@ -21,7 +21,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from engine.distributed import PeerError, _member, _shared_memory, all_gather, all_reduce, functional, reduce_scatter
+from engine.distributed import (
+    PeerError,
+    _all_reduce,
+    _member,
+    _shared_memory,
+    all_gather,
+    all_reduce,
+    functional,
+    reduce_scatter,
+)
 from engine.distributed._shared_memory import DTYPES, OPS
 
 rank, world_size = int(sys.argv[2]), int(sys.argv[3])
@@ -370,26 +379,42 @@ def asynchronous():
 
 
 def choice():
-    """Where plain dist.all_reduce was faster on the slowest rank, all ranks go that way, and still compare calls."""
-    measure = _member._measure
+    """Where plain dist.all_reduce was faster on the slowest rank, all ranks go that way, and still compare calls.
+
+    Only what has the same bits that way.
+    """
+    measure, by_torch = _member._measure, []
     _member._measure = lambda *_: [1.0 + rank, 1.5] if rank else [1.0, 0.1]  # only rank 1 finds gloo faster
+    reduce_by_torch = _all_reduce.reduce_by_torch
+    _all_reduce.reduce_by_torch = lambda t, op, *rest: by_torch.append((t.dtype, op)) or reduce_by_torch(t, op, *rest)
     group = dist.new_group()
     member = _member.member_of(group)
     for async_op in (False, True):
-        t = torch.full((2000,), rank + 1.0)
-        work = all_reduce(t, "avg", group, async_op=async_op)
+        t = torch.full((2000,), rank + 1, dtype=torch.int32)
+        work = all_reduce(t, "sum", group, async_op=async_op)
         assert work is None or work.wait()
-        assert t[0] == (world_size + 1) / 2
-    assert not member.knows(8000) and set(member._faster.values()) == {False}
+        assert t[0] == world_size * (world_size + 1) // 2
+    assert by_torch == [(torch.int32, "sum")] * 2 and set(member._faster.values()) == {False}
+    for dtype, op in itertools.product(DTYPES, OPS):  # as if nothing had been measured
+        t, again = data(rank, 2000, dtype, 1), data(rank, 2000, dtype, 1)
+        member._faster[0] = False
+        all_reduce(t, op, group)
+        member._faster[0] = True
+        all_reduce(again, op, group)
+        assert torch.equal(t, again), (dtype, op)
+    of_two = {(dtype, op) for dtype in (torch.float32, torch.float64) for op in ("sum", "avg")}
+    of_integers = {(dtype, op) for dtype in (torch.int32, torch.int64) for op in ("sum", "max", "min")}
+    assert set(by_torch) == of_integers | (of_two if world_size == 2 else set())
+    member._faster[0] = False
     try:
-        all_reduce(torch.ones(2000 + rank), "sum", group)
+        all_reduce(torch.ones(2000 + rank, dtype=torch.int64), "sum", group)
     except PeerError as error:
-        assert "operation 3" in str(error) and "called" in str(error), error
+        assert "called" in str(error), error
     else:
         raise AssertionError("no error")
-    _member._measure = measure
+    _member._measure, _all_reduce.reduce_by_torch = measure, reduce_by_torch
     group = dist.new_group()
-    all_reduce(torch.ones(2000), group=group)
+    all_reduce(torch.ones(2000, dtype=torch.int32), group=group)
     assert _member.member_of(group)._faster.keys() == {0}
 
 
