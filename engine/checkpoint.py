@@ -104,14 +104,28 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         CheckpointError: the file is damaged, or not for this model; the message names the tensor.
     """
     file = CheckpointFile(path)
-    stored = {*file.weights, *file.plain, *file.aliases}
-    with attention_unfused(model, lambda name: any(f".{key}".endswith(f".{name}.q_proj.weight") for key in stored)):
+    try:
         slots = Slots(model)
         names = match_names(file, slots)
-        replacements = _replacements(file, slots, names)
-        copies, ties = _copies(file, slots, names)
-        _commit(model, file, replacements, copies, ties)
+    except CheckpointError as error:
+        with attention_unfused(model) as unfused:
+            if not unfused:
+                raise
+            slots = Slots(model)
+            try:
+                names = match_names(file, slots)
+            except CheckpointError:
+                raise error from None  # the model's own names are what its user knows
+            _load(model, file, slots, names)
+    else:
+        _load(model, file, slots, names)
     return model
+
+
+def _load(model: nn.Module, file: CheckpointFile, slots: Slots, names: Mapping[str, str]) -> None:
+    replacements = _replacements(file, slots, names)
+    copies, ties = _copies(file, slots, names)
+    _commit(model, file, replacements, copies, ties)
 
 
 def _replacements(file: CheckpointFile, slots: Slots, names: Mapping[str, str]) -> dict[str, nn.Module]:

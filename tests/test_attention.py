@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import engine
 from engine.checkpoint import CheckpointError
@@ -30,17 +31,18 @@ def masks(n, heads, length, size, kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "padding", "both", "floats", "each head"])
-@pytest.mark.parametrize("batch_first, bias, cross", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("cross", ["no", "keys as wide", "other widths"])
+@pytest.mark.parametrize("batch_first, bias", itertools.product([False, True], repeat=2))
 def test_gives_what_the_fused_one_gives(kind, batch_first, bias, cross):
-    n, length, size, width, heads = 3, 7, 5 if cross else 7, 24, 4
-    kdim, vdim = (10, 14) if cross else (width, width)
+    n, length, size, width, heads = 3, 7, 7 if cross == "no" else 5, 24, 4
+    kdim, vdim = (10, 14) if cross == "other widths" else (width, width)
     fused = nn.MultiheadAttention(width, heads, 0.0, bias, kdim=kdim, vdim=vdim, batch_first=batch_first).eval()
     for parameter in fused.parameters():
         nn.init.normal_(parameter, std=0.3)
     own = MultiheadAttention.from_fused(fused)
     attn_mask, padding = masks(n, heads, length, size, kind)
     query = torch.randn(n, length, width)
-    key, value = (torch.randn(n, size, kdim), torch.randn(n, size, vdim)) if cross else (query, query)
+    key, value = (query, query) if cross == "no" else (torch.randn(n, size, kdim), torch.randn(n, size, vdim))
     if not batch_first:
         query, key, value = (t.transpose(0, 1) for t in (query, key, value))
     for need_weights, average in ((True, True), (True, False), (False, True)):
@@ -74,6 +76,9 @@ def test_gradients_and_dropout():
     own(x, x, x)[0].square().sum().backward()
     got = torch.cat([layer.weight.grad for layer in (own.q_proj, own.k_proj, own.v_proj)])
     torch.testing.assert_close(got, fused.in_proj_weight.grad)
+    got = torch.cat([layer.bias.grad for layer in (own.q_proj, own.k_proj, own.v_proj)])
+    torch.testing.assert_close(got, fused.in_proj_bias.grad, rtol=1e-4, atol=1e-5)
+    assert own.out_proj.weight is fused.out_proj.weight
     own.dropout = 0.5
     assert not torch.equal(own(x, x, x)[0], own(x, x, x)[0])
     assert not torch.equal(own(x, x, x, need_weights=False)[0], own(x, x, x, need_weights=False)[0])
@@ -140,6 +145,102 @@ def test_compressed_saved_and_loaded(tmp_path):
         torch.testing.assert_close(compiled(x), got)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes(dtype, need_weights):
+    fused = nn.MultiheadAttention(16, 2, batch_first=True).to(dtype)
+    own, x = MultiheadAttention.from_fused(fused), torch.randn(3, 5, 16, dtype=dtype)
+    mask = torch.zeros(3, 5).index_fill(0, torch.tensor(1), torch.finfo(torch.float32).min)  # one row pads everything
+    for padding in (None, mask.to(dtype), *([] if need_weights else [mask])):  # PyTorch's takes no other with weights
+        want, _ = fused(x, x, x, padding, need_weights=need_weights)
+        got, _ = own(x, x, x, padding, need_weights=need_weights)
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.02, equal_nan=True)
+    own(x, x, x, mask, need_weights=need_weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert own.float()(x.float(), x.float(), x.float())[0].dtype == torch.bfloat16
+
+
+def test_begins_as_large_as_the_fused_one():
+    torch.manual_seed(0)
+    for sizes in ({}, {"kdim": 128, "vdim": 300}):
+        fused, own = nn.MultiheadAttention(256, 4, **sizes), MultiheadAttention(256, 4, **sizes)
+        for one, other in zip(MultiheadAttention.from_fused(fused).parameters(), own.parameters(), strict=True):
+            assert other.abs().max() <= one.abs().max() * 1.01 + 1e-9
+            torch.testing.assert_close(other.std(), one.std(), rtol=0.03, atol=1e-9)
+
+
+def test_ties_and_frozen_parameters_stay():
+    model = nn.ModuleDict(
+        {"a": nn.MultiheadAttention(16, 2), "b": nn.MultiheadAttention(16, 2), "l": nn.Linear(16, 16)}
+    )
+    model["b"].in_proj_weight, model["b"].out_proj.weight = model["a"].in_proj_weight, model["a"].out_proj.weight
+    model["l"].weight = model["a"].out_proj.weight
+    model["a"].in_proj_bias.requires_grad_(False)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    unfuse_attention_(model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    a, b = model["a"], model["b"]
+    assert a.v_proj.weight is b.v_proj.weight and a.out_proj.weight is model["l"].weight
+    assert a.q_proj.weight.requires_grad and not a.q_proj.bias.requires_grad and b.q_proj.bias.requires_grad
+
+
+def test_loads_below_and_above_a_prefix(tmp_path):
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(16, 16)
+
+    def make():  # whose second name ends as the first, and holds a `q_proj` of its own
+        return nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2), "block": nn.ModuleDict({"attn": Apart()})})
+
+    model, fresh = make(), make()
+    engine.save(model, tmp_path / "fused.safetensors")
+    engine.load_(fresh, tmp_path / "fused.safetensors")
+    assert torch.equal(fresh["attn"].in_proj_weight, model["attn"].in_proj_weight)
+
+    inner = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2), "l": nn.Linear(16, 16)})
+    fresh = nn.ModuleDict({"x": copy.deepcopy(inner)})
+    unfuse_attention_(inner)
+    engine.compress_(inner, INT8)
+    engine.save(inner, tmp_path / "small.safetensors")
+    engine.load_(fresh, tmp_path / "small.safetensors")
+    assert isinstance(fresh["x"]["attn"].k_proj, CompressedLinear)
+
+
+def what_others_changed():
+    attention = nn.MultiheadAttention(16, 2)
+    attention.in_proj_weight.register_hook(lambda grad: grad)
+    yield attention
+    attention = nn.MultiheadAttention(16, 2)
+    attention.out_proj.register_forward_hook(lambda *_: None)
+    yield attention
+    attention = nn.MultiheadAttention(16, 2)
+    nn.utils.parametrizations.weight_norm(attention.out_proj)
+    yield attention
+    attention = nn.MultiheadAttention(16, 2)
+    prune.l1_unstructured(attention.out_proj, "weight", 0.5)
+    yield attention
+    attention = nn.MultiheadAttention(16, 2)
+    attention.register_buffer("x", torch.zeros(1))
+    yield attention
+    attention = nn.MultiheadAttention(16, 2)
+    attention.forward = lambda *_: None
+    yield attention
+    yield type("Mine", (nn.MultiheadAttention,), {})(16, 2)
+
+
+@pytest.mark.parametrize("attention", list(what_others_changed()), ids=range(7))
+def test_what_others_changed_stays(attention):
+    model = nn.ModuleDict({"a": attention, "b": nn.MultiheadAttention(16, 2)})
+    assert unfuse_attention_(model) == ["b"] and model["a"] is attention
+
+
+def test_old_pickles_without_an_attribute():
+    model = encoder()
+    del model.use_nested_tensor
+    assert len(unfuse_attention_(model)) == 2
+
+
 def test_what_stays_as_it_is():
     shared = nn.MultiheadAttention(16, 2)
     hooked = nn.MultiheadAttention(16, 2)
@@ -158,9 +259,20 @@ def test_errors():
     own, x = MultiheadAttention(16, 2, batch_first=True), torch.randn(3, 5, 16)
     with pytest.raises(ValueError, match=r"attn_mask: expected one"):
         own(x, x, x, is_causal=True)
-    with pytest.raises(ValueError, match=r"attn_mask: expected \[5, 5\] or \[6, 5, 5\], got \[5, 4\]"):
+    with pytest.raises(ValueError, match=r"attn_mask: expected \[5, 5\], got \[5, 4\]"):
         own(x, x, x, attn_mask=torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"key_padding_mask: expected \[3, 5\], got \[5\]"):
         own(x, x, x, key_padding_mask=torch.zeros(5))
-    with pytest.raises(ValueError, match="embed_dim: expected a multiple of 3"):
-        MultiheadAttention(16, 3)
+    for mask in (torch.ones(5, 5, dtype=torch.uint8), torch.ones(5, 5, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="attn_mask: expected bool or floats"):
+            own(x, x, x, attn_mask=mask)
+    for query, key, value in ((x, x[:1], x[:1]), (x[:1], x, x), (x, x, x[:, 1:]), (x[..., 1:], x, x), (x[0], x, x)):
+        with pytest.raises(ValueError, match="and batches and lengths that fit"):
+            own(query, key, value)
+    with pytest.raises(ValueError, match="and batches and lengths that fit"):
+        own(x[None], x[None], x[None])
+    for heads in (3, 0):
+        with pytest.raises(ValueError, match="embed_dim: expected a positive multiple of num_heads"):
+            MultiheadAttention(16, heads)
+    with pytest.raises(ValueError, match="add_zero_attn"):
+        MultiheadAttention(16, 2, 0.0, True, False, True)

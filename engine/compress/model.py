@@ -15,6 +15,7 @@ from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 from engine.compress.report import Report
 from engine.compress.targets import Target, find_targets
 from engine.compress.trial import guard_whole, model_bytes, try_recipe, try_unpruned
+from engine.nn.attention import why_not_unfused
 
 
 def compress_(
@@ -69,6 +70,8 @@ def compress_(
         calibration = calibrate(model, [example_inputs], progress=False, **how)
     described = recipes[0].to_dict() if by_layer is None else {n: each.to_dict() for n, each in by_layer.items()}
     report = Report(recipe=described, layers=[], left_alone=left, bytes_before=model_bytes(model))
+    attentions = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
+    report.fused_attention = sum(not why_not_unfused(module) for module in attentions)
     report.others = _others(model, {*left, *(name for target in targets for name in target.names)})
     chosen: dict[str, Compressed] = {}
     attempt = functools.partial(try_recipe, model, example_inputs, calibration, chosen, report)

@@ -52,6 +52,7 @@ class Report:
         left_alone: qualified name to reason, for everything that a target meant and that stayed as it was.
         others: bytes of each parameter, by name, that is a matrix or more and that no target meant: of layers whose
             class has no compressed twin (the experts of a mixture, say), or that the recipe doesn't name.
+        fused_attention: how many modules :func:`engine.nn.unfuse_attention_` could make layers of.
         bytes_before, bytes_after: parameters and buffers of the whole model.
         seconds_before, seconds_after: median of a forward pass on the example inputs, None without them.
         machine: what it was measured on.
@@ -66,6 +67,7 @@ class Report:
     seconds_after: float | None = None
     machine: dict[str, Any] = dataclasses.field(default_factory=lambda: _machine())
     others: dict[str, int] = dataclasses.field(default_factory=dict)
+    fused_attention: int = 0
 
     def __str__(self) -> str:
         """A table: a line a layer, then the whole model, then what was left alone and why."""
@@ -102,8 +104,7 @@ class Report:
             return ""
         largest = sorted(self.others, key=lambda name: -self.others[name])[:OTHERS_NAMED]
         more = f" and {len(self.others) - len(largest)} more" if len(self.others) > len(largest) else ""
-        fused = any(name.endswith("in_proj_weight") for name in self.others)
-        hint = " (engine.nn.unfuse_attention_ makes attention's projections layers of their own)" if fused else ""
+        hint = " (engine.nn.unfuse_attention_ makes layers of attention's)" if self.fused_attention else ""
         return f"meant by no target: {_size(sum(self.others.values()))} in {', '.join(largest)}{more}{hint}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def switches_of_fused_paths(model: nn.Module, name: str) -> Iterator[tuple[dict[
         around = model.get_submodule(".".join(parts[:depth]))
         if isinstance(around, nn.TransformerEncoderLayer):
             yield vars(around), "activation_relu_or_gelu", 0
-        if isinstance(around, nn.TransformerEncoder):  # else it hands its layers a tensor only the fused path takes
+        # Else it hands its layers a tensor that only the fused path takes. Old pickles lack the attribute.
+        if isinstance(around, nn.TransformerEncoder) and "use_nested_tensor" in vars(around):
             yield vars(around), "use_nested_tensor", False
 
 

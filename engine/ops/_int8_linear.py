@@ -43,7 +43,7 @@ def define_int8_linear(
         columns = check_activations(name, x)
         check_metadata(x, *stored, scale)
         check_bias(name, bias, scale.shape[0])
-        if isinstance(input_scale, Tensor):
+        if input_scale is not None and not isinstance(input_scale, float | int):
             _check.is_dtype(name, "input_scale", input_scale, torch.float32)
             fits = input_scale.numel() == 1 or tuple(input_scale.shape) == (columns,)
             expected = f"one element or shape [{columns}]"
@@ -79,10 +79,10 @@ def define_int8_linear(
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through the quantisation: as if `x` had been multiplied by the dequantised weight."""
         stored, (scale, *channels) = ctx.saved_tensors[:stored_count], ctx.saved_tensors[stored_count:]
-        grad_x = None
+        grad, grad_x = grad.float(), None
         if ctx.needs_input_grad[0]:
             weight = (to_dense_quickly or to_dense)(*stored, scale.shape[0], ctx.columns)
-            grad_x = grad.float() @ (weight * scale.unsqueeze(-1))
+            grad_x = grad @ (weight * scale.unsqueeze(-1))
             grad_x = (grad_x / channels[0] if channels else grad_x).to(ctx.dtype)
         nothing = (None,) * (stored_count + 1)
         return grad_x, *nothing, bias_gradient(ctx, grad, place=stored_count + 2), None

@@ -24,7 +24,16 @@ pytestmark = [
 # By world size and backend. What loses a rank comes last.
 SHARED = {
     (1, "gloo"): ["arguments", "values", "scatter_and_gather", "asynchronous", "kill_cycles:25", "survivor_leaves"],
-    (2, "engine"): ["values", "choice", "backend", "compiled", "codecs", "leaks", "groups_again", "lost:stopped:100000"],
+    (2, "engine"): [
+        "values",
+        "choice",
+        "backend",
+        "compiled",
+        "codecs",
+        "leaks",
+        "groups_again",
+        "lost:stopped:100000",
+    ],
     (3, "gloo"): [
         *["values", "shapes", "scatter_and_gather", "codecs", "asynchronous", "choice", "mismatches"],
         *["refused_memory", "lost:killed:100"],
