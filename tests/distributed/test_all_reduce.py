@@ -24,10 +24,19 @@ pytestmark = [
 # By world size and backend. What loses a rank comes last.
 SHARED = {
     (1, "gloo"): ["arguments", "values", "scatter_and_gather", "asynchronous", "kill_cycles:25", "survivor_leaves"],
-    (2, "engine"): ["values", "backend", "compiled", "codecs", "leaks", "groups_again", "lost:stopped:100000"],
+    (2, "engine"): [
+        "values",
+        "backend",
+        "compiled",
+        "codecs",
+        "leaks",
+        "groups_again",
+        "on_one_core",
+        "lost:stopped:100000",
+    ],
     (3, "gloo"): [
         *["values", "shapes", "scatter_and_gather", "codecs", "asynchronous", "choice", "mismatches"],
-        *["refused_memory", "lost:killed:100"],
+        *["refused_memory", "on_one_core", "lost:killed:100"],
     ],
 }
 
