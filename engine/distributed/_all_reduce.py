@@ -42,7 +42,7 @@ def all_reduce(
       becomes NaN on every rank.
     - "bitmap": only about a fraction `density` of the largest magnitudes, as bitmasks and bfloat16 values, 0.016 +
       3.75 * density bytes an element at most. Meant for gradients, with a `residual`. A NaN or an infinity makes NaN of
-      the elements that are sent with it, 1 Mi at most.
+      the elements that are sent with it, 2 Mi at most.
 
     Every rank must call it in the same order with the same number of elements, dtype, op and codec; where they differ,
     every rank raises. After an error the group refuses further calls with the first error's text. Under `torch.compile`
