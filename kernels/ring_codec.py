@@ -121,7 +121,7 @@ def count_kept_kernel(
     x,  # float32 [n]
     residual,  # float32 [n], or None
     threshold,  # float32, one element
-    counts,  # int32 [programs]: how many each keeps
+    counts,  # int32 [2, programs]: how many each keeps, and of how many groups of 8
     not_finite,  # int32 [1], 0 at first: whether any is a NaN or an infinity
     n,
     ELEMENTS: tl.constexpr,
@@ -130,10 +130,18 @@ def count_kept_kernel(
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < n
     value = sum_of(x, residual, at, inside)
-    kept = is_kept(value, tl.load(threshold)) & inside
-    tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32), axis=0))
+    kept = (is_kept(value, tl.load(threshold)) & inside).to(tl.int32)
+    each = tl.sum(tl.reshape(kept, [ELEMENTS // 8, 8]), axis=1)
+    tl.store(counts + tl.program_id(0), tl.sum(each, axis=0))
+    tl.store(counts + tl.num_programs(0) + tl.program_id(0), tl.sum((each != 0).to(tl.int32), axis=0))
     if tl.max((finite(value) == 0).to(tl.int32), axis=0) != 0:
         tl.store(not_finite, 1)
+
+
+@triton.jit
+def pack(bits, COUNT: tl.constexpr):
+    """`bits` [COUNT], 0 or 1, eight a number, the first in its least significant bit: [COUNT / 8]."""
+    return tl.sum(tl.reshape(bits, [COUNT // 8, 8]) << tl.arange(0, 8)[None, :], axis=1)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -141,14 +149,15 @@ def send_kept_kernel(
     x,  # float32 [n], which becomes 0
     residual,  # float32 [n], or None
     threshold,  # float32, one element
-    through,  # int64 [programs]: how many all programs up to each keep
-    mask,  # uint8 [8 * ceil(n / 64)], 0 at first
+    through,  # int64 [2, programs]: how many all programs up to each keep, and of how many groups
+    mask,  # uint8 [8 * ceil(n / 512)], 0 at first: a bit for each group, whether any of it is sent
     sent,  # int16 [capacity]
+    groups,  # uint8 [groups that are sent]: which of each
     n,
     capacity,
     ELEMENTS: tl.constexpr,
 ):
-    """The second: the bit of each that is sent, its value, and the rest into the residual."""
+    """The second: what is sent of each group, the values, and the rest into the residual."""
     program = tl.program_id(0).to(tl.int64)
     at = program * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < n
@@ -159,9 +168,13 @@ def send_kept_kernel(
     goes = (kept != 0) & (rank < capacity)
     bits = bfloat16_bits(value)
     tl.store(sent + rank, bits, mask=goes)
-    octets = tl.reshape(goes.to(tl.int32), [ELEMENTS // 8, 8]) << tl.arange(0, 8)[None, :]
-    byte = program * (ELEMENTS // 8) + tl.arange(0, ELEMENTS // 8)
-    tl.store(mask + byte, tl.sum(octets, axis=1).to(tl.uint8), mask=byte * 8 < n)
+    octet = pack(goes.to(tl.int32), ELEMENTS)
+    # What there is no room for comes last, so that groups of it come after all groups that are sent.
+    some = tl.max(tl.reshape(kept, [ELEMENTS // 8, 8]), axis=1)
+    before = tl.load(through + tl.num_programs(0) + program) - tl.sum(some, axis=0)
+    tl.store(groups + before + tl.cumsum(some, axis=0) - some, octet.to(tl.uint8), mask=octet != 0)
+    byte = program * (ELEMENTS // 64) + tl.arange(0, ELEMENTS // 64)
+    tl.store(mask + byte, pack((octet != 0).to(tl.int32), ELEMENTS // 8).to(tl.uint8), mask=byte * 64 < n)
     if residual is not None:
         received = tl.where(goes, bits.to(tl.bfloat16, bitcast=True).to(tl.float32), 0.0)
         rest = tl.where(finite(value) & finite(received), value - received, 0.0)
@@ -170,33 +183,89 @@ def send_kept_kernel(
 
 
 @triton.jit
-def bits_of(mask, at, inside):
-    """The bits of a bitmask, 0 or 1."""
-    return (tl.load(mask + at // 8, mask=inside, other=0).to(tl.int32) >> (at % 8).to(tl.int32)) & 1
+def count_groups_kernel(mask, counts, ELEMENTS: tl.constexpr):
+    """Of how many groups of its ELEMENTS each program has something: int32 [programs]."""
+    byte = tl.program_id(0).to(tl.int64) * (ELEMENTS // 64) + tl.arange(0, ELEMENTS // 64)
+    bits = tl.load(mask + byte).to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :] & 1
+    tl.store(counts + tl.program_id(0), tl.sum(tl.sum(bits, axis=1), axis=0))
 
 
 @triton.jit
-def count_bits_kernel(mask, counts, bits, ELEMENTS: tl.constexpr):
-    """How many of a bitmask's `bits` bits each program finds set: int32 [programs]."""
-    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    tl.store(counts + tl.program_id(0), tl.sum(bits_of(mask, at, at < bits), axis=0))
+def octets_of(mask, through, groups, room, ELEMENTS: tl.constexpr):
+    """Which of each group are sent, 0 where none: int32 [ELEMENTS / 8]; and whether a group has something."""
+    program = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, ELEMENTS // 8)
+    byte = tl.load(mask + program * (ELEMENTS // 64) + group // 8).to(tl.int32)
+    some = byte >> (group % 8) & 1
+    rank = tl.load(through + program) - tl.sum(some, axis=0) + tl.cumsum(some, axis=0) - some
+    return tl.load(groups + rank, mask=(some != 0) & (rank < room), other=0).to(tl.int32), some
 
 
-@triton.jit
-def decode_bitmap_kernel(mask, through, sent, x, factor, n, ADD: tl.constexpr, ELEMENTS: tl.constexpr):
+@triton.jit(do_not_specialize=["room"])
+def count_values_kernel(
+    mask,  # uint8 [programs * ELEMENTS / 64]
+    through,  # int64 [programs]: of how many groups all programs up to each have something
+    groups,  # uint8 [room]
+    counts,  # int32 [2, programs]: how many values each has, and how much in it contradicts itself
+    n,
+    room,
+    ELEMENTS: tl.constexpr,
+):
+    """Before anything is decoded."""
+    program = tl.program_id(0).to(tl.int64)
+    octet, some = octets_of(mask, through, groups, room, ELEMENTS)
+    bits = octet[:, None] >> tl.arange(0, 8)[None, :] & 1
+    at = program * ELEMENTS + tl.arange(0, ELEMENTS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    wrong = tl.sum(((some != 0) & (octet == 0)).to(tl.int32), axis=0)  # no byte is there for it, or an empty one
+    wrong += tl.sum(tl.sum(tl.where(at >= n, bits, 0), axis=1), axis=0)
+    tl.store(counts + program, tl.sum(tl.sum(bits, axis=1), axis=0))
+    tl.store(counts + tl.num_programs(0) + program, wrong)
+
+
+@triton.jit(do_not_specialize=["room"])
+def decode_bitmap_kernel(
+    mask,
+    through,  # int64 [programs], as above
+    values_through,  # int64 [programs]: how many values all programs up to each have
+    groups,
+    sent,
+    x,
+    factor,
+    n,
+    room,
+    ADD: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
     """`sent` int16 at the places whose bit is set, times factor, and 0 elsewhere, into float32 [n]."""
     program = tl.program_id(0).to(tl.int64)
-    at = program * ELEMENTS + tl.arange(0, ELEMENTS)
-    inside = at < n
-    bit = bits_of(mask, at, inside)
-    rank = tl.load(through + program) - tl.sum(bit, axis=0) + tl.cumsum(bit, axis=0) - bit
-    value = tl.load(sent + rank, mask=bit != 0, other=0).to(tl.bfloat16, bitcast=True).to(tl.float32)
-    deliver(x, at, tl.where(bit != 0, value * factor, 0.0), inside, ADD)
+    octet, _ = octets_of(mask, through, groups, room, ELEMENTS)
+    bits = octet[:, None] >> tl.arange(0, 8)[None, :] & 1
+    each = tl.sum(bits, axis=1)
+    before = tl.load(values_through + program) - tl.sum(each, axis=0) + tl.cumsum(each, axis=0) - each
+    rank = before[:, None] + tl.cumsum(bits, axis=1) - bits
+    value = tl.load(sent + rank, mask=bits != 0, other=0).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    at = program * ELEMENTS + tl.arange(0, ELEMENTS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    deliver(x, at, tl.where(bits != 0, value * factor, 0.0), at < n, ADD)
 
 
 def bitmap_bytes(n: int) -> int:
     """Of "bitmap", those before the values."""
-    return HEADER + 8 * triton.cdiv(n, 64)
+    return HEADER + 8 * triton.cdiv(n, 512)
+
+
+def bitmap_capacity(n: int, size: int) -> int:
+    """How many values a wire of so many bytes has room for; -1 where n elements never make so many."""
+    room, groups = size - bitmap_bytes(n), triton.cdiv(n, 8)
+    if room <= 3 * groups:
+        return room // 3 if room >= 0 and room % 3 == 0 else -1
+    return -1 if (room - groups) % 2 else (room - groups) // 2
+
+
+def parts_of_bitmap(wire: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The groups' bits, the values as int16, and the groups' bytes."""
+    begin, capacity = bitmap_bytes(n), bitmap_capacity(n, wire.numel())
+    end = begin + 2 * capacity
+    return wire[HEADER:begin], wire[begin:end].view(torch.int16), wire[end:]
 
 
 def check_wire(op: str, wire: Tensor, codec: str, *floats: Tensor | None) -> int:
@@ -208,8 +277,7 @@ def check_wire(op: str, wire: Tensor, codec: str, *floats: Tensor | None) -> int
     expect(wire.dtype == torch.uint8 and wire.dim() == 1 and wire.is_contiguous(), op, "expected a contiguous wire")
     sizes = {"bf16": 2 * n, "int8": 4 * triton.cdiv(n, BLOCK) + n}
     expect(codec == "bitmap" or codec in sizes, op, "expected another codec")
-    room = wire.numel() - bitmap_bytes(n)
-    fits = room >= 0 and room % 2 == 0 if codec == "bitmap" else wire.numel() == sizes[codec]
+    fits = bitmap_capacity(n, wire.numel()) >= 0 if codec == "bitmap" else wire.numel() == sizes[codec]
     expect(fits, op, "expected a wire of another size")
     same_device(op, wire, *given)
     return n
@@ -265,17 +333,17 @@ def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: 
     if n == 0:
         return
     to = wire if aligned(wire) else torch.zeros_like(wire)
-    capacity, threshold = (wire.numel() - bitmap_bytes(n)) // 2, threshold_of(x, residual, density)
-    counts = torch.empty(programs(n), dtype=torch.int32, device=x.device)
+    threshold = threshold_of(x, residual, density)
+    counts = torch.empty((2, *programs(n)), dtype=torch.int32, device=x.device)
     header = torch.zeros(2, dtype=torch.int32, device=x.device)
-    mask, sent = to[HEADER : bitmap_bytes(n)], to[bitmap_bytes(n) :].view(torch.int16)
+    mask, sent, groups = parts_of_bitmap(to, n)
     with torch.cuda.device_of(x):
         count_kept_kernel[programs(n)](x, residual, threshold, counts, header[1:], n, ELEMENTS=ELEMENTS, num_warps=8)
-        through = counts.cumsum(0)
+        through = counts.cumsum(1)
         send_kept_kernel[programs(n)](
-            x, residual, threshold, through, mask, sent, n, capacity, ELEMENTS=ELEMENTS, num_warps=8
+            x, residual, threshold, through, mask, sent, groups, n, sent.numel(), ELEMENTS=ELEMENTS, num_warps=8
         )
-    header[:1] = through[-1:].clamp(max=capacity)
+    header[:1] = through[0, -1:].clamp(max=sent.numel())
     to[:HEADER].copy_(header.view(torch.uint8))
     if to is not wire:
         wire.copy_(to)
@@ -300,24 +368,26 @@ def ring_decode(wire: Tensor, codec: str, factor: float, add: bool, x: Tensor) -
 
 def decode_bitmap(wire: Tensor, factor: float, x: Tensor, how: dict) -> None:
     """Of "bitmap", after it was looked at whether it agrees with itself."""
-    n, bits = x.numel(), 64 * triton.cdiv(x.numel(), 64)
-    mask, sent = wire[HEADER : bitmap_bytes(n)], wire[bitmap_bytes(n) :].view(torch.int16)
-    counts = torch.zeros(max(1, *programs(bits)), dtype=torch.int32, device=x.device)
-    if bits:
-        count_bits_kernel[programs(bits)](mask, counts, bits, ELEMENTS=ELEMENTS, num_warps=8)
-    through = counts.cumsum(0)
-    beyond = mask[n // 8 :].clone()  # of which only bits of elements may be set
-    if n % 8:
-        beyond[0] >>= n % 8
-    looked_at = torch.cat([wire[:HEADER].view(torch.int32).long(), through[-1:], beyond.sum().view(1)])
-    count, flags, found, stray = looked_at.tolist()  # the one wait
+    n = x.numel()
+    mask, sent, groups = parts_of_bitmap(wire, n)
+    grid = programs(n)
+    mask = torch.nn.functional.pad(mask, (0, grid[0] * (ELEMENTS // 64) - mask.numel()))  # whole programs
+    counts = torch.zeros((3, *grid), dtype=torch.int32, device=x.device)
+    through = values_through = counts
+    if n:
+        count_groups_kernel[grid](mask, counts, ELEMENTS=ELEMENTS, num_warps=8)
+        through = counts[0].cumsum(0)
+        count_values_kernel[grid](mask, through, groups, counts[1:], n, groups.numel(), ELEMENTS=ELEMENTS, num_warps=8)
+        values_through = counts[1].cumsum(0)
+    looked_at = torch.cat([wire[:HEADER].view(torch.int32).long(), counts[1:].sum(1)])
+    count, flags, found, wrong = looked_at.tolist()  # the one wait
     good = 0 <= count <= sent.numel() and flags in (0, 1)
     if good and flags:
         x.fill_(torch.nan)
         return
-    expect(good and found == count and stray == 0, "ring_decode", "wire: expected a bitmap that agrees with itself")
+    expect(good and found == count and wrong == 0, "ring_decode", "wire: expected a bitmap that agrees with itself")
     if n:
-        decode_bitmap_kernel[programs(n)](mask, through, sent, x, factor, n, **how)
+        decode_bitmap_kernel[grid](mask, through, values_through, groups, sent, x, factor, n, groups.numel(), **how)
 
 
 def register() -> None:

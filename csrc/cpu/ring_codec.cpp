@@ -28,8 +28,7 @@ Codec check_codec(const char* op, const std::string& codec, const Tensor& wire, 
     const int64_t bytes = wire.numel();
     if (codec == "bf16" && bytes == ring::bf16_bytes(n)) return Codec::bf16;
     if (codec == "int8" && bytes == ring::int8_bytes(n)) return Codec::int8;
-    const int64_t room = bytes - ring::bitmap_bytes(n);
-    if (codec == "bitmap" && room >= 0 && room % 2 == 0) return Codec::bitmap;
+    if (codec == "bitmap" && ring::bitmap_capacity(n, bytes) >= 0) return Codec::bitmap;
     STD_TORCH_CHECK(false, op, ": no codec ", codec, " makes ", bytes, " bytes of ", n, " elements");
 }
 
@@ -72,7 +71,7 @@ void ring_prune_encode(Tensor x, std::optional<Tensor> residual, double density,
     check_codec("ring_prune_encode", "bitmap", wire, n);
     float* from = mutable_data<float>(x);
     const float threshold = ring::bitmap_threshold(from, left, n, density);
-    const int64_t capacity = (wire.numel() - ring::bitmap_bytes(n)) / 2;
+    const int64_t capacity = ring::bitmap_capacity(n, wire.numel());
     ring::bitmap_encode(from, left, n, threshold, reinterpret_cast<char*>(mutable_data<uint8_t>(wire)), capacity);
 }
 
@@ -95,9 +94,9 @@ void ring_decode(Tensor wire, std::string codec, double factor_in, bool add, Ten
             });
         case Codec::bitmap: {
             if (!add) std::fill(to, to + n, 0.0f);
-            const int64_t capacity = (wire.numel() - ring::bitmap_bytes(n)) / 2;
+            const int64_t capacity = ring::bitmap_capacity(n, wire.numel());
             STD_TORCH_CHECK(ring::bitmap_decode_add(from, capacity, n, factor, to),
-                            "ring_decode: wire: header, bitmask and values contradict each other");
+                            "ring_decode: wire: header, bitmasks and values contradict each other");
         }
     }
 }

@@ -3,9 +3,11 @@
 //   bf16     n values of 2 bytes, rounded half to even.
 //   int8     blocks of 256: ceil(n/256) fp32 scales, then n int8, each block by the arithmetic of quantize.h. A block
 //            that holds a NaN or an infinity is NaN as a whole when decoded.
-//   bitmap   the largest values alone. uint32 count, uint32 flags, then a bitmask of ceil(n/64) words (bit i % 64 of
-//            word i / 64, least significant first), then room for `capacity` bfloat16 values in order, `count` of them
-//            used. Flag 1: a value was no number, and all n are NaN when decoded.
+//   bitmap   the largest values alone. uint32 count, uint32 flags, then a bit for each group of 8 elements
+//            (bit g % 8 of byte g / 8, up to a multiple of 8 bytes): whether any of it is kept. Then room for
+//            `capacity` bfloat16 values in order, `count` of them used, and room for a byte for each group of which
+//            any is kept, in order: which (least significant bit first). No more than min(capacity, ceil(n / 8))
+//            groups can be. Flag 1: a value was no number, and all n are NaN when decoded.
 //
 // A residual (error feedback) holds what was not sent: it is added to the values before they are encoded, and takes up
 // the difference to what the receiver will decode. Where that is not a finite number it doesn't go into the residual.
@@ -37,8 +39,16 @@ struct BitmapHeader {
     uint32_t count, flags;
 };
 constexpr uint32_t kNotFinite = 1;
+inline int64_t bitmap_groups(int64_t n) { return (n + 7) / 8; }
 // Bytes before the values.
-inline int64_t bitmap_bytes(int64_t n) { return static_cast<int64_t>(sizeof(BitmapHeader)) + 8 * ((n + 63) / 64); }
+inline int64_t bitmap_bytes(int64_t n) { return static_cast<int64_t>(sizeof(BitmapHeader)) + 8 * ((n + 511) / 512); }
+// How many values there is room for in so many bytes; -1 where n elements never make so many.
+inline int64_t bitmap_capacity(int64_t n, int64_t bytes) {
+    const int64_t room = bytes - bitmap_bytes(n), groups = bitmap_groups(n);
+    if (room < 0) return -1;
+    if (room <= 3 * groups) return room % 3 ? -1 : room / 3;
+    return (room - groups) % 2 ? -1 : (room - groups) / 2;
+}
 
 ENGINE_INLINE bool is_finite(float v) { return (std::bit_cast<uint32_t>(v) & 0x7f800000u) != 0x7f800000u; }
 
@@ -200,50 +210,59 @@ ENGINE_AVX512 ENGINE_INLINE uint64_t bitmap_take_avx512(float* x, float* residua
 }
 #endif
 
-// Where the values go, and how far they have come.
+// Where the values and the groups' bytes go, and how far they have come.
 struct BitmapWriter {
     uint16_t* values;  // [capacity]
+    uint8_t* groups;   // the next
     int64_t capacity, count;
     bool finite;
 };
 
-// Sends the kept of 64 values; returns the bits of those for which there was room.
+// Sends the kept of 64 values; returns a bit for each of the 8 groups, whether any of it was sent.
 template <bool kResidual>
-ENGINE_INLINE uint64_t bitmap_send(uint64_t bits,    // which are kept
-                                   const float* v,   // [64]
-                                   float* residual,  // [64], holding v, or null without kResidual
-                                   BitmapWriter& to) {
-    uint64_t sent = bits;
+ENGINE_INLINE uint8_t bitmap_send(uint64_t bits,    // which are kept
+                                  const float* v,   // [64]
+                                  float* residual,  // [64], holding v, or null without kResidual
+                                  BitmapWriter& to) {
+    unsigned groups = 0;
     for (; bits; bits &= bits - 1) {
         const int i = __builtin_ctzll(bits);
         to.finite &= is_finite(v[i]);
         if (to.count == to.capacity) {  // the residual keeps it, and an element without one is lost
-            sent &= ~(bits & -bits);
             if (kResidual && !is_finite(v[i])) residual[i] = 0.0f;
             continue;
         }
+        const unsigned group = 1u << i / 8;
+        if (!(groups & group)) *to.groups++ = 0;
+        groups |= group;
+        to.groups[-1] |= static_cast<uint8_t>(1u << i % 8);
         const BFloat16 value = from_float<BFloat16>(v[i]);
         to.values[to.count++] = value.bits;
         if constexpr (kResidual) residual[i] = is_finite(to_float(value)) ? v[i] - to_float(value) : 0.0f;
     }
-    return sent;
+    return static_cast<uint8_t>(groups);
 }
 
 // What is begun before the loop over 64 elements, and ended after it.
 inline BitmapWriter bitmap_begin(char* wire, int64_t n, int64_t capacity) {
-    return {reinterpret_cast<uint16_t*>(wire + bitmap_bytes(n)), capacity, 0, true};
+    auto* values = reinterpret_cast<uint16_t*>(wire + bitmap_bytes(n));
+    return {values, reinterpret_cast<uint8_t*>(values + capacity), capacity, 0, true};
 }
 template <bool kResidual>
 inline void bitmap_end(float* x, float* residual, int64_t n, float threshold, char* wire, BitmapWriter& to) {
     const int64_t i = n / 64 * 64;
+    char* mask = wire + sizeof(BitmapHeader) + i / 64;
     if (i < n) {
         alignas(64) float v[64];
         float* left = kResidual ? residual + i : nullptr;
         const uint64_t bits = bitmap_take_portable<kResidual>(x + i, left, n - i, threshold, v);
-        reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader))[i / 64] = bitmap_send<kResidual>(bits, v, left, to);
+        *mask++ = static_cast<char>(bitmap_send<kResidual>(bits, v, left, to));
     }
     // What is left of the room is sent too: nothing of this process's memory may be in it.
+    std::fill(mask, wire + bitmap_bytes(n), char{0});
     std::fill(to.values + to.count, to.values + to.capacity, uint16_t{0});
+    auto* groups = reinterpret_cast<uint8_t*>(to.values + to.capacity);
+    std::fill(to.groups, groups + std::min(to.capacity, bitmap_groups(n)), uint8_t{0});
     const BitmapHeader header{static_cast<uint32_t>(to.count), to.finite ? 0 : kNotFinite};
     std::memcpy(wire, &header, sizeof(header));
 }
@@ -251,7 +270,7 @@ inline void bitmap_end(float* x, float* residual, int64_t n, float threshold, ch
 template <bool kResidual>
 void bitmap_encode_portable(float* x, float* residual, int64_t n, float threshold, char* wire, int64_t capacity) {
     BitmapWriter to = bitmap_begin(wire, n, capacity);
-    auto* mask = reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader));
+    auto* mask = reinterpret_cast<uint8_t*>(wire + sizeof(BitmapHeader));
     alignas(64) float v[64];
     for (int64_t i = 0; i + 64 <= n; i += 64) {
         float* left = kResidual ? residual + i : nullptr;
@@ -265,7 +284,7 @@ template <bool kResidual>
 ENGINE_AVX2 void bitmap_encode_avx2(float* x, float* residual, int64_t n, float threshold, char* wire,
                                     int64_t capacity) {
     BitmapWriter to = bitmap_begin(wire, n, capacity);
-    auto* mask = reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader));
+    auto* mask = reinterpret_cast<uint8_t*>(wire + sizeof(BitmapHeader));
     alignas(64) float v[64];
     for (int64_t i = 0; i + 64 <= n; i += 64) {
         float* left = kResidual ? residual + i : nullptr;
@@ -278,7 +297,7 @@ template <bool kResidual>
 ENGINE_AVX512 void bitmap_encode_avx512(float* x, float* residual, int64_t n, float threshold, char* wire,
                                         int64_t capacity) {
     BitmapWriter to = bitmap_begin(wire, n, capacity);
-    auto* mask = reinterpret_cast<uint64_t*>(wire + sizeof(BitmapHeader));
+    auto* mask = reinterpret_cast<uint8_t*>(wire + sizeof(BitmapHeader));
     alignas(64) float v[64];
     for (int64_t i = 0; i + 64 <= n; i += 64) {
         float* left = kResidual ? residual + i : nullptr;
@@ -291,7 +310,7 @@ ENGINE_AVX512 void bitmap_encode_avx512(float* x, float* residual, int64_t n, fl
 
 // x += value * factor at the places of the mask. False where the wire contradicts itself; then x means nothing, but
 // nothing was read or written out of bounds.
-inline bool bitmap_decode_add(const char* wire,  // bitmap_bytes(n) + 2 * capacity, aligned to 8
+inline bool bitmap_decode_add(const char* wire,  // as bitmap_encode made it, aligned to 8
                               int64_t capacity, int64_t n, float factor,
                               float* x) {  // [n]
     BitmapHeader header;
@@ -301,21 +320,34 @@ inline bool bitmap_decode_add(const char* wire,  // bitmap_bytes(n) + 2 * capaci
         std::fill(x, x + n, std::numeric_limits<float>::quiet_NaN());
         return true;
     }
-    const auto* mask = reinterpret_cast<const uint64_t*>(wire + sizeof(BitmapHeader));
     const auto* values = reinterpret_cast<const uint16_t*>(wire + bitmap_bytes(n));
-    int64_t taken = 0;
-    constexpr int64_t kAhead = 16;  // words of the mask whose elements are on their way from memory
-    for (int64_t i = 0; i < n; i += 64) {
-        const int64_t far = i / 64 + kAhead;
-        if (far < n / 64)
-            for (uint64_t bits = mask[far]; bits; bits &= bits - 1)
-                __builtin_prefetch(x + far * 64 + __builtin_ctzll(bits), 1);
-        uint64_t bits = mask[i / 64];
-        if (n - i < 64 && bits >> (n - i)) return false;
-        if (taken + __builtin_popcountll(bits) > header.count) return false;
-        for (; bits; bits &= bits - 1) x[i + __builtin_ctzll(bits)] += to_float(BFloat16{values[taken++]}) * factor;
+    const auto* group = reinterpret_cast<const uint8_t*>(values + capacity);
+    const auto* end = group + std::min(capacity, bitmap_groups(n));
+    // Places are found some ahead of the sums, so that these find them fetched, and in loops whose ends the processor
+    // can foresee: a word covers 512 elements.
+    constexpr int64_t kAhead = 64, kFound = 1024;
+    int64_t places[kFound], found = 0, added = 0;
+    const auto add_until = [&](int64_t last) {
+        for (; added < last; ++added) x[places[added % kFound]] += to_float(BFloat16{values[added]}) * factor;
+    };
+    for (int64_t i = 0; i < n; i += 512) {
+        uint64_t groups;
+        std::memcpy(&groups, wire + sizeof(header) + i / 64, sizeof(groups));
+        for (; groups; groups &= groups - 1) {
+            if (group == end || *group == 0) return false;
+            const int64_t first = i + 8 * __builtin_ctzll(groups);
+            for (unsigned bits = *group++; bits; bits &= bits - 1) {
+                const int64_t place = first + __builtin_ctz(bits);
+                if (place >= n) return false;
+                __builtin_prefetch(x + place, 1);
+                places[found++ % kFound] = place;
+            }
+        }
+        if (found > header.count) return false;
+        add_until(found - kAhead);
     }
-    return taken == header.count;
+    add_until(found);
+    return found == header.count;
 }
 
 // ------------------------------------------------------------------------------------------------ what callers call
@@ -396,7 +428,7 @@ void run(const F& f) {
 inline void bitmap_encode(float* x,         // [n]
                           float* residual,  // [n], or null
                           int64_t n, float threshold,
-                          char* wire,  // bitmap_bytes(n) + 2 * capacity, aligned to 8
+                          char* wire,  // of bitmap_capacity(n, its bytes), aligned to 8
                           int64_t capacity) {
     threshold = std::min(threshold, std::numeric_limits<float>::max());  // what is infinite is kept; NaN keeps all
     auto kernel = residual ? bitmap_encode_portable<true> : bitmap_encode_portable<false>;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include "ring/segment.h"
@@ -18,15 +19,30 @@ namespace {
 
 constexpr std::chrono::seconds kWarnAfter{10};
 // How often a rank that waits offers its core to others before it sleeps; hardly where the ranks are badly spread over
-// the cores. There sleepers help: one is woken on an idle core, and leaves one idle for others to be woken on. Ranks
-// that only yield stay where they are, two on one core and none on the other, for tens of milliseconds.
+// the cores and other processes use them too. There sleepers help: the kernel wakes one on an idle core if there is
+// one.
 constexpr int kPatience = 200, kUnevenPatience = 3;
 // How often a rank looks before it first yields, where no other rank is on its core: whoever else is there may keep it.
 constexpr int kLooks = 64;
+constexpr size_t kCores = CPU_SETSIZE;  // that ranks are counted by
+// How often, while the ranks are badly spread, it is looked at whether one of them may move to another core.
+constexpr std::chrono::milliseconds kSpreadEvery{1};
 
 int usable_cores() {
     cpu_set_t set;
     return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+// Whether more threads want to run on this machine than `most`, or it can't be known.
+bool crowded(int most) {
+    const int file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+    if (file < 0) return true;
+    char text[128];
+    const ssize_t length = read(file, text, sizeof(text) - 1);
+    close(file);
+    int running = 0;
+    text[std::max<ssize_t>(length, 0)] = 0;
+    return std::sscanf(text, "%*s %*s %*s %d/", &running) != 1 || running < 1 || running > most;
 }
 
 [[noreturn]] void refuse(const std::string& what, int error) {
@@ -187,21 +203,24 @@ std::string SharedMemory::name(int rank) const { return "rank " + std::to_string
 
 void SharedMemory::note_core() const { header(rank_).core.store(sched_getcpu(), std::memory_order_relaxed); }
 
+// Where a rank was last seen.
+size_t SharedMemory::core(int rank) const {
+    return static_cast<uint32_t>(header(rank).core.load(std::memory_order_relaxed)) % kCores;
+}
+
 // Whether another rank was last seen on this one's core.
 bool SharedMemory::shares_core() const {
-    const int32_t own = header(rank_).core.load(std::memory_order_relaxed);
     for (int rank = 0; rank < world_size_; ++rank)
-        if (rank != rank_ && header(rank).core.load(std::memory_order_relaxed) == own) return true;
+        if (rank != rank_ && core(rank) == core(rank_)) return true;
     return false;
 }
 
 // Whether some core has two ranks more than another one, as last seen.
 bool SharedMemory::uneven() const {
-    std::array<uint16_t, 1024> ranks{};  // by core
+    std::array<uint16_t, kCores> ranks{};  // by core
     int most = 0, fewest = world_size_, used = 0;
     for (int rank = 0; rank < world_size_; ++rank) {
-        const auto core = static_cast<uint32_t>(header(rank).core.load(std::memory_order_relaxed));
-        const int here = ++ranks[core % ranks.size()];
+        const int here = ++ranks[core(rank)];
         most = std::max(most, here);
         used += here == 1;
     }
@@ -212,20 +231,50 @@ bool SharedMemory::uneven() const {
     return most - fewest >= 2;
 }
 
+// Ranks that yield to one another on one core are left there by the kernel, though another core is idle, for tens of
+// milliseconds or, where each wait is short, for good. So the last rank of a core with two more than another has moves
+// to that one, and is free to be moved on. Not where others want to run too: it could meet one of them, and wait for
+// its turn.
+void SharedMemory::spread() {
+    const auto now = Clock::now();
+    if (now - looked_ < kSpreadEvery) return;
+    looked_ = now;
+    crowded_ = crowded(world_size_);
+    cpu_set_t allowed, target;
+    if (crowded_ || sched_getaffinity(0, sizeof(allowed), &allowed)) return;
+    std::array<uint16_t, kCores> ranks{};
+    for (int rank = 0; rank < world_size_; ++rank) ++ranks[core(rank)];
+    const size_t own = core(rank_);
+    for (int rank = rank_ + 1; rank < world_size_; ++rank)
+        if (core(rank) == own) return;
+    size_t best = own;
+    for (size_t i = 2; i < kCores + 2; ++i) {  // the next number comes last: it is often the same core's other thread
+        const size_t other = (own + i) % kCores;
+        if (CPU_ISSET(other, &allowed) && ranks[other] < ranks[best]) best = other;
+    }
+    if (ranks[own] - ranks[best] < 2) return;
+    CPU_ZERO(&target);
+    CPU_SET(best, &target);
+    if (sched_setaffinity(0, sizeof(target), &target) == 0) sched_setaffinity(0, sizeof(allowed), &allowed);
+    note_core();
+}
+
 // Waits until `rank` has published (or reduced) so many steps.
 void SharedMemory::await(int rank, bool reduced, uint32_t steps, Wait& wait) {
     Counter& counter = reduced ? header(rank).reduced : header(rank).published;
+    if (reached(counter, steps)) return;
     note_core();
-    int yields = shares_core() ? 0 : -kLooks;
-    for (; yields < kPatience; ++yields) {
-        if (yields % 16 == kUnevenPatience && uneven()) break;
-        for (int j = 0; j < 32; ++j) {
-            if (reached(counter, steps)) return;
+    for (int yields = shares_core() ? 0 : -kLooks; yields < kPatience; ++yields) {
+        for (int j = 0; j < 32 && core(rank) != core(rank_); ++j) {
             relax();
+            if (reached(counter, steps)) return;
         }
         if (yields < 0) continue;
+        if (yields % 16 == 0 && uneven()) spread();
+        if (yields % 16 == kUnevenPatience && crowded_ && uneven()) break;
         sched_yield();
         note_core();
+        if (reached(counter, steps)) return;
     }
     wait.begun = Clock::now();  // of this wait: a large tensor may take longer than the timeout as long as it moves
     while (!reached(counter, steps)) {

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -120,8 +121,10 @@ class SharedMemory {
     void write(char* to, const char* from, size_t bytes) const;
     void compare_headers(Wait& wait);
     void note_core() const;
+    size_t core(int rank) const;
     bool shares_core() const;
     bool uneven() const;
+    void spread();
     void await(int rank, bool reduced, uint32_t steps, Wait& wait);
     std::string trouble(Wait& wait);
     std::string name(int rank) const;
@@ -136,6 +139,7 @@ class SharedMemory {
     uint64_t number_ = 0;               // of the operation that runs or ran last
     uint64_t sequence_ = 0;             // exchanges begun: an operation may take several
     int cores_ = 1;                     // that this process may use
+    bool crowded_ = true;               // whether others than the ranks wanted to run, when last looked
     int process_;                       // that owns the segment: a forked child has it mapped too
     bool streams_ = false;              // this operation writes past the caches into its segment
     Pace pace_;                         // of rank 0
@@ -143,6 +147,7 @@ class SharedMemory {
     std::mutex mutex_;                  // held by an operation
     std::atomic<bool> interrupted_{false};
     std::string interruption_;
+    std::chrono::steady_clock::time_point looked_{};
 };
 
 }  // namespace engine::ring

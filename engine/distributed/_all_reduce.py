@@ -41,9 +41,9 @@ def all_reduce(
     - "bf16": 2 bytes an element.
     - "int8": blocks of 256 with a float32 scale, 1.016 bytes an element. A block that holds a NaN or an infinity
       becomes NaN on every rank.
-    - "bitmap": only about a fraction `density` of the largest magnitudes, as a bitmask and bfloat16 values, 0.125 +
-      2.5 * density bytes an element at most. Meant for gradients, with a `residual`. A NaN or an infinity makes NaN of
-      the elements that are sent with it, 1 Mi at most.
+    - "bitmap": only about a fraction `density` of the largest magnitudes, as bitmasks and bfloat16 values, 0.016 +
+      3.75 * density bytes an element at most. Meant for gradients, with a `residual`. A NaN or an infinity makes NaN of
+      the elements that are sent with it, 2 Mi at most.
 
     Every rank must call it in the same order with the same number of elements, dtype, op and codec; where they differ,
     every rank raises. After an error the group refuses further calls with the first error's text. Under `torch.compile`

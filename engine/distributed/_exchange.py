@@ -26,9 +26,9 @@ DELAY = 2  # windows between one stage and the next
 AHEAD = 2  # windows for which receives are posted before they are sent to
 SLOTS = 2 * DELAY + AHEAD + 1
 # Elements of a piece at most, by codec: a few hundred KB on the wire, enough to hide what a message costs.
-PIECE = {None: 1 << 18, "bf16": 1 << 18, "int8": 1 << 18, "bitmap": 1 << 20}
+PIECE = {None: 1 << 18, "bf16": 1 << 18, "int8": 1 << 18, "bitmap": 1 << 21}
 SMALLEST_PIECE = 1 << 16
-WINDOWS = {None: 32, "bf16": 32, "int8": 32, "bitmap": 8}  # wanted, so that filling and draining cost little
+WINDOWS = {None: 32, "bf16": 32, "int8": 32, "bitmap": 4}  # wanted, so that filling and draining cost little
 SCATTER, GATHER = 1, 2  # tags
 
 Send = Callable[[Tensor, int, int], Any]  # tensor, rank, tag; returns a work

@@ -15,7 +15,8 @@ from engine.ops.prune_to_bitmap import prune_to_bitmap  # noqa: F401  (the same)
 
 CODECS = ("bf16", "int8", "bitmap")
 BLOCK = 256  # elements that share a scale in "int8"
-HEADER = 8  # bytes before the bitmask in "bitmap"
+GROUP = 8  # elements that share a bit of the first bitmask in "bitmap"
+HEADER = 8  # bytes before it
 ROOM = 1.25  # how many more values than the density asks for "bitmap" has room for: its threshold is an estimate
 
 
@@ -26,11 +27,20 @@ def wire_bytes(codec: str, n: int, density: float = 0.01) -> int:
         return 2 * n
     if codec == "int8":
         return 4 * -(-n // BLOCK) + n
-    return _bitmap_bytes(n) + 2 * min(n, math.ceil(ROOM * density * n) + 32)
+    capacity = min(n, math.ceil(ROOM * density * n) + 32)
+    return _bitmap_bytes(n) + 2 * capacity + min(capacity, -(-n // GROUP))
 
 
 def _bitmap_bytes(n: int) -> int:
-    return HEADER + 8 * -(-n // 64)
+    """Bytes before the values."""
+    return HEADER + 8 * -(-n // (64 * GROUP))
+
+
+def _bitmap_capacity(n: int, size: int) -> int:
+    """How many values there is room for in so many bytes; -1 where `n` elements never make so many."""
+    room, groups = size - _bitmap_bytes(n), -(-n // GROUP)
+    each, shared = (3, 0) if room <= 3 * groups else (2, groups)
+    return -1 if room < 0 or (room - shared) % each else (room - shared) // each
 
 
 def _check_floats(op: str, name: str, t: Tensor, n: int) -> None:
@@ -45,8 +55,8 @@ def _check_wire(op: str, codec: str, wire: Tensor, n: int) -> None:
     _check.expect(wire.is_contiguous(), op, "wire", "a contiguous tensor", f"strides {wire.stride()}")
     size = wire.shape[0]
     if codec == "bitmap":
-        room = size - _bitmap_bytes(n)
-        _check.expect(room >= 0 and room % 2 == 0, op, "wire", f"{_bitmap_bytes(n)} bytes and 2 for each value", size)
+        what = f"{_bitmap_bytes(n)} bytes, 2 for each value, 1 for each group of {GROUP} elements"
+        _check.expect(_bitmap_capacity(n, size) >= 0, op, "wire", what, size)
     else:
         _check.expect(size == wire_bytes(codec, n), op, "wire", f"{wire_bytes(codec, n)} bytes", size)
 
@@ -113,7 +123,7 @@ def _reference_prune_encode(x: Tensor, residual: Tensor | None, density: float, 
     _check_prune_encode(x, residual, density, wire)
     n = x.shape[0]
     values = x.clone() if residual is None else x + residual
-    capacity = (wire.shape[0] - _bitmap_bytes(n)) // 2
+    capacity = _bitmap_capacity(n, wire.shape[0])
     bitmask, _, kept = REFERENCES["prune_to_bitmap"](values.unsqueeze(0), _threshold(values, density))
     places = _places(bitmask[0], n)
     count = min(capacity, places.shape[0])
@@ -121,14 +131,22 @@ def _reference_prune_encode(x: Tensor, residual: Tensor | None, density: float, 
     mask = torch.zeros(n, dtype=torch.bool, device=x.device).index_fill_(0, places[:count], True)
     finite = bool(kept.isfinite().all())
     header = torch.tensor([count, 0 if finite else 1], dtype=torch.int32, device=x.device).view(torch.uint8)
-    room = sent.new_zeros(2 * (capacity - count))
-    bits = torch.nn.functional.pad(mask, (0, -n % 64)).view(-1, 8).to(torch.uint8)
-    packed = (bits << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8)
-    wire.copy_(torch.cat([header, packed, sent, room]))
+    groups = _packed(torch.nn.functional.pad(mask, (0, -n % (64 * GROUP))))
+    some = groups.ne(0)
+    room = sent.new_zeros(wire.shape[0] - _bitmap_bytes(n))
+    room[: 2 * count] = sent
+    room[2 * capacity :][: int(some.sum())] = groups[some]
+    wire.copy_(torch.cat([header, _packed(some), room]))
     if residual is not None:
         received = torch.zeros_like(x).index_copy_(0, places[:count], sent.view(torch.bfloat16).float())
         residual.copy_(torch.where(values.isfinite() & received.isfinite(), values - received, 0.0))
     x.zero_()
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """Eight booleans a byte, the first in its least significant bit."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.view(-1, 8).to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
 
 
 def _places(bitmask: Tensor, n: int) -> Tensor:
@@ -148,14 +166,18 @@ def _values_of(wire: Tensor, codec: str, n: int, factor: float) -> Tensor:
         q = _in_blocks(wire[4 * blocks :].view(torch.int8).float())
         return (q * scale.unsqueeze(-1)).view(-1)[:n]
     count, flags = wire[:HEADER].view(torch.int32).tolist()
-    mask = wire[HEADER : _bitmap_bytes(n)]
-    values = wire[_bitmap_bytes(n) :].view(torch.bfloat16).float()
-    places = _places(mask, 8 * mask.shape[0])
-    good = 0 <= count <= values.shape[0] and flags in (0, 1)
+    begin, capacity = _bitmap_bytes(n), _bitmap_capacity(n, wire.shape[0])
+    values, masks = wire[begin:][: 2 * capacity].view(torch.bfloat16).float(), wire[begin + 2 * capacity :]
+    some = _places(wire[HEADER:begin], 8 * (begin - HEADER))
+    good = 0 <= count <= capacity and flags in (0, 1)
     if good and flags:
         return torch.full((n,), torch.nan, device=wire.device)
-    good = good and places.shape[0] == count and not bool((places >= n).any())
-    _check.expect(good, "ring_decode", "wire", "a header, bitmask and values that agree", "others", RuntimeError)
+    masks = masks[: some.shape[0]]
+    bits = _places(masks, 8 * masks.shape[0])
+    good = good and masks.shape == some.shape and bool(masks.all()) and bits.shape[0] == count
+    places = GROUP * some[bits // 8] + bits % 8 if good else bits
+    good = good and not bool((places >= n).any())
+    _check.expect(good, "ring_decode", "wire", "a header, bitmasks and values that agree", "others", RuntimeError)
     return torch.zeros(n, device=wire.device).index_copy_(0, places, values[:count] * factor)
 
 
@@ -207,10 +229,11 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
 def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:
     """Moves the largest magnitudes of `x + residual` into `wire` and the rest into the residual; `x` becomes 0.
 
-    They are sent as a bitmask and bfloat16 values. About a fraction `density` is sent: the threshold comes from evenly
-    spread samples of this very call, the same from run to run. What finds no room in the wire goes into the residual
-    too, and zeros are never sent. Where any value is a NaN or an infinity, all of `x` is NaN when decoded, and the
-    residual of those elements is 0. The result is the same to the bit on every backend.
+    They are sent as bfloat16 values and two bitmasks: which groups of 8 elements send any, and which of each such
+    group. About a fraction `density` is sent: the threshold comes from evenly spread samples of this very call, the
+    same from run to run. What finds no room in the wire goes into the residual too, and zeros are never sent. Where any
+    value is a NaN or an infinity, all of `x` is NaN when decoded, and the residual of those elements is 0. The result
+    is the same to the bit on every backend.
 
     Args:
         x: float32 `[n]`, contiguous, changed in place.

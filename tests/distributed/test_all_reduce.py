@@ -32,11 +32,12 @@ SHARED = {
         "codecs",
         "leaks",
         "groups_again",
+        "on_one_core",
         "lost:stopped:100000",
     ],
     (3, "gloo"): [
         *["values", "shapes", "scatter_and_gather", "codecs", "asynchronous", "choice", "mismatches"],
-        *["refused_memory", "lost:killed:100"],
+        *["refused_memory", "on_one_core", "lost:killed:100"],
     ],
 }
 

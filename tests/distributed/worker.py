@@ -311,6 +311,20 @@ def groups_again():
         dist.destroy_process_group(group)
 
 
+def on_one_core():
+    """Ranks that share a core may move to others; where they are allowed to run stays as it was."""
+    allowed = os.sched_getaffinity(0)
+    for _ in range(20):
+        os.sched_setaffinity(0, {min(allowed)})
+        os.sched_setaffinity(0, allowed)
+        for n in (10, 100_000):
+            t = torch.full((n,), float(rank))
+            all_reduce(t)
+            assert t.eq(sum(RANKS)).all()
+        time.sleep(0.002)
+    assert os.sched_getaffinity(0) == allowed
+
+
 def scatter_and_gather():
     for seed, (dtype, op, n) in enumerate(itertools.product(DTYPES, OPS, [0, 1, 777, 50001])):
         t = data(rank, world_size * n, dtype, seed).view(world_size * n, 1)

@@ -69,7 +69,8 @@ def test_a_bitmap_that_contradicts_itself_is_refused_and_touches_nothing():
     n = 1000
     wire = torch.empty(wire_bytes("bitmap", n, DENSITY), dtype=torch.uint8)
     module.ring_prune_encode(torch.randn(n), None, DENSITY, wire)
-    for at, bits in ((0, 1), (3, 0x80), (4, 2), (8 + 50, 0xFF), (8 + 125, 1), (8 + 127, 0x80)):
+    groups = module.bitmap_bytes(n) + 2 * module.bitmap_capacity(n, wire.numel())  # where their bytes begin
+    for at, bits in ((0, 1), (3, 0x80), (4, 2), (8 + 6, 1), (8 + 15, 0x20), (8 + 15, 0x80), (groups, 0xFF)):
         damaged, x = wire.clone(), torch.ones(n)
         damaged[at] ^= bits
         with pytest.raises(RuntimeError, match="ring_decode: wire: expected"):
@@ -107,6 +108,20 @@ def test_compiles_to_vectors_without_spills(card):
         (decoding,) = compile_launches(card, module.ring_decode, wire, codec, 0.5, True, x)
         assert encoding.count("LDG.E.128") and decoding.count("STG.E.128")
     compile_launches(card, module.ring_prune_encode, x, x, 0.01, meta((wire_bytes("bitmap", n),), torch.uint8))
+    compile_launches(card, decode_bitmap_of, n)
+
+
+def decode_bitmap_of(n):
+    """The launches of decode_bitmap, which itself needs to read what the first ones found."""
+    programs, room, how = module.programs(n), 10_000, {"ELEMENTS": module.ELEMENTS, "num_warps": 8}
+    mask, groups = meta((n // 64,), torch.uint8), meta((room,), torch.uint8)
+    counts, through = meta((3, *programs), torch.int32), meta(programs, torch.int64)
+    module.count_groups_kernel[programs](mask, counts, **how)
+    module.count_values_kernel[programs](mask, through, groups, counts[1:], n, room, **how)
+    sent, x = meta((room,), torch.int16), meta((n,))
+    module.decode_bitmap_kernel[programs](
+        mask, through, through, groups, sent, x, 0.5, n, room, ADD=True, enable_fp_fusion=False, **how
+    )
 
 
 @needs_gpu
