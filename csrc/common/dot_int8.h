@@ -18,16 +18,37 @@ struct DotTile {
     int64_t stride, kc;
     const int8_t* ahead;  // [asked, ahead_stride], weights to ask memory for, kc bytes of each; or w itself
     int64_t ahead_stride;
-    int64_t asked;         // at most kDotColumns
-    const Q* next_q;       // what the next tile begins with, and
-    const int8_t* next_w;  // lies in L2 by now
+    int64_t asked;            // at most kDotColumns
+    const Q* next_q;          // what the next tile begins with, and
+    const int8_t* next_w;     // lies in L2 by now
+    int64_t ahead_step = 64;  // from what one step along K asks for to what the next does
+    bool add = false;         // to the sums that are there
 };
 
 #if ENGINE_X86
+// The halves of a and b added, by units of 32 bits, of 64, of 128 and of 256: after all four, 16 vectors are one.
+template <int bits>
+ENGINE_AVX512 ENGINE_INLINE __m512i add_halves_avx512(__m512i a, __m512i b) {
+    if constexpr (bits == 32) return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    if constexpr (bits == 64) return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    if constexpr (bits == 128) {
+        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+    }
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+// Four vectors as one that has each one's sum spread over four lanes, and four of those as one that has the sums.
+ENGINE_AVX512 ENGINE_INLINE __m512i add_lanes_avx512(const __m512i* a) {
+    return add_halves_avx512<64>(add_halves_avx512<32>(a[0], a[1]), add_halves_avx512<32>(a[2], a[3]));
+}
+ENGINE_AVX512 ENGINE_INLINE __m512i add_quarters_avx512(const __m512i* a) {
+    return add_halves_avx512<256>(add_halves_avx512<128>(a[0], a[1]), add_halves_avx512<128>(a[2], a[3]));
+}
+
 // Written as assembly (accumulate_avx512) because GCC would rather read an operand from memory four times than once,
 // and then moves sums from register to register and through memory. Each tile asks L2 for the first lines of the next
 // one, where the hardware has yet to notice ten new streams: that alone is a fifth of the time at K = 4096.
-struct DotTilesAvx512 {
+template <int locality>  // of what is asked for ahead, as __builtin_prefetch has it
+struct DotTiles {
     using Q = int8_t;
     static constexpr int64_t kRows = 6;  // 24 sums in registers
     // Up to so many rows of activations it is the faster way: adding 16 lanes up costs as much as 160 of K, packing for
@@ -43,7 +64,7 @@ struct DotTilesAvx512 {
         __m512i shifted[kDotColumns];
 #pragma GCC unroll 4
         for (int j = 0; j < kDotColumns; ++j) {
-            if (j < asked) __builtin_prefetch(ahead + j * ahead_stride, 0, 2);
+            if (j < asked) __builtin_prefetch(ahead + j * ahead_stride, 0, locality);
             const int8_t* from = w + j * stride;
             const __m512i weights = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(inside, from);
             shifted[j] = _mm512_xor_si512(weights, shift);
@@ -56,24 +77,14 @@ struct DotTilesAvx512 {
         }
     }
 
-    // The halves of a and b added, by units of 32 bits, of 64, of 128 and of 256: after all four, 16 vectors are one.
-    template <int bits>
-    ENGINE_AVX512 ENGINE_INLINE static __m512i add_halves(__m512i a, __m512i b) {
-        if constexpr (bits == 32) return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        if constexpr (bits == 64) return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-        if constexpr (bits == 128) {
-            return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
-        }
-        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-    }
-
     // Unrolled by force, else GCC keeps the sums in memory.
     template <int R, int asked>
     ENGINE_AVX512 __attribute__((noinline)) static void tile_of(
         const DotTile<int8_t>& t,
         int32_t* sums) {  // [R up to a multiple of 4, kDotColumns], 128 · (sum of q) too large
         const int8_t *q = t.q, *w = t.w, *ahead = t.ahead;
-        const int64_t q_stride = t.q_stride, stride = t.stride, ahead_stride = t.ahead_stride, kc = t.kc;
+        const int64_t q_stride = t.q_stride, stride = t.stride, kc = t.kc;
+        const int64_t ahead_stride = t.ahead_stride, ahead_step = t.ahead_step;
         __m512i acc[R][kDotColumns];
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
@@ -81,11 +92,11 @@ struct DotTilesAvx512 {
             for (int j = 0; j < kDotColumns; ++j) acc[r][j] = _mm512_setzero_si512();
         }
         int64_t k = 0;
-        for (; k + 64 <= kc; k += 64)
-            step<R, asked, true>(acc, q + k, q_stride, w + k, stride, 0, ahead + k, ahead_stride);
+        for (; k + 64 <= kc; k += 64, ahead += ahead_step)
+            step<R, asked, true>(acc, q + k, q_stride, w + k, stride, 0, ahead, ahead_stride);
         if (k < kc) {
             const __mmask64 inside = ~uint64_t{0} >> (64 - (kc - k));
-            step<R, asked, false>(acc, q + k, q_stride, w + k, stride, inside, ahead + k, ahead_stride);
+            step<R, asked, false>(acc, q + k, q_stride, w + k, stride, inside, ahead, ahead_stride);
         }
         for (int line = 0; line < kNextLines; ++line) {
 #pragma GCC unroll 6
@@ -96,13 +107,13 @@ struct DotTilesAvx512 {
         __m512i row[(R + 3) / 4 * 4];  // each row's four sums, spread over four lanes
 #pragma GCC unroll 8
         for (int r = 0; r < (R + 3) / 4 * 4; ++r) {
-            const auto& a = acc[r < R ? r : 0];
-            row[r] = add_halves<64>(add_halves<32>(a[0], a[1]), add_halves<32>(a[2], a[3]));
+            row[r] = add_lanes_avx512(acc[r < R ? r : 0]);
         }
 #pragma GCC unroll 2
         for (int r = 0; r < R; r += 4) {
-            const __m512i low = add_halves<128>(row[r], row[r + 1]), high = add_halves<128>(row[r + 2], row[r + 3]);
-            _mm512_storeu_si512(sums + r * kDotColumns, add_halves<256>(low, high));
+            __m512i sum = add_quarters_avx512(row + r);
+            if (t.add) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(sums + r * kDotColumns));
+            _mm512_storeu_si512(sums + r * kDotColumns, sum);
         }
     }
 
@@ -114,6 +125,7 @@ struct DotTilesAvx512 {
         tile_of<R, kDotColumns>(t, sums);
     }
 };
+using DotTilesAvx512 = DotTiles<2>;
 #endif
 
 // `count` rows of activations, at most Kernel::kRows, by kDotColumns rows of weights.
