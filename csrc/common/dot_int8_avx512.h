@@ -8,9 +8,10 @@
 
 namespace engine {
 
-#if ENGINE_X86
+constexpr int64_t kDotBlock = 96;  // outputs that are finished together: whole groups of 4, 6 and 16
+constexpr int64_t kDotRows = 64;   // at most so many rows of activations
 
-constexpr int64_t kDotBlock = 64;  // outputs that are finished together
+#if ENGINE_X86
 
 // R rows of activations by row after row of weights. Four lines at a time, each with its own sum: one after the other
 // they would wait for each other.
@@ -74,23 +75,26 @@ struct DotRowsAvx512 {
 };
 
 // Tiles of activations by blocks of weights.
+//
+// From L2 the activations of a tile of 6 x 4 would come at 6 lines for 12 cycles of products (Zen 5), more than it
+// delivers beside what comes from memory. Where weights serve few tiles, K is cut so that the activations stay in L1,
+// and outputs are taken by several groups, for all of which a stretch is done before the next. Else tiles are wide,
+// which reads the activations less often, and K is cut so that the weights of a tile stay in L1.
+//
+// Memory is asked either for what lies one block of weights further on, in its order, as much at each step as that step
+// reads; or, where one or two tiles read a piece of weights, for the piece some 12 KB further on in the order of
+// reading: it is in L1 still when its turn comes. For three tiles and more that was slower.
+template <class Tiles>
 class DotBlocksAvx512 {
   public:
-    using Q = int8_t;
-    using Tiles = DotTiles<3>;
-
-    static int64_t rows(int64_t k) { return Tiles::rows(k); }
-
-    // Where the weights serve several tiles, K is cut so that the activations stay in L1, with the weights of a tile
-    // and what is asked for: from L2 they would come at 6 lines for 12 cycles of products. Outputs are taken by groups
-    // of four, so that a cut serves several.
     DotBlocksAvx512(int64_t m, int64_t k)
         : m_(m), k_(k), tiles_((m + Tiles::kRows - 1) / Tiles::kRows), depth_(depth(m, k)) {
-        groups_ = depth_ < k ? kGroups : 1;
-        const int64_t block = outputs() * std::max<int64_t>(1, k);
-        ahead_ = (kAhead + block - 1) / block * block;
-        asked_ = (kDotColumns + tiles_ - 1) / tiles_;
-        ahead_step_ = (64 * kDotColumns + tiles_ - 1) / tiles_;
+        groups_ = kStays && depth_ < k ? kMostGroups : 1;
+        const int64_t block = groups_ * Tiles::kColumns * std::max<int64_t>(1, k), piece = Tiles::kColumns * depth_;
+        pieces_ahead_ = kStays && depth_ < k && tiles_ <= 2 ? (kPiecesAhead + piece - 1) / piece : 0;
+        blocks_ahead_ = (kAhead + block - 1) / block * block;
+        asked_ = std::min<int64_t>(4, (Tiles::kColumns + tiles_ - 1) / tiles_);
+        ahead_step_ = (64 * Tiles::kColumns + tiles_ - 1) / tiles_;
     }
 
     // The products of all rows of activations by `columns` rows of weights, at most kDotBlock.
@@ -99,10 +103,10 @@ class DotBlocksAvx512 {
                   Total* totals) const {  // [m, kDotBlock]
         int64_t j = 0;
         if (m_ > DotRowsAvx512::kRows) {
-            while (columns - j >= kDotColumns) {
-                const int64_t groups = std::min(groups_, (columns - j) / kDotColumns);
+            while (columns - j >= Tiles::kColumns) {
+                const int64_t groups = std::min(groups_, (columns - j) / Tiles::kColumns);
                 multiply_groups(q, weight + j * k_, groups, totals + j);
-                j += groups * kDotColumns;
+                j += groups * Tiles::kColumns;
             }
         }
         for (; j < columns; j += DotRowsAvx512::kColumns) {
@@ -111,20 +115,19 @@ class DotBlocksAvx512 {
     }
 
   private:
-    static constexpr int64_t kGroups = 4;
-    static constexpr int64_t kAhead = 8 << 10;
-    static constexpr int64_t kL1Bytes = 16 << 10;  // of L1, what activations may take
-    static constexpr int64_t kMostTiles = (64 + Tiles::kRows - 1) / Tiles::kRows;
-    static constexpr int64_t kTileSums = (Tiles::kRows + 3) / 4 * 4 * kDotColumns;
-    static constexpr int64_t kGroupSums = kMostTiles * kTileSums;
+    static constexpr bool kStays = Tiles::kRows > Tiles::kColumns;  // activations in L1, else the weights of a tile
+    static constexpr int64_t kMostGroups = kStays ? 4 : 1;
+    static constexpr int64_t kAhead = 8 << 10, kPiecesAhead = 12 << 10;
+    static constexpr int64_t kL1Bytes = 16 << 10;  // of L1, what activations may take where K is cut for them
+    static constexpr int64_t kMostTiles = (kDotRows + Tiles::kRows - 1) / Tiles::kRows;
+    static constexpr int64_t kGroupSums = kMostTiles * Tiles::kSums;
 
     static int64_t depth(int64_t m, int64_t k) {
-        if (m <= Tiles::kRows) return std::min(k, kExactDepth);
-        const int64_t most = std::clamp<int64_t>(kL1Bytes / m / 64 * 64, 768, kExactDepth);
+        int64_t most = 4096;
+        if (kStays) most = m * k <= kL1Bytes * 3 / 2 ? kExactDepth : std::max<int64_t>(kL1Bytes / m / 64 * 64, 768);
         const int64_t cuts = (k + most - 1) / most;
-        return cuts > 0 ? ((k + 63) / 64 + cuts - 1) / cuts * 64 : 0;
+        return cuts > 1 ? ((k + 63) / 64 + cuts - 1) / cuts * 64 : k;
     }
-    int64_t outputs() const { return groups_ * kDotColumns; }
 
     // What stretches of K add up to. In int32, which holds the sums of kExactDepth, or stretch by stretch in int64.
     static void add(int32_t sum, int32_t* total) { *total = sum; }
@@ -155,29 +158,37 @@ class DotBlocksAvx512 {
     template <class Total>
     void multiply_groups(const QuantizedRows<int8_t>& q, const int8_t* w, int64_t groups, Total* totals) const {
         constexpr bool wide = sizeof(Total) > sizeof(int32_t);
-        alignas(64) int32_t sums[kGroups * kGroupSums];
-        const int8_t* ahead = w + ahead_;
-        for (int64_t k = 0; k < k_; k += depth_) {
+        alignas(64) int32_t sums[kMostGroups * kGroupSums];
+        const int64_t group_bytes = Tiles::kColumns * k_;
+        const int8_t* const next_block = w + groups * group_bytes;
+        const int8_t* ahead = w + blocks_ahead_;
+        for (int64_t k = 0, cut = 0; k < k_; k += depth_, ++cut) {
             const int64_t kc = std::min(depth_, k_ - k);
             const bool ends = k + kc >= k_;
-            for (int64_t group = 0; group < groups; ++group) {
-                const int8_t* from = w + group * kDotColumns * k_ + k;
+            for (int64_t group = 0; group < groups; ++group, ahead += Tiles::kColumns * kc) {
+                const int8_t* from = w + group * group_bytes + k;
                 const bool last = group + 1 == groups;
                 const int64_t next_k = !last ? k : ends ? 0 : k + kc;
-                const int8_t* next = !last ? from + kDotColumns * k_ : ends ? w + outputs() * k_ : w + next_k;
-                multiply_tiles(q, k, kc, from, ahead, q.q + next_k, next, !wide && k > 0, sums + group * kGroupSums);
-                ahead += kDotColumns * kc;
+                const int8_t* next = !last ? from + group_bytes : ends ? next_block : w + next_k;
+                const int8_t* asked = ahead;
+                if (pieces_ahead_ > 0) {
+                    const int64_t piece = cut * groups + group + pieces_ahead_;
+                    const int64_t there = piece % groups * group_bytes, at = piece / groups * depth_;
+                    asked = at < k_ ? w + there + at : next_block + there;
+                }
+                multiply_tiles(q, k, kc, from, asked, q.q + next_k, next, !wide && k > 0, sums + group * kGroupSums);
             }
             if (!wide && !ends) continue;
             for (int64_t group = 0; group < groups; ++group) {
-                add_group(sums + group * kGroupSums, totals + group * kDotColumns);
+                add_group(sums + group * kGroupSums, totals + group * Tiles::kColumns);
             }
         }
     }
 
-    // All rows of activations, [k, k + kc) of them, by four rows of weights.
+    // All rows of activations, [k, k + kc) of them, by the rows of weights of a tile.
     void multiply_tiles(const QuantizedRows<int8_t>& q, int64_t k, int64_t kc, const int8_t* w, const int8_t* ahead,
                         const int8_t* next_q, const int8_t* next_w, bool add, int32_t* sums) const {
+        const bool rows_ahead = pieces_ahead_ > 0;
         for (int64_t tile = 0, row = 0; tile < tiles_; ++tile) {
             const int64_t count = tile_rows(tile, row), after = row + count;
             const bool last = after == m_;
@@ -187,14 +198,14 @@ class DotBlocksAvx512 {
                              .w = w,
                              .stride = k_,
                              .kc = kc,
-                             .ahead = ahead + tile * kDotColumns * kc / tiles_,
-                             .ahead_stride = ahead_step_ / asked_,
+                             .ahead = ahead + (rows_ahead ? tile * asked_ * k_ : tile * Tiles::kColumns * kc / tiles_),
+                             .ahead_stride = rows_ahead ? k_ : ahead_step_ / asked_,
                              .asked = asked_,
                              .next_q = last ? next_q : q.q + after * q.stride + k,
                              .next_w = last ? next_w : w,
-                             .ahead_step = ahead_step_,
+                             .ahead_step = rows_ahead ? 64 : ahead_step_,
                              .add = add},
-                            sums + tile * kTileSums);
+                            sums + tile * Tiles::kSums);
             row = after;
         }
     }
@@ -204,18 +215,23 @@ class DotBlocksAvx512 {
 
     template <class Total>
     void add_group(const int32_t* sums, Total* totals) const {
-        for (int64_t tile = 0, row = 0; tile < tiles_; ++tile, sums += kTileSums) {
+        for (int64_t tile = 0, row = 0; tile < tiles_; ++tile, sums += Tiles::kSums) {
             const int64_t count = tile_rows(tile, row);
             for (int64_t r = 0; r < count; ++r, ++row) {
-                for (int64_t j = 0; j < kDotColumns; ++j) add(sums[r * kDotColumns + j], &totals[row * kDotBlock + j]);
+                for (int64_t j = 0; j < Tiles::kColumns; ++j) {
+                    add(sums[r * Tiles::kColumns + j], &totals[row * kDotBlock + j]);
+                }
             }
         }
     }
 
-    int64_t m_, k_, tiles_, depth_, groups_;
-    int64_t ahead_;       // how far ahead memory is asked: all of a block, or of several
-    int64_t asked_;       // lines of it at a step of a tile, and
-    int64_t ahead_step_;  // the bytes that they cover, so that a group's tiles ask for as much as the group reads
+    int64_t m_, k_, tiles_;
+    int64_t depth_;         // how much of K at once
+    int64_t groups_;        // of outputs, for each of which it is done before the next
+    int64_t pieces_ahead_;  // how many of these further on memory is asked for what they will read; or 0, and
+    int64_t blocks_ahead_;  // it is asked for what lies so many bytes further on, at the same speed as it is read
+    int64_t asked_;         // lines at a step of a tile
+    int64_t ahead_step_;    // the bytes that they cover
 };
 
 #endif

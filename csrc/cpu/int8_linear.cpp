@@ -15,7 +15,6 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kDotRows = 64;        // at most so many rows of activations
 constexpr int64_t kL1Bytes = 20 << 10;  // of L1, what activations may take
 
 // A dot-product kernel is a struct:
@@ -194,17 +193,22 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 }
 
 #if ENGINE_X86
+// Where the activations stay in L1, tiles read many rows of them. Where they come from L2, few, by more of weights.
+using TallTiles = DotTiles<6, 4, 3>;
+using WideTiles = DotTiles<4, 6, 3>;
+constexpr int64_t kTallRows = 24;
+
 template <class T, class Total>
 ENGINE_AVX512 void finish_avx512(const FinishRows<T>& f, const Total* totals) {
     finish_rows<128>(f, totals, kDotBlock);
 }
 
 // The same on AVX-512.
-template <class Total, class T>
+template <class Tiles, class Total, class T>
 void dot_outputs_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const int8_t* weight,
                         int64_t begin, int64_t end) {
     Total totals[kDotRows * kDotBlock];
-    const DotBlocksAvx512 dots(call.m, call.k);
+    const DotBlocksAvx512<Tiles> dots(call.m, call.k);
     for (int64_t block = begin; block < end; block += kDotBlock) {
         const int64_t columns = std::min(kDotBlock, end - block);
         if (call.k == 0 || sizeof(Total) > sizeof(int32_t)) std::fill_n(totals, call.m * kDotBlock, Total{0});
@@ -239,8 +243,11 @@ bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
     if (isa() == Isa::avx512) {
-        return dot_linear<DotBlocksAvx512>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
-            dot_outputs_avx512<decltype(total)>(call, rows, weight, begin, end);
+        return dot_linear<DotTilesAvx512>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
+            if (call.m <= kTallRows) {
+                return dot_outputs_avx512<TallTiles, decltype(total)>(call, rows, weight, begin, end);
+            }
+            dot_outputs_avx512<WideTiles, decltype(total)>(call, rows, weight, begin, end);
         });
     }
 #endif
