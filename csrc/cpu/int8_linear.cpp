@@ -198,6 +198,15 @@ using TallTiles = DotTiles<6, 4, 3>;
 using WideTiles = DotTiles<4, 6, 3>;
 constexpr int64_t kTallRows = 24;
 
+struct DotAvx512 {
+    using Q = int8_t;
+    // Wide tiles beat panels at long K as long as half of L2 holds the activations.
+    static int64_t rows(int64_t k) {
+        const int64_t most = DotTilesAvx512::rows(k);
+        return k >= 4096 ? std::clamp<int64_t>((512 << 10) / k, most, kDotRows) : most;
+    }
+};
+
 template <class T, class Total>
 ENGINE_AVX512 void finish_avx512(const FinishRows<T>& f, const Total* totals) {
     finish_rows<128>(f, totals, kDotBlock);
@@ -243,7 +252,7 @@ bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
     if (isa() == Isa::avx512) {
-        return dot_linear<DotTilesAvx512>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
+        return dot_linear<DotAvx512>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
             if (call.m <= kTallRows) {
                 return dot_outputs_avx512<TallTiles, decltype(total)>(call, rows, weight, begin, end);
             }
