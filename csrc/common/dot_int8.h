@@ -1,6 +1,7 @@
-// Dot products of a few rows of int8 activations and four rows of int8 weights, which lie as they are in memory.
+// Dot products of a few rows of int8 activations and a few of int8 weights, which lie as they are in memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/registers_avx512.h"
@@ -9,41 +10,64 @@ namespace engine {
 
 constexpr int kDotColumns = 4;  // weight rows that a dot-product kernel reads side by side
 
-// What a tile multiplies, R rows by kDotColumns, and what it may ask for on the way.
+// What a tile multiplies, R rows by a kernel's columns, and what it may ask for on the way.
 template <class Q>
 struct DotTile {
     const Q* q;  // [R, q_stride]
     int64_t q_stride;
-    const int8_t* w;  // [kDotColumns, stride]
+    const int8_t* w;  // [columns, stride]
     int64_t stride, kc;
-    const int8_t* ahead;  // [asked, ahead_stride], weights to ask memory for, kc bytes of each; or w itself
+    const int8_t* ahead;  // what to ask memory for: at each step along K, [asked, ahead_stride] lines; or w itself
     int64_t ahead_stride;
-    int64_t asked;         // at most kDotColumns
-    const Q* next_q;       // what the next tile begins with, and
-    const int8_t* next_w;  // lies in L2 by now
+    int64_t asked;            // at most kDotColumns
+    const Q* next_q;          // what the next tile begins with, and
+    const int8_t* next_w;     // lies in L2 by now
+    int64_t ahead_step = 64;  // from what one step asks for to what the next does
+    bool add = false;         // to the sums that are there
 };
 
 #if ENGINE_X86
+// The halves of a and b added, by units of 32 bits, of 64, of 128 and of 256: after all four, 16 vectors are one.
+template <int bits>
+ENGINE_AVX512 ENGINE_INLINE __m512i add_halves_avx512(__m512i a, __m512i b) {
+    if constexpr (bits == 32) return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    if constexpr (bits == 64) return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    if constexpr (bits == 128) {
+        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+    }
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+// Four vectors as one that has each one's sum spread over four lanes, and four of those as one that has the sums.
+ENGINE_AVX512 ENGINE_INLINE __m512i add_lanes_avx512(const __m512i* a) {
+    return add_halves_avx512<64>(add_halves_avx512<32>(a[0], a[1]), add_halves_avx512<32>(a[2], a[3]));
+}
+ENGINE_AVX512 ENGINE_INLINE __m512i add_quarters_avx512(const __m512i* a) {
+    return add_halves_avx512<256>(add_halves_avx512<128>(a[0], a[1]), add_halves_avx512<128>(a[2], a[3]));
+}
+
 // Written as assembly (accumulate_avx512) because GCC would rather read an operand from memory four times than once,
 // and then moves sums from register to register and through memory. Each tile asks L2 for the first lines of the next
 // one, where the hardware has yet to notice ten new streams: that alone is a fifth of the time at K = 4096.
-struct DotTilesAvx512 {
+template <int most_rows, int columns, int locality>  // locality of what is asked for, as __builtin_prefetch has it
+struct DotTiles {
     using Q = int8_t;
-    static constexpr int64_t kRows = 6;  // 24 sums in registers
+    static constexpr int64_t kRows = most_rows;
+    static constexpr int64_t kColumns = columns;
+    static constexpr int64_t kSums = (kRows * kColumns + 15) / 16 * 16;  // that a tile writes: whole vectors
     // Up to so many rows of activations it is the faster way: adding 16 lanes up costs as much as 160 of K, packing for
     // panels as much as 5 rows.
     static int64_t rows(int64_t k) { return k < 1024 ? 16 : 64; }
     static constexpr int kNextLines = 3;
 
     template <int R, int asked, bool whole>
-    ENGINE_AVX512 ENGINE_INLINE static void step(__m512i (&acc)[R][kDotColumns], const int8_t* q, int64_t q_stride,
+    ENGINE_AVX512 ENGINE_INLINE static void step(__m512i (&acc)[R * columns], const int8_t* q, int64_t q_stride,
                                                  const int8_t* w, int64_t stride, __mmask64 inside, const int8_t* ahead,
                                                  int64_t ahead_stride) {
         const __m512i shift = _mm512_set1_epi8(-128);
-        __m512i shifted[kDotColumns];
-#pragma GCC unroll 4
-        for (int j = 0; j < kDotColumns; ++j) {
-            if (j < asked) __builtin_prefetch(ahead + j * ahead_stride, 0, 2);
+        __m512i shifted[columns];
+#pragma GCC unroll 6
+        for (int j = 0; j < columns; ++j) {
+            if (j < asked) __builtin_prefetch(ahead + j * ahead_stride, 0, locality);
             const int8_t* from = w + j * stride;
             const __m512i weights = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(inside, from);
             shifted[j] = _mm512_xor_si512(weights, shift);
@@ -51,58 +75,52 @@ struct DotTilesAvx512 {
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
             const __m512i x = _mm512_load_si512(q + r * q_stride);
-#pragma GCC unroll 4
-            for (int j = 0; j < kDotColumns; ++j) accumulate_avx512(acc[r][j], shifted[j], x);
+#pragma GCC unroll 6
+            for (int j = 0; j < columns; ++j) accumulate_avx512(acc[r * columns + j], shifted[j], x);
         }
     }
 
-    // The halves of a and b added, by units of 32 bits, of 64, of 128 and of 256: after all four, 16 vectors are one.
-    template <int bits>
-    ENGINE_AVX512 ENGINE_INLINE static __m512i add_halves(__m512i a, __m512i b) {
-        if constexpr (bits == 32) return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        if constexpr (bits == 64) return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-        if constexpr (bits == 128) {
-            return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
-        }
-        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    // Of `count` sums, the four from `first` on.
+    template <size_t count>
+    ENGINE_AVX512 ENGINE_INLINE static __m512i add_four(const __m512i (&acc)[count], size_t first) {
+        const __m512i a[] = {acc[first], acc[std::min(first + 1, count - 1)], acc[std::min(first + 2, count - 1)],
+                             acc[std::min(first + 3, count - 1)]};
+        return add_lanes_avx512(a);
     }
 
     // Unrolled by force, else GCC keeps the sums in memory.
     template <int R, int asked>
     ENGINE_AVX512 __attribute__((noinline)) static void tile_of(
         const DotTile<int8_t>& t,
-        int32_t* sums) {  // [R up to a multiple of 4, kDotColumns], 128 · (sum of q) too large
+        int32_t* sums) {  // [R, columns] and what fills the last vector, 128 · (sum of q) too large
         const int8_t *q = t.q, *w = t.w, *ahead = t.ahead;
-        const int64_t q_stride = t.q_stride, stride = t.stride, ahead_stride = t.ahead_stride, kc = t.kc;
-        __m512i acc[R][kDotColumns];
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-            for (int j = 0; j < kDotColumns; ++j) acc[r][j] = _mm512_setzero_si512();
-        }
+        const int64_t q_stride = t.q_stride, stride = t.stride, kc = t.kc;
+        const int64_t ahead_stride = t.ahead_stride, ahead_step = t.ahead_step;
+        __m512i acc[R * columns];
+#pragma GCC unroll 24
+        for (int i = 0; i < R * columns; ++i) acc[i] = _mm512_setzero_si512();
         int64_t k = 0;
-        for (; k + 64 <= kc; k += 64)
-            step<R, asked, true>(acc, q + k, q_stride, w + k, stride, 0, ahead + k, ahead_stride);
+        for (; k + 64 <= kc; k += 64, ahead += ahead_step)
+            step<R, asked, true>(acc, q + k, q_stride, w + k, stride, 0, ahead, ahead_stride);
         if (k < kc) {
             const __mmask64 inside = ~uint64_t{0} >> (64 - (kc - k));
-            step<R, asked, false>(acc, q + k, q_stride, w + k, stride, inside, ahead + k, ahead_stride);
+            step<R, asked, false>(acc, q + k, q_stride, w + k, stride, inside, ahead, ahead_stride);
         }
         for (int line = 0; line < kNextLines; ++line) {
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) __builtin_prefetch(t.next_q + r * q_stride + 64 * line);
-#pragma GCC unroll 4
-            for (int j = 0; j < kDotColumns; ++j) __builtin_prefetch(t.next_w + j * stride + 64 * line);
+#pragma GCC unroll 6
+            for (int j = 0; j < columns; ++j) __builtin_prefetch(t.next_w + j * stride + 64 * line);
         }
-        __m512i row[(R + 3) / 4 * 4];  // each row's four sums, spread over four lanes
+        constexpr int kVectors = (R * columns + 15) / 16;
+        __m512i four[4 * kVectors];  // four sums each, spread over four lanes; the last ones may be anything
 #pragma GCC unroll 8
-        for (int r = 0; r < (R + 3) / 4 * 4; ++r) {
-            const auto& a = acc[r < R ? r : 0];
-            row[r] = add_halves<64>(add_halves<32>(a[0], a[1]), add_halves<32>(a[2], a[3]));
-        }
+        for (int i = 0; i < 4 * kVectors; ++i) four[i] = 4 * i < R * columns ? add_four(acc, 4 * i) : four[0];
 #pragma GCC unroll 2
-        for (int r = 0; r < R; r += 4) {
-            const __m512i low = add_halves<128>(row[r], row[r + 1]), high = add_halves<128>(row[r + 2], row[r + 3]);
-            _mm512_storeu_si512(sums + r * kDotColumns, add_halves<256>(low, high));
+        for (int i = 0; i < kVectors; ++i) {
+            __m512i sum = add_quarters_avx512(four + 4 * i);
+            if (t.add) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(sums + 16 * i));
+            _mm512_storeu_si512(sums + 16 * i, sum);
         }
     }
 
@@ -111,12 +129,13 @@ struct DotTilesAvx512 {
         if (t.asked == 0) return tile_of<R, 0>(t, sums);
         if (t.asked == 1) return tile_of<R, 1>(t, sums);
         if (t.asked == 2) return tile_of<R, 2>(t, sums);
-        tile_of<R, kDotColumns>(t, sums);
+        tile_of<R, 4>(t, sums);
     }
 };
+using DotTilesAvx512 = DotTiles<6, kDotColumns, 2>;
 #endif
 
-// `count` rows of activations, at most Kernel::kRows, by kDotColumns rows of weights.
+// `count` rows of activations, at most Kernel::kRows, by as many rows of weights as a tile has.
 template <class Kernel, int R = Kernel::kRows>
 void dot_tile(int64_t count, const DotTile<typename Kernel::Q>& t, int32_t* sums) {
     if constexpr (R > 1) {

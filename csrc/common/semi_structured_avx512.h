@@ -112,8 +112,8 @@ struct SemiDotAvx512 {
 
     // Four vectors, each added up.
     ENGINE_AVX512 ENGINE_INLINE static __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
-        using Dot = DotTilesAvx512;
-        const __m512i all = Dot::add_halves<64>(Dot::add_halves<32>(a, b), Dot::add_halves<32>(c, d));
+        const __m512i four[] = {a, b, c, d};
+        const __m512i all = add_lanes_avx512(four);
         const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
         return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     }

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "common/dot_int8.h"
+#include "common/dot_int8_avx512.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
 #include "common/tensor.h"
@@ -15,8 +15,6 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kDotBlock = 64;       // outputs that are finished together
-constexpr int64_t kDotRows = 64;        // at most so many rows of activations
 constexpr int64_t kL1Bytes = 20 << 10;  // of L1, what activations may take
 
 // A dot-product kernel is a struct:
@@ -24,7 +22,6 @@ constexpr int64_t kL1Bytes = 20 << 10;  // of L1, what activations may take
 //   Q            the type of the activations
 //   kRows        how many rows of them a tile takes
 //   kTogether    outputs for which one stretch of K is done before the next
-//   kShare       whether all tiles of a group of weights ask memory for what comes next, a part each, or the first all
 //   rows(k)      up to so many rows of activations dot products are the faster way
 //   depth(m, k)  how much of K is multiplied at once, at most kExactDepth
 //   tile<R>(...) writes R × kDotColumns sums
@@ -41,7 +38,6 @@ int64_t depth_in_l1(int64_t m) {
 struct DotPortable {
     using Q = int16_t;
     static constexpr int64_t kRows = 1, kTogether = 32;
-    static constexpr bool kShare = false;
     static int64_t rows(int64_t) { return 16; }
     static int64_t depth(int64_t m, int64_t) { return depth_in_l1<DotPortable>(m); }
 
@@ -69,7 +65,6 @@ struct DotPortable {
 struct DotAvx2 {
     using Q = int16_t;
     static constexpr int64_t kRows = 3, kTogether = 32;  // 12 sums in registers
-    static constexpr bool kShare = false;
     static int64_t rows(int64_t) { return 16; }
     static int64_t depth(int64_t m, int64_t) { return depth_in_l1<DotAvx2>(m); }
 
@@ -134,21 +129,6 @@ struct DotAvx2 {
         finish_rows<0>(f, totals, kDotBlock);
     }
 };
-
-// Activations stay in L2 and are read again for each four rows of weights. A tile of 6 rows reads 10 lines for 24
-// vpdpbusd, a cycle each, which L2 can deliver; smaller ones read more for each, so there the weights at least are kept
-// in L1 for the next tile, by cutting K. What is asked for ahead is spread over all tiles: many misses at once would
-// hold up the activations, which need the same buffers.
-struct DotAvx512 : DotTilesAvx512 {
-    static constexpr int64_t kTogether = kDotColumns;
-    static constexpr bool kShare = true;
-    static int64_t depth(int64_t m, int64_t k) { return m > kRows && m <= 10 && k > 4096 ? 2048 : kExactDepth; }
-
-    template <class T, class Total>
-    ENGINE_AVX512 static void finish(const FinishRows<T>& f, const Total* totals) {
-        finish_rows<128>(f, totals, kDotBlock);
-    }
-};
 #endif
 
 // Adds the products of [k, k + kc) for `columns` ≤ kDotColumns rows of weights and all rows of activations. Not
@@ -172,27 +152,11 @@ __attribute__((noinline)) void add_dots(const QuantizedRows<typename Kernel::Q>&
     }
     // Tiles as even as can be: one row alone uses the registers badly.
     const int64_t tiles = (rows.rows + Kernel::kRows - 1) / Kernel::kRows;
-    const int64_t asked = !Kernel::kShare || tiles == 1 ? kDotColumns : tiles < kDotColumns ? 2 : 1;
-    const bool cut = k + kc < rows.k;
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-        const int64_t count = (rows.rows - row + tiles - tile - 1) / (tiles - tile), after = row + count;
-        const bool last = after == rows.rows;
-        dot_tile<Kernel>(count,
-                         {.q = q + row * rows.stride,
-                          .q_stride = rows.stride,
-                          .w = w,
-                          .stride = rows.k,
-                          .kc = kc,
-                          .ahead = tile * asked < kDotColumns ? w + ahead + tile * asked * rows.k : w,
-                          .ahead_stride = rows.k,
-                          .asked = asked,
-                          .next_q = !last ? q + after * rows.stride
-                                    : cut ? q + kc
-                                          : rows.q,
-                          .next_w = !last ? w
-                                    : cut ? w + kc
-                                          : w - k + kDotColumns * rows.k},
-                         sums);
+        const int64_t count = (rows.rows - row + tiles - tile - 1) / (tiles - tile);
+        const auto* x = q + row * rows.stride;
+        const int8_t* asked = tile == 0 ? w + ahead : w;  // the first tile asks for what comes next
+        dot_tile<Kernel>(count, {x, rows.stride, w, rows.k, kc, asked, rows.k, kDotColumns, x, w}, sums);
         for (int64_t r = 0; r < count; ++r, ++row) {
             for (int64_t j = 0; j < kDotColumns; ++j) totals[row * kDotBlock + j] += sums[r * kDotColumns + j];
         }
@@ -208,7 +172,7 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
     // Four rows of weights lie one after another, and so do their successors: one stream, asked for 8 KB ahead.
     const int64_t group = kDotColumns * std::max<int64_t>(1, call.k),
                   next_groups = ((8 << 10) + group - 1) / group * group;
-    const bool groupwise = step >= call.k || Kernel::kTogether == kDotColumns;
+    const bool groupwise = step >= call.k;
     for (int64_t block = begin; block < end; block += kDotBlock) {
         const int64_t columns = std::min(kDotBlock, end - block);
         std::fill_n(totals, call.m * kDotBlock, Total{0});
@@ -228,25 +192,73 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
     }
 }
 
-// y of the whole call by dot products, where they are the faster way.
+#if ENGINE_X86
+// Where the activations stay in L1, tiles read many rows of them. Where they come from L2, few, by more of weights.
+using TallTiles = DotTiles<6, 4, 3>;
+using WideTiles = DotTiles<4, 6, 3>;
+constexpr int64_t kTallRows = 24;
+
+struct DotAvx512 {
+    using Q = int8_t;
+    // Wide tiles beat panels at long K as long as half of L2 holds the activations.
+    static int64_t rows(int64_t k) {
+        const int64_t most = DotTilesAvx512::rows(k);
+        return k >= 4096 ? std::clamp<int64_t>((512 << 10) / k, most, kDotRows) : most;
+    }
+};
+
+template <class T, class Total>
+ENGINE_AVX512 void finish_avx512(const FinishRows<T>& f, const Total* totals) {
+    finish_rows<128>(f, totals, kDotBlock);
+}
+
+// The same on AVX-512.
+template <class Tiles, class Total, class T>
+void dot_outputs_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const int8_t* weight,
+                        int64_t begin, int64_t end) {
+    Total totals[kDotRows * kDotBlock];
+    const DotBlocksAvx512<Tiles> dots(call.m, call.k);
+    for (int64_t block = begin; block < end; block += kDotBlock) {
+        const int64_t columns = std::min(kDotBlock, end - block);
+        if (call.k == 0 || sizeof(Total) > sizeof(int32_t)) std::fill_n(totals, call.m * kDotBlock, Total{0});
+        dots.multiply(rows, weight + block * call.k, columns, totals);
+        finish_avx512(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, block, columns}, totals);
+    }
+}
+#endif
+
+// y of the whole call by dot products, where they are the faster way: outputs(total, rows, begin, end) is called with a
+// number of the type that holds the sums of all of K.
+template <class Kernel, class T, class Outputs>
+bool dot_linear(const LinearCall<T>& call, const Outputs& outputs) {
+    if (call.m > Kernel::rows(call.k)) return false;
+    with_quantized_rows<typename Kernel::Q>(call, call.k * (1 + call.m / 4),
+                                            [&](const auto& rows, int64_t begin, int64_t end) {
+                                                if (call.k <= kExactDepth) return outputs(int32_t{}, rows, begin, end);
+                                                outputs(int64_t{}, rows, begin, end);
+                                            });
+    return true;
+}
+
 template <class Kernel, class T>
 bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
-    if (call.m > Kernel::rows(call.k)) return false;
-    using Q = typename Kernel::Q;
-    with_quantized_rows<Q>(call, call.k * (1 + call.m / 4),
-                           [&](const QuantizedRows<Q>& rows, int64_t begin, int64_t end) {
-                               if (call.k <= kExactDepth)
-                                   return dot_outputs<Kernel, int32_t>(call, rows, weight, begin, end);
-                               dot_outputs<Kernel, int64_t>(call, rows, weight, begin, end);
-                           });
-    return true;
+    return dot_linear<Kernel>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
+        dot_outputs<Kernel, decltype(total)>(call, rows, weight, begin, end);
+    });
 }
 
 template <class T>
 bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
-    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
+    if (isa() == Isa::avx512) {
+        return dot_linear<DotAvx512>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
+            if (call.m <= kTallRows) {
+                return dot_outputs_avx512<TallTiles, decltype(total)>(call, rows, weight, begin, end);
+            }
+            dot_outputs_avx512<WideTiles, decltype(total)>(call, rows, weight, begin, end);
+        });
+    }
 #endif
     return dot_linear<DotPortable>(call, weight);
 }
