@@ -170,8 +170,7 @@ struct MatrixAvx512 {
         const uint8_t* mask[kColumns] = {};
         int64_t ahead[kColumns] = {};
         uint64_t bits[kColumns] = {}, rest[kColumns] = {};
-        const uint8_t* ask_mask = nullptr;
-        int64_t mask_row = 0;
+        int64_t mask_ahead = 0, mask_row = 0;
         if constexpr (kSpreads) {
 #pragma GCC unroll 4
             for (int c = 0; c < kColumns; ++c) {
@@ -179,14 +178,19 @@ struct MatrixAvx512 {
                 values[c] = column.values, mask[c] = column.mask, ahead[c] = column.values_ahead;
                 rest[c] = mask_bits(mask[c], whole, kc);
             }
-            ask_mask = mask[0] + t.columns[0].mask_ahead, mask_row = t.columns[0].mask_ahead / kColumns;
+            mask_ahead = t.columns[0].mask_ahead, mask_row = mask_ahead / kColumns;
         }
         for (int64_t k = 0; k < whole; k += 64, q += 64) {
             if constexpr (kSpreads) {
 #pragma GCC unroll 4
-                for (int c = 0; c < kColumns; ++c) std::memcpy(&bits[c], mask[c] + k / 8, 8);
-                // A line holds eight words: each row's is asked for twice.
-                __builtin_prefetch(ask_mask + k / 8 + k / 64 % kColumns * mask_row);
+                for (int c = 0; c < kColumns; ++c) {
+                    std::memcpy(&bits[c], mask[c] + k / 8, 8);
+                    if constexpr (from == Weights::spread) __builtin_prefetch(mask[c] + k / 8 + mask_ahead);
+                }
+                // Where products decide: a line holds eight words, and each row's is asked for twice.
+                if constexpr (from != Weights::spread) {
+                    __builtin_prefetch(mask[0] + mask_ahead + k / 8 + k / 64 % kColumns * mask_row);
+                }
             }
             if constexpr (from != Weights::spread) {
                 __builtin_prefetch(ask0);
