@@ -6,9 +6,8 @@
 
 namespace engine {
 
-// How far ahead of a single row of activations memory is asked for. Rows lie one after another: masks are one
-// sequential stream, values another.
-constexpr int64_t kValuesAhead = 2 << 10, kMaskAhead = 1 << 9;
+// How far ahead of a single row of activations memory is asked for values, which are one sequential stream.
+constexpr int64_t kValuesAhead = 2 << 10;
 
 // A weight row on its way along K.
 struct Column {

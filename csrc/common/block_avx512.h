@@ -30,7 +30,19 @@ struct BlockStrip {
     // What memory is asked for meanwhile, so many lines with each block: many at once would hold up the activations.
     const int8_t* next = nullptr;
     int64_t lines = 0;
+    // And what outputs are written to afterwards, [R, y_stride] bytes: stores that miss wait in line for each other.
+    const char* y = nullptr;
+    int64_t y_stride = 0, y_lines = 0;
 };
+
+// Asks for a line that is to be written. As assembly because GCC would ask for it to be read.
+ENGINE_INLINE void ask_to_write(const void* line) {
+#if defined(ENGINE_EMULATE_AVX512)
+    __builtin_prefetch(line, 1);
+#else
+    asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));
+#endif
+}
 
 // 16 rows of 4 dwords as 4 of 16.
 ENGINE_AVX512 ENGINE_INLINE void transpose_16x4_avx512(const void* rows, int64_t stride_bytes, __m512i (&columns)[4]) {
@@ -109,8 +121,14 @@ struct BlockInt8Avx512 {
             }
         }
         const int8_t *w = strip.weights, *ask = strip.next;
+        const char* y = strip.y;
+        const char* const y_end = y + R * strip.y_stride;
+        const int64_t y_rows = (R + strip.blocks - 1) / std::max<int64_t>(1, strip.blocks);
         for (int64_t i = 0; i < strip.blocks; ++i) {
             for (int64_t line = 0; line < strip.lines; ++line, ask += 64) __builtin_prefetch(ask, 0, 2);
+            for (int64_t a = 0; a < y_rows && y != y_end; ++a, y += strip.y_stride) {
+                for (int64_t line = 0; line < strip.y_lines; ++line) ask_to_write(y + 64 * line);
+            }
             const uint8_t* row[(R + 2) / 3];
             const uint8_t* next = q + strip.columns[std::min(i + 1, strip.blocks - 1)] * strip.wide;
 #pragma GCC unroll 4

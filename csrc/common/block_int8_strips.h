@@ -85,17 +85,26 @@ struct StripTask {
         const int64_t column = line * high + inside, outputs = std::min(kStripOutputs, high - inside);
         if (column >= weight.n) return;
         const int64_t first = weight.offsets()[line], last = weight.offsets()[line + 1];
-        const int64_t step = kBytes / (outputs * wide), tile = strip_rows(outputs);
-        const bool widens = (last - first) * wide > kExactDepth;  // too many for sums in int32
+        const int64_t step = kBytes / (outputs * wide);
+        const int64_t tiles = pieces_of(end - begin, strip_rows(outputs));
+        const auto rows_of = [&](int64_t t) { return (end - begin) * t / tiles; };  // as even as can be
+        const bool widens = (last - first) * wide > kExactDepth;                    // too many for sums in int32
         if (widens) std::fill_n(wide_sums, (end - begin) * outputs, int64_t{0});
         for (int64_t i = first; i == first || i < last; i += step) {
             const int64_t stop = std::min(last, i + step);
             BlockInt8Avx512::pack(values + i * high * wide, high, wide, stop - i, inside, outputs, packed, start);
             BlockStrip<int8_t> strip{weight.columns() + i, stop - i, wide, packed};
-            for (int64_t row = begin; row < end; row += tile) {
-                const int64_t count = std::min(tile, end - row), at = (row - begin) * outputs;
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t row = begin + rows_of(t), count = begin + rows_of(t + 1) - row;
+                const int64_t at = (row - begin) * outputs;
                 const auto* q = reinterpret_cast<const uint8_t*>(rows.q + row * rows.stride);
-                ask_next(stop, outputs, (row - begin) / tile, pieces_of(end - begin, tile), strip);
+                ask_next(stop, outputs, t, tiles, strip);
+                if (stop == last) {
+                    constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+                    strip.y = reinterpret_cast<const char*>(call.y + (chunk + row) * call.n + column);
+                    strip.y_stride = call.n * kSize;
+                    strip.y_lines = pieces_of(std::min(outputs, weight.n - column) * kSize, 64);
+                }
                 strip_tile<BlockInt8Avx512>(count, outputs, q, rows.stride, strip, start, i > first && !widens,
                                             sums + at);
                 if (widens) {
@@ -120,16 +129,18 @@ struct StripPlan {
     const Blocks& weight;
     int64_t m, slices, bands, tall;
 
-    StripPlan(const Blocks& weight, int64_t m, int64_t row_bytes, int64_t threads)
+    StripPlan(const Blocks& weight, int64_t m, int64_t threads)
         : weight(weight), m(m), slices(pieces_of(weight.shape.rows, kStripOutputs)) {
-        constexpr int64_t kBandBytes = 640 << 10;  // of activations
-        // Each band packs the weights again, which takes as long as to multiply them by some six rows.
-        const int64_t fitting = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(1, row_bytes), 96, kBlockRows);
+        constexpr int64_t kBandBytes = 640 << 10;  // of activations, without what lies between rows
+        // Each band packs the weights again, which takes as long as to multiply them by some eight rows.
+        const int64_t fitting = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(1, weight.k), 64, kBlockRows);
         bands = pieces_of(m, fitting);
-        if (bands > 1) bands = pieces_of(bands, threads) * threads;
-        tall = pieces_of(pieces_of(m, bands), 12) * 12;
-        bands = pieces_of(m, tall);
+        const int64_t shared = pieces_of(bands, threads) * threads;  // so that each thread keeps to bands of its own
+        if (bands > 1 && m >= 48 * shared) bands = shared;
+        tall = pieces_of(m, bands);
     }
+    // The first row of a band; all are equally tall but for one row, as threads share them out by number.
+    int64_t band_row(int64_t band) const { return m * band / bands; }
     int64_t strips() const { return weight.high() * slices; }
     int64_t tasks() const { return strips() * bands; }
     // In blocks; what a strip takes beside them counts as one.
@@ -170,15 +181,15 @@ void strip_linear(const LinearCall<T>& call, const Blocks& weight) {
     for (int64_t chunk = 0; chunk < call.m; chunk += chunk_rows) {
         rows.rows = std::min(chunk_rows, call.m - chunk);
         quantize_activations(call, chunk, rows);
-        const StripPlan plan(weight, rows.rows, rows.stride, threads);
+        const StripPlan plan(weight, rows.rows, threads);
         const auto parts = [&](int64_t from, int64_t to) {
             Scratch<StripScratch> own(StripTask<T>::bytes(plan.tall));
             const StripTask<T> task(own, plan.tall, call, weight, rows, chunk);
             const int64_t end = plan.task_at(plan.work() * to / threads);
             for (int64_t i = plan.task_at(plan.work() * from / threads); i < end; ++i) {
                 const int64_t band = i / plan.strips(), strip = i % plan.strips();
-                task.run(strip / plan.slices, strip % plan.slices * kStripOutputs, band * plan.tall,
-                         std::min(rows.rows, (band + 1) * plan.tall));
+                task.run(strip / plan.slices, strip % plan.slices * kStripOutputs, plan.band_row(band),
+                         plan.band_row(band + 1));
             }
         };
         const int64_t part_bytes = plan.work() / threads * std::min(high, kStripOutputs) * wide * plan.tall / 32;

@@ -16,6 +16,9 @@ namespace {
 constexpr int64_t kGroupRows = 16;
 // Up to so many rows of activations dot products are the faster way: on AVX-512 more, if K is long.
 constexpr int64_t kFewRows = 16, kDotRows = 64;
+// From so much of K on a single row of activations takes weight rows one by one; shorter ones side by side, as what
+// each begins and ends with costs as much as its weights.
+constexpr int64_t kLongRow = 1024;
 
 struct ValuesScratch;  // tag: a thread's copies of values at the tensor's end
 
@@ -48,7 +51,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 
     for (int64_t first = begin; first < end; first += kGroupRows) {
         const int64_t group = std::min(kGroupRows, end - first);
-        int64_t position[kGroupRows], sums[kDotRows][kGroupRows] = {};
+        int64_t position[kGroupRows], sums[kDotRows][kGroupRows];
+        std::fill_n(sums[0], call.m * kGroupRows, int64_t{0});
         std::copy_n(weight.row_offsets + first, group, position);
         for (int64_t k0 = 0; k0 < call.k; k0 += depth) {
             const int64_t kc = std::min(depth, call.k - k0);
@@ -100,10 +104,9 @@ template <class T>
 void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     if (call.m == 0) return;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m <= SpreadAvx512::rows(call.k)) {
-        if (call.m == 1) return dot_linear<VectorAvx512>(call, weight, bad);
-        if (call.m <= MatrixAvx512::kTwo) return dot_linear<MatrixAvx512>(call, weight, bad);
-        return dot_linear<SpreadAvx512>(call, weight, bad);
+    if (isa() == Isa::avx512 && call.m <= MatrixAvx512::rows(call.k)) {
+        if (call.m == 1 && call.k >= kLongRow) return dot_linear<VectorAvx512>(call, weight, bad);
+        return dot_linear<MatrixAvx512>(call, weight, bad);
     }
 #endif
     if (call.m > kFewRows) return int8_panel_linear(call, BitmapProvider(weight, bad));

@@ -214,10 +214,10 @@ void dot_linear(const LinearCall<T>& call, const Weight& weight) {
 // ---- dot products with AVX-512 ----------------------------------------------------------------------------------
 
 #if ENGINE_X86
-constexpr int64_t kFetchRows = 24;      // up to so many rows of activations they are fetched for the stored values
+constexpr int64_t kFetchRows = 12;      // up to so many rows of activations they are fetched for the stored values
 constexpr int64_t kOutputs = 64;        // that are finished together
 constexpr int64_t kMostRows = 64;       // of activations, where weights are spread
-constexpr int64_t kSpreadDepth = 8192;  // of K
+constexpr int64_t kSpreadDepth = 2048;  // of K, so that activations of 16 rows stay in L1
 
 // How far on memory is asked for: one stream as far as it takes, several as far as the next `count` weight rows.
 struct Ahead {

@@ -104,7 +104,10 @@ ENGINE_INLINE void int8_encode_body(const float* x,   // [n]
         std::memcpy(scales + 4 * block, &s.scale, 4);
         if constexpr (kResidual) {
             if (!s.finite) continue;
-            for (int64_t i = 0; i < k; ++i) residual[first + i] = v[i] - static_cast<float>(q[first + i]) * s.scale;
+            for (int64_t i = 0; i < k; ++i) {
+                const float received = static_cast<float>(q[first + i]) * s.scale;  // may round up to an infinity
+                residual[first + i] = is_finite(received) ? v[i] - received : residual[first + i];
+            }
         }
     }
 }

@@ -72,6 +72,12 @@ def test_any_values(values, codec, repeat):
             check_all(x, torch.zeros_like(x).uniform_(-1, 1), codec)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_rounds_up_to_an_infinity(variant, codec):
+    x = torch.tensor([torch.finfo(torch.float32).max, 1.0, -torch.finfo(torch.float32).max]).repeat(100)
+    check_all(x, torch.zeros_like(x).uniform_(-1, 1), codec)
+
+
 def test_errors_of_the_codecs(variant):
     x = torch.randn(10000, dtype=torch.float64)
     for codec, most in (("bf16", 0.002), ("int8", 0.01)):
