@@ -99,7 +99,7 @@ struct MatrixAvx512 {
     // stretches than 2048 would be summed up too often.
     static int64_t depth(int64_t m) {
         if (m <= kRows) return std::min(kExactDepth, (128 << 10) / m / 64 * 64);
-        return m <= 24 ? 2048 : kDepth;
+        return m <= 24 ? std::clamp<int64_t>((40 << 10) / (m + kColumns) / 64 * 64, 2048, kDepth) : kDepth;
     }
 
     enum class Weights { spread, spread_and_kept, kept };
@@ -141,19 +141,11 @@ struct MatrixAvx512 {
     // The 16 lanes of each sum added up.
     template <int R>
     ENGINE_AVX512 ENGINE_INLINE static void store_sums(const __m512i (&acc)[R * kColumns], int32_t* sums) {
-        using D = DotTilesAvx512;
         __m512i row[(R + 3) / 4 * 4];  // each row's four sums, spread over four lanes
 #pragma GCC unroll 8
-        for (int r = 0; r < (R + 3) / 4 * 4; ++r) {
-            const __m512i* a = acc + (r < R ? r : 0) * kColumns;
-            row[r] = D::add_halves<64>(D::add_halves<32>(a[0], a[1]), D::add_halves<32>(a[2], a[3]));
-        }
+        for (int r = 0; r < (R + 3) / 4 * 4; ++r) row[r] = add_lanes_avx512(acc + (r < R ? r : 0) * kColumns);
 #pragma GCC unroll 2
-        for (int r = 0; r < R; r += 4) {
-            const __m512i low = D::add_halves<128>(row[r], row[r + 1]),
-                          high = D::add_halves<128>(row[r + 2], row[r + 3]);
-            _mm512_storeu_si512(sums + r * kColumns, D::add_halves<256>(low, high));
-        }
+        for (int r = 0; r < R; r += 4) _mm512_storeu_si512(sums + r * kColumns, add_quarters_avx512(row + r));
     }
 
     template <int R, Weights from>
