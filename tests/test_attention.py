@@ -32,7 +32,7 @@ def masks(n, heads, length, size, kind):
 
 @pytest.mark.parametrize("kind", ["none", "causal", "padding", "both", "floats", "each head"])
 @pytest.mark.parametrize("cross", ["no", "keys as wide", "other widths"])
-@pytest.mark.parametrize("batch_first, bias", itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize("batch_first, bias", list(itertools.product([False, True], repeat=2)))
 def test_gives_what_the_fused_one_gives(kind, batch_first, bias, cross):
     n, length, size, width, heads = 3, 7, 7 if cross == "no" else 5, 24, 4
     kdim, vdim = (10, 14) if cross == "other widths" else (width, width)

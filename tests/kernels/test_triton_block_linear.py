@@ -23,8 +23,10 @@ from engine.kernels.block_int8_linear import block_int8_linear
 from engine.kernels.block_linear import block_linear
 from engine.ops._block import from_blocks
 from engine.ops._check import FLOAT_DTYPES
-from engine.ops.block_int8_linear import _reference as int8_reference
+from engine.ops._library import REFERENCES
 from engine.ops.prune_to_block import _reference as prune_to_block
+
+int8_reference = REFERENCES["block_int8_linear"]
 
 CASES = [  # M, N, K, the blocks' shape: each with why it is there
     (0, 5, 8, (16, 16)),  # an empty batch
