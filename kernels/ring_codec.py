@@ -317,7 +317,7 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
 def threshold_of(x: Tensor, residual: Tensor | None, density: float) -> Tensor:
     """One unit in the last place below the smallest of evenly spread samples that is kept; 0 where that is 0."""
     n = x.numel()
-    samples = min(n, max(1024, math.ceil(40 / density)))
+    samples = math.ceil(min(n, max(1024, 40 / density)))
     places = torch.arange(samples, device=x.device) * n // samples
     values = x[places] if residual is None else x[places] + residual[places]
     key = values.abs().view(torch.int32).sort().values[samples - max(1, round(density * samples))]

@@ -135,7 +135,8 @@ ENGINE_INLINE void int8_decode_body(const char* scales,  // 4 bytes a block, at 
 
 // How many elements are looked at to find the threshold: so many that about 40 of them will be kept.
 inline int64_t bitmap_samples(int64_t n, double density) {
-    return std::min(n, std::max<int64_t>(1024, static_cast<int64_t>(std::ceil(40.0 / density))));
+    const double wanted = std::max(1024.0, std::ceil(40.0 / density));  // perhaps beyond what an integer holds
+    return wanted < static_cast<double>(n) ? static_cast<int64_t>(wanted) : n;
 }
 
 // The magnitude above which about `density` of x + residual lies, from elements evenly spread; the same from run to

@@ -240,7 +240,7 @@ void SharedMemory::spread() {
     if (now - looked_ < kSpreadEvery) return;
     looked_ = now;
     crowded_ = crowded(world_size_);
-    cpu_set_t allowed, target;
+    cpu_set_t allowed, target, current;
     if (crowded_ || sched_getaffinity(0, sizeof(allowed), &allowed)) return;
     std::array<uint16_t, kCores> ranks{};
     for (int rank = 0; rank < world_size_; ++rank) ++ranks[core(rank)];
@@ -255,7 +255,10 @@ void SharedMemory::spread() {
     if (ranks[own] - ranks[best] < 2) return;
     CPU_ZERO(&target);
     CPU_SET(best, &target);
-    if (sched_setaffinity(0, sizeof(target), &target) == 0) sched_setaffinity(0, sizeof(allowed), &allowed);
+    if (sched_setaffinity(0, sizeof(target), &target)) return;
+    // Back, unless somebody else has set another one meanwhile.
+    if (sched_getaffinity(0, sizeof(current), &current) == 0 && CPU_EQUAL(&current, &target))
+        sched_setaffinity(0, sizeof(allowed), &allowed);
     note_core();
 }
 

@@ -27,11 +27,11 @@ def all_reduce(
 
     Where all ranks are processes of one host, the elements go through shared memory and are reduced in rank order:
     the result is the same from run to run too. float16 and bfloat16 are added up in float32 and rounded once. Where
-    `torch.distributed.all_reduce` gives the same bits (integers but for their average, and sums and averages of float32
-    or float64 over two ranks), the first call of a size class measures it too, and the faster way is taken. Between
-    hosts, through gloo, each rank adds up one part of the tensor in a fixed order and passes it on; where every host
-    has as many ranks, more than one, they add up inside the host first (float16 and bfloat16 are rounded there too). A
-    line of the log (`engine.distributed`) says why ranks don't share memory.
+    `torch.distributed.all_reduce` gives the same numbers (integers but for their average, and sums and averages of
+    float32 or float64 over two ranks), the first call of a size class measures it too, and the faster way is taken.
+    Between hosts, through gloo, each rank adds up one part of the tensor in a fixed order and passes it on; where
+    every host has as many ranks, more than one, they add up inside the host first (float16 and bfloat16 are rounded
+    there too). A line of the log (`engine.distributed`) says why ranks don't share memory.
 
     A `codec` says what is sent between hosts in place of the elements. Where all ranks are on one, nothing is encoded
     (it would take longer, and round): the result is that without a codec, and a residual is added and becomes zero.
@@ -41,9 +41,9 @@ def all_reduce(
     - "bf16": 2 bytes an element.
     - "int8": blocks of 256 with a float32 scale, 1.016 bytes an element. A block that holds a NaN or an infinity
       becomes NaN on every rank.
-    - "bitmap": only about a fraction `density` of the largest magnitudes, as bitmasks and bfloat16 values, 0.016 +
-      3.75 * density bytes an element at most. Meant for gradients, with a `residual`. A NaN or an infinity makes NaN of
-      the elements that are sent with it, 2 Mi at most.
+    - "bitmap": only about a fraction `density` of the largest magnitudes, as bitmasks and bfloat16 values: at most
+      0.016 + 3.75 * density bytes an element, and some hundred. Meant for gradients, with a `residual`. A NaN or an
+      infinity makes NaN of the elements that are sent with it, 2 Mi at most.
 
     Every rank must call it in the same order with the same number of elements, dtype, op and codec; where they differ,
     every rank raises. After an error the group refuses further calls with the first error's text. Under `torch.compile`

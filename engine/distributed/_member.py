@@ -77,8 +77,9 @@ class Member:
 def same_bits_by_torch(dtype: torch.dtype, op: str, size: int) -> bool:
     """Whether `dist.all_reduce` over so many ranks gives what is given through shared memory.
 
-    gloo adds up in an order of its own, in float16 and bfloat16 rounds after each addition, and lets a maximum pass a
-    NaN; its sum of int32 may overflow before it is divided.
+    But for what a NaN holds besides, and for numbers so small that `torch.set_flush_denormal` takes them for 0 in
+    this thread and not in gloo's. gloo adds up in an order of its own, in float16 and bfloat16 rounds after each
+    addition, and lets a maximum pass a NaN; its sum of int32 may overflow before it is divided.
     """
     if dtype.is_floating_point:
         return size == 2 and dtype in (torch.float32, torch.float64) and op in ("sum", "avg")

@@ -110,7 +110,7 @@ def _reference_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tens
 def _threshold(values: Tensor, density: float) -> Tensor:
     """Below the smallest of the samples that are kept by one unit in the last place; 0 where that is 0."""
     n = values.shape[0]
-    samples = min(n, max(1024, math.ceil(40 / density)))
+    samples = math.ceil(min(n, max(1024, 40 / density)))
     if samples == 0:
         return values.new_zeros(())
     keys = values[torch.arange(samples, device=values.device) * n // samples].abs().view(torch.int32)

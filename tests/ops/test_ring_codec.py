@@ -78,6 +78,16 @@ def test_what_rounds_up_to_an_infinity(variant, codec):
     check_all(x, torch.zeros_like(x).uniform_(-1, 1), codec)
 
 
+@pytest.mark.parametrize("density", [1e-17, 1e-19, 1e-300, 5e-324])
+def test_the_smallest_densities(variant, density):
+    x = torch.randn(5000)
+    wires = [torch.empty(wire_bytes("bitmap", 5000, density), dtype=torch.uint8) for _ in range(2)]
+    for function, wire in zip((ring_prune_encode, REFERENCES["ring_prune_encode"]), wires, strict=True):
+        function(x.clone(), None, density, wire)
+    assert_same(*wires)
+    assert wires[0][:4].view(torch.int32) == 1
+
+
 def test_errors_of_the_codecs(variant):
     x = torch.randn(10000, dtype=torch.float64)
     for codec, most in (("bf16", 0.002), ("int8", 0.01)):
