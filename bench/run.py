@@ -34,11 +34,9 @@ def run(ops: Sequence[str], json_path: Path | None = None, plot_path: Path | Non
     print(f"{limits} (by {limits.int8_by or 'plain code'})")
     for op in ops or OPS:
         importlib.import_module(f"engine.bench.bench_{op}").main()
-    if json_path is not None:
-        text = json.dumps(
-            {**describe_machine(), "limits": dataclasses.asdict(limits), "rows": common.RESULTS}, indent=1
-        )
-        json_path.write_text(text + "\n", encoding="utf-8")
+        if json_path is not None:  # after each, so that a run that is ended early leaves something
+            results = {**describe_machine(), "limits": dataclasses.asdict(limits), "rows": common.RESULTS}
+            json_path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if plot_path is not None:
         from engine.bench.plot import save_plot
 
