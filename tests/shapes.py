@@ -27,8 +27,8 @@ LINEARS = {
     (1, 33, 384): "one token",
     (2, 16, 64): "exact vectors",
     (5, 19, 65): "one over a vector",
-    (16, 24, 200): "the largest M of the dot-product kernels",
-    (17, 31, 129): "the smallest M of the panel kernels, all odd",
+    (16, 24, 200): "the largest M of some dot-product kernels",
+    (17, 31, 129): "the smallest M of some panel kernels, all odd",
     (70, 50, 300): "several row blocks with tails",
     (128, 65, 1027): "a long odd row",
 }

@@ -62,17 +62,13 @@ struct VectorAvx2 {
     }
 };
 
-// A few rows of activations, as 16-bit integers: up to kDirect multiply what was spread while it is in registers, more
-// find it in L1.
+// Up to four rows of activations, as 16-bit integers, which multiply what was spread while it is in registers.
 struct MatrixAvx2 {
     using Q = int16_t;
-    static constexpr int kColumns = 4, kDirect = 4, kTileRows = 3;
+    static constexpr int kColumns = 4;
+    static constexpr int64_t kRows = 4;
     static constexpr bool kShifted = false, kReadsAhead = false;
-    static constexpr int64_t kDepth = 512;  // of a stretch that is spread to L1
-    static int64_t depth(int64_t m) {       // 16 KB of activations
-        if (m > kDirect) return kDepth;
-        return m > 2 ? 4 * kDepth : 8 * kDepth;
-    }
+    static int64_t depth(int64_t m) { return m > 2 ? 2048 : 4096; }  // 16 KB of activations
 
     // 16 weights of each of two columns by R rows of activations.
     template <int R>
@@ -116,42 +112,6 @@ struct MatrixAvx2 {
         }
     }
 
-    // A stretch as 16-bit integers.
-    ENGINE_AVX2 static void expand(Column& column, int64_t kc, int16_t* out) {
-        for (int64_t k = 0; k < kc; k += 64) {
-            const Expanded64 w = expand_64_avx2(column.values, mask_bits(column.mask, k, kc));
-            for (int p = 0; p < 4; ++p) {
-                _mm256_store_si256(reinterpret_cast<__m256i*>(out + k + 16 * p), _mm256_cvtepi8_epi16(w.part[p]));
-            }
-            column.values += w.taken;
-        }
-    }
-
-    // R rows of activations by kColumns rows of weights.
-    template <int R>
-    ENGINE_AVX2 static void tile(const int16_t* q, int64_t q_stride,
-                                 const int16_t* w,  // [kColumns, kDepth]
-                                 int64_t kc, int32_t* sums) {
-        __m256i acc[R][kColumns];
-        for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < kColumns; ++c) acc[r][c] = _mm256_setzero_si256();
-        }
-        for (int64_t k = 0; k < kc; k += 16) {
-            __m256i x[R];
-            for (int r = 0; r < R; ++r) x[r] = load_avx2(q + r * q_stride + k);
-            for (int c = 0; c < kColumns; ++c) {
-                const __m256i wide = load_avx2(w + c * kDepth + k);
-                for (int r = 0; r < R; ++r) acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(wide, x[r]));
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            const __m256i low = _mm256_hadd_epi32(acc[r][0], acc[r][1]), high = _mm256_hadd_epi32(acc[r][2], acc[r][3]);
-            const __m256i both = _mm256_hadd_epi32(low, high);
-            const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + r * kColumns), sum);
-        }
-    }
-
     static void direct_of(int64_t m, const int16_t* q, int64_t q_stride, Column* columns, int64_t kc, int32_t* sums) {
         if (m == 4) return direct<4>(q, q_stride, columns, kc, sums);
         if (m == 3) return direct<3>(q, q_stride, columns, kc, sums);
@@ -160,18 +120,8 @@ struct MatrixAvx2 {
     }
 
     static void stretch(const int16_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {
-        if (m <= kDirect) {
-            direct_of(m, q, q_stride, columns, kc, sums);
-            return direct_of(m, q, q_stride, columns + 2, kc, sums + 2);
-        }
-        alignas(64) int16_t w[kColumns][kDepth];
-        for (int c = 0; c < kColumns; ++c) expand(columns[c], kc, w[c]);
-        int64_t r = 0;
-        for (; r + kTileRows <= m; r += kTileRows) {
-            tile<kTileRows>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
-        }
-        if (m - r == 2) tile<2>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
-        if (m - r == 1) tile<1>(q + r * q_stride, q_stride, w[0], kc, sums + r * kColumns);
+        direct_of(m, q, q_stride, columns, kc, sums);
+        direct_of(m, q, q_stride, columns + 2, kc, sums + 2);
     }
 };
 

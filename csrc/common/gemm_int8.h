@@ -1,4 +1,5 @@
-// int8 linear for many rows of activations: weights go panel by panel through the processor's own layout.
+// int8 linear for many rows of activations: weights go panel by panel through the processor's own layout; on AVX2 for a
+// few as well, by dot products of weights where they lie (common/dots_int8_avx2.h).
 //
 // Activations are quantised once (common/int8_activations.h). Each thread takes groups of up to kPanelColumns outputs;
 // for a group and a stretch of K it asks the PROVIDER for the weights, converts them once to the layout of the
@@ -10,10 +11,10 @@
 //   const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride);
 //
 // and, where what is asked for ahead comes in time, another: ask(row, rows, k0, kc, lines), which adds what a later
-// block() reads to LinesAhead.
+// block() reads to LinesAhead. If all of its weights lie in memory row after row, it has at(row, k0), where one does.
 //
 // block returns the weights [row, row + rows) × [k0, k0 + kc) as rows of int8, *stride apart: where they are, or
-// written to `scratch`, which holds kProviderScratch bytes (a row needs kPanelDepth at most) and is 64-byte aligned.
+// written to `scratch`, 64-byte aligned, which holds `rows` rows provider_stride(kc) apart.
 //   rows ≤ kPanelColumns; kc ≤ kPanelDepth; k0 is a multiple of 64, and so is kc unless the row ends.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 #pragma once
@@ -26,9 +27,8 @@
 
 namespace engine {
 
-constexpr int64_t kPanelColumns = 64;  // at most so many weight rows to a group
-constexpr int64_t kPanelDepth = 2176;  // at most so much of K at once; a kernel may take less (kDepth)
-constexpr int64_t kProviderScratch = kPanelColumns * (kPanelDepth + 64) + 64;
+constexpr int64_t kPanelColumns = 128;  // at most so many weight rows to a group
+constexpr int64_t kPanelDepth = 2176;   // at most so much of K at once; a kernel may take less (kDepth)
 
 // How far apart a provider writes rows of kc weights: an odd number of lines, which uses all sets of the cache.
 constexpr int64_t provider_stride(int64_t kc) { return ((kc + 63) / 64 | 1) * 64; }
@@ -48,6 +48,19 @@ struct LinesAhead {
             ask(line);
         }
     }
+
+    // For a kernel that reads weights row by row: with its j-th row it asks for as many bytes from pieces[j].
+    const void* pieces[kPanelColumns];
+    int64_t piece_count = 0;
+
+    void add_piece(const void* piece, int64_t most) {
+        if (piece_count < most) pieces[piece_count++] = piece;
+    }
+    // How far that is from `row`, the address of the j-th row; or 0.
+    int64_t distance(int64_t j, const void* row) const {
+        if (j >= piece_count) return 0;
+        return static_cast<int64_t>(reinterpret_cast<intptr_t>(pieces[j]) - reinterpret_cast<intptr_t>(row));
+    }
 };
 
 // Weights that lie in memory as rows of int8.
@@ -58,6 +71,7 @@ struct DenseProvider {
         *stride = k;
         return weight + row * k + k0;
     }
+    const int8_t* at(int64_t row, int64_t k0) const { return weight + row * k + k0; }
     void ask(int64_t row, int64_t rows, int64_t k0, int64_t kc, LinesAhead& lines) const {
         for (int64_t j = row; j < row + rows; ++j) {
             for (int64_t i = 0; i < kc; i += 64) lines.add(weight + j * k + k0 + i);

@@ -11,8 +11,14 @@
 //   pack(...)        weights to a strip
 //   tile(...)        rows × columns sums of one strip, and on the way, where it asks, LinesAhead
 //   finish(...)      sums to outputs
+//
+// One that reads weights row by row, where they lie (RowByRow), packs nothing, asks for LinesAhead::pieces, and has
+//
+//   kGrain               what the columns of a group may be a multiple of
+//   activation_sum(...)  its own QuantizedRows::sum
 #pragma once
 
+#include "common/dots_int8_avx2.h"
 #include "common/gemm_int8.h"
 #include "common/gemm_int8_portable.h"
 #if ENGINE_X86
@@ -24,11 +30,15 @@ namespace engine {
 
 struct PanelScratch;  // tag: what a thread packs and sums in
 
+template <class Kernel>
+concept RowByRow = requires { Kernel::kGrain; };
+
 // How a call is cut into tasks.
 struct PanelPlan {
     int64_t chunk_rows;  // rows of activations quantised at a time, so that they stay in cache
     int64_t block_rows;  // of these, rows to a task
     int64_t blocks;      // tasks along the rows of a chunk
+    int64_t group;       // outputs to a task
     int64_t groups;      // tasks along the outputs
     bool one_stretch;    // K fits one panel: sums need no memory but the tile's
     bool rows_first;     // tasks go through the outputs block by block; a thread quantises its own blocks, to its L2
@@ -41,7 +51,7 @@ struct PanelPlan {
 
 template <class Kernel>
 PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
-    constexpr int64_t kBlockRows = 1024;        // sums of a task: up to 256 KB
+    constexpr int64_t kBlockRows = 1024;        // sums of a task: 256 KB for 64 outputs
     constexpr int64_t kBlockBytes = 400 << 10;  // of activations: most of an L2
     constexpr int64_t kCachedOutputs = 1 << 18;
     const int64_t row_bytes = QuantizedRows<typename Kernel::Q>::stride_for(k) * sizeof(typename Kernel::Q);
@@ -50,7 +60,20 @@ PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
     PanelPlan plan;
     plan.chunk_rows =
         std::min(m, whole_tiles(std::max<int64_t>(192, kActivationBytes / std::max<int64_t>(1, row_bytes))));
-    plan.groups = (n + Kernel::kStrips * Kernel::kColumns - 1) / (Kernel::kStrips * Kernel::kColumns);
+    constexpr int64_t kGroup = Kernel::kStrips * Kernel::kColumns;
+    plan.group = kGroup;
+    if constexpr (RowByRow<Kernel>) {
+        // Where weights serve one tile memory is what they wait for: small groups, asked for as one stream.
+        constexpr int64_t kStreamed = 128 << 10, kFew = 16;
+        const auto upto = [](int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; };
+        if (m <= Kernel::kRows) {
+            plan.group = std::clamp(kStreamed / std::max<int64_t>(1, k) / 16 * 16, int64_t{16}, kGroup);
+        }
+        int64_t count = (n + plan.group - 1) / plan.group;
+        if (count < kFew * threads) count = upto(count, threads);  // as many for each
+        plan.group = upto((n + count - 1) / count, n < 16 * threads ? Kernel::kGrain : 16);
+    }
+    plan.groups = (n + plan.group - 1) / plan.group;
     plan.one_stretch = k <= Kernel::kDepth;
     plan.ask_outputs = m * n > kCachedOutputs;
     plan.wide = k > kExactDepth;
@@ -75,19 +98,20 @@ PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
 template <class Kernel>
 struct PanelMemory {
     static constexpr int64_t kGroup = Kernel::kStrips * Kernel::kColumns;
-    int8_t* provider;  // [kProviderScratch]
+    static constexpr int64_t kProvider = kGroup * provider_stride(Kernel::kDepth);
+    int8_t* provider;  // [kProvider]
     char* strips;      // [kStrips][kStripBytes]
     int32_t* sums;     // [block_rows, kGroup], or one tile's where K fits one stretch
     int64_t* wide;     // [block_rows, kGroup] where K is wide
 
     static int64_t sum_rows(const PanelPlan& plan) { return plan.one_stretch ? Kernel::kRows : plan.block_rows; }
     static int64_t bytes(const PanelPlan& plan) {
-        return kProviderScratch + 64 + Kernel::kStrips * Kernel::kStripBytes +
+        return kProvider + 64 + Kernel::kStrips * Kernel::kStripBytes +
                sum_rows(plan) * kGroup * static_cast<int64_t>(sizeof(int32_t)) + 64 +
                (plan.wide ? plan.block_rows * kGroup * static_cast<int64_t>(sizeof(int64_t)) : 0) + 64;
     }
     PanelMemory(Scratch<PanelScratch>& scratch, const PanelPlan& plan)
-        : provider(scratch.take<int8_t>(kProviderScratch)),
+        : provider(scratch.take<int8_t>(kProvider)),
           strips(scratch.take<char>(Kernel::kStrips * Kernel::kStripBytes)),
           sums(scratch.take<int32_t>(sum_rows(plan) * kGroup)),
           wide(plan.wide ? scratch.take<int64_t>(plan.block_rows * kGroup) : nullptr) {}
@@ -124,18 +148,38 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
         const bool last = k0 + kc >= call.k;
         const bool add = k0 % kExactDepth != 0;  // else a new stretch of int32 sums begins
         const bool widen = plan.wide && (last || (k0 + kc) % kExactDepth == 0);  // and here it ends
-        for (int64_t row = begin; row < end; row += Kernel::kRows) {
-            const int64_t tile_rows = std::min<int64_t>(Kernel::kRows, end - row);
+        // Tiles as even as can be: a row alone uses the registers badly.
+        const int64_t tiles = (end - begin + Kernel::kRows - 1) / Kernel::kRows;
+        for (int64_t tile = 0, row = begin; tile < tiles; ++tile) {
+            const int64_t tile_rows = (end - row + tiles - tile - 1) / (tiles - tile);
             int32_t* sums = memory.sums + (plan.one_stretch ? 0 : (row - begin) * kGroup);
             const FinishRows<T> f{call, rows.scale + row, rows.sum + row, chunk + row, tile_rows, column, columns};
             LinesAhead lines;
             if (Kernel::kAsk && plan.ask_outputs && last) ask_outputs(f, lines);
-            if constexpr (Kernel::kAsk && requires { weights.ask(column, columns, k0, kc, lines); }) {
-                // The next weights, a part with each tile.
-                const int64_t next = last ? column + columns : column, next_k = last ? 0 : k0 + kc;
-                const int64_t there = std::max<int64_t>(0, std::min(kGroup, call.n - next));
-                const int64_t from = there * (row - begin) / (end - begin);
-                const int64_t to = there * (row + tile_rows - begin) / (end - begin);
+            // The next weights, a part with each tile.
+            const int64_t next = last ? column + columns : column, next_k = last ? 0 : k0 + kc;
+            const int64_t there = std::max<int64_t>(0, std::min(plan.group, call.n - next));
+            const int64_t from = there * (row - begin) / (end - begin);
+            const int64_t to = there * (row + tile_rows - begin) / (end - begin);
+            if constexpr (RowByRow<Kernel>) {
+                const bool next_tile = tile + 1 < tiles;
+                const auto* x =
+                    rows.q + (next_tile ? row + tile_rows : begin) * rows.stride + (next_tile ? k0 : next_k);
+                for (int64_t r = 0; tiles > 1 && r < tile_rows; ++r, x += rows.stride) {
+                    for (int64_t half = 0; half < kc * static_cast<int64_t>(sizeof *x); half += kc) {
+                        lines.add_piece(reinterpret_cast<const char*>(x) + half, columns / 2);
+                    }
+                }
+                if constexpr (requires { weights.at(next, next_k); }) {
+                    if (tiles > 1) {
+                        for (int64_t j = from; j < to; ++j) lines.add_piece(weights.at(next + j, next_k), columns);
+                    } else {
+                        const int8_t* piece = weights.at(column + columns, 0) + columns * k0;
+                        const int8_t* const end = weights.at(std::min(call.n, column + 2 * columns), 0);
+                        for (; piece < end; piece += kc) lines.add_piece(piece, columns);
+                    }
+                }
+            } else if constexpr (Kernel::kAsk && requires { weights.ask(column, columns, k0, kc, lines); }) {
                 weights.ask(next + from, to - from, next_k, std::min(Kernel::kDepth, call.k - next_k), lines);
             }
             for (int64_t s = 0; s < strips; ++s) {
@@ -146,11 +190,14 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
             }
             if (widen) {
                 int64_t* wide = memory.wide + (row - begin) * kGroup;
-                for (int64_t i = 0; i < tile_rows * kGroup; ++i) wide[i] += sums[i];
+                for (int64_t r = 0; r < tile_rows; ++r) {
+                    for (int64_t j = 0; j < columns; ++j) wide[r * kGroup + j] += sums[r * kGroup + j];
+                }
                 if (last) Kernel::finish(f, wide, kGroup);
             } else if (last) {
                 Kernel::finish(f, sums, kGroup);
             }
+            row += tile_rows;
         }
     }
 }
@@ -158,12 +205,13 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
 template <class Kernel, class T, class Provider>
 void panel_linear(const LinearCall<T>& call, const Provider& weights) {
     using Rows = QuantizedRows<typename Kernel::Q>;
-    constexpr int64_t kGroup = PanelMemory<Kernel>::kGroup;
     constexpr int64_t kSerialWork = 1 << 19;  // multiplications that are done before another thread has woken
     const bool serial = call.m * call.n * call.k < kSerialWork;
     const PanelPlan plan = plan_panels<Kernel>(call.m, call.n, call.k,
                                                serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads()));
-    const ActivationQuantizer<typename Kernel::Q, T> quantize(call);
+    typename ActivationQuantizer<typename Kernel::Q, T>::Sum sum = nullptr;
+    if constexpr (RowByRow<Kernel>) sum = Kernel::activation_sum;
+    const ActivationQuantizer<typename Kernel::Q, T> quantize(call, sum);
     const bool share = plan.own_rows() == 0;
     ActivationScratch scratch(share ? Rows::scratch_bytes(plan.chunk_rows, call.k) : 0);
     const Rows shared(scratch, share ? plan.chunk_rows : 0, call.k);
@@ -180,7 +228,7 @@ void panel_linear(const LinearCall<T>& call, const Provider& weights) {
             for (int64_t task = first; task < last; ++task) {
                 const int64_t group = plan.rows_first ? task % plan.groups : task / plan.blocks;
                 const int64_t block = plan.rows_first ? task / plan.groups : task % plan.blocks;
-                const int64_t column = group * kGroup, begin = block * plan.block_rows;
+                const int64_t column = group * plan.group, begin = block * plan.block_rows;
                 const int64_t end = std::min(count, begin + plan.block_rows);
                 if (begin >= end) continue;
                 const int64_t wanted = plan.rows_first ? begin : 0;
@@ -189,7 +237,7 @@ void panel_linear(const LinearCall<T>& call, const Provider& weights) {
                     quantize(chunk + held, plan.rows_first ? end - begin : count, rows);
                 }
                 panel_task<Kernel>(call, rows, plan, memory, position, chunk + held, begin - held, end - held, column,
-                                   std::min(kGroup, call.n - column));
+                                   std::min(plan.group, call.n - column));
             }
         };
         if (serial) {
@@ -205,7 +253,10 @@ void int8_panel_linear(const LinearCall<T>& call, const Provider& weights) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
     if (isa() == Isa::avx512) return panel_linear<PanelAvx512>(call, weights);
-    if (isa() == Isa::avx2) return panel_linear<PanelAvx2>(call, weights);
+    if (isa() == Isa::avx2) {
+        if (call.m <= DotsAvx2::rows(call.k)) return panel_linear<DotsAvx2>(call, weights);
+        return panel_linear<PanelAvx2>(call, weights);
+    }
 #endif
     panel_linear<PanelPortable>(call, weights);
 }

@@ -302,9 +302,13 @@ struct LinearCall {
 template <class Q, class T>
 class ActivationQuantizer {
   public:
-    explicit ActivationQuantizer(const LinearCall<T>& call)
+    using Sum = int64_t (*)(const Q* q,  // [stride]
+                            int64_t stride);
+    // `sum`: a kernel's own QuantizedRows::sum.
+    explicit ActivationQuantizer(const LinearCall<T>& call, Sum sum = nullptr)
         : source_{call.x, call.patches},
           k_(call.k),
+          sum_(sum),
           input_scale_(call.input_scale.values),
           inverse_memory_(call.input_scale.by_channel ? call.k * static_cast<int64_t>(sizeof(float)) : 0) {
         if (!call.input_scale.by_channel) return;
@@ -344,12 +348,14 @@ class ActivationQuantizer {
             } else {
                 rows.sum[row] = kernels_.quantize(from, k_, s.inverse, rows.zero, q, rows.stride);
             }
+            if (sum_) rows.sum[row] = sum_(q, rows.stride);
         }
     }
 
     RowKernels<Q, T> kernels_;
     ActivationSource<T> source_;
     int64_t k_;
+    Sum sum_;
     const float* input_scale_;  // [1], or null: each row by its own maximum
     Scratch<InverseScratch> inverse_memory_;
     float* inverses_ = nullptr;  // [k], or null

@@ -14,7 +14,7 @@ namespace {
 
 // Weight rows that are summed side by side, stretch by stretch, so that the activations of a stretch stay in L1.
 constexpr int64_t kGroupRows = 16;
-// Up to so many rows of activations dot products are the faster way: on AVX-512 more, if K is long.
+// Up to so many rows of activations the portable dot products are the faster way; AVX-512 has its own for more.
 constexpr int64_t kFewRows = 16, kDotRows = 64;
 // From so much of K on a single row of activations takes weight rows one by one; shorter ones side by side, as what
 // each begins and ends with costs as much as its weights.
@@ -108,13 +108,13 @@ void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
         if (call.m == 1 && call.k >= kLongRow) return dot_linear<VectorAvx512>(call, weight, bad);
         return dot_linear<MatrixAvx512>(call, weight, bad);
     }
-#endif
-    if (call.m > kFewRows) return int8_panel_linear(call, BitmapProvider(weight, bad));
-#if ENGINE_X86
     if (isa() == Isa::avx2) {
-        return call.m == 1 ? dot_linear<VectorAvx2>(call, weight, bad) : dot_linear<MatrixAvx2>(call, weight, bad);
+        if (call.m == 1) return dot_linear<VectorAvx2>(call, weight, bad);
+        if (call.m <= MatrixAvx2::kRows) return dot_linear<MatrixAvx2>(call, weight, bad);
+        return int8_panel_linear(call, BitmapProvider(weight, bad));
     }
 #endif
+    if (call.m > kFewRows) return int8_panel_linear(call, BitmapProvider(weight, bad));
     dot_linear<MatrixPortable>(call, weight, bad);
 }
 

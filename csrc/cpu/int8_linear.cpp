@@ -1,6 +1,7 @@
 // int8_linear: int8 activations, quantised here, times int8 weights [N, K] as they lie. For many rows of activations
 // the panels of common/gemm_int8.h; for a few, dot products straight from the weights, which are then read from memory
-// once and would cost more to rearrange than to multiply.
+// once and would cost more to rearrange than to multiply. (On AVX2 these are for up to 4 rows, and the panels' driver
+// has others for a few more.)
 
 #include <cstring>
 
@@ -15,31 +16,28 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kL1Bytes = 20 << 10;  // of L1, what activations may take
+constexpr int64_t kL1Bytes = 20 << 10;       // of L1, what activations may take
+constexpr int64_t kCachedWeights = 8 << 20;  // bytes
 
 // A dot-product kernel is a struct:
 //
 //   Q            the type of the activations
 //   kRows        how many rows of them a tile takes
 //   kTogether    outputs for which one stretch of K is done before the next
-//   rows(k)      up to so many rows of activations dot products are the faster way
+//   rows(n, k)   up to so many rows of activations dot products are the faster way
 //   depth(m, k)  how much of K is multiplied at once, at most kExactDepth
 //   tile<R>(...) writes R × kDotColumns sums
 //   finish(...)  sums to outputs
 
-// All of K where the weights serve one tile alone; else as much of the activations as stays in L1 for many outputs.
-template <class Kernel>
-int64_t depth_in_l1(int64_t m) {
-    if (m <= Kernel::kRows) return kExactDepth;
-    return std::clamp<int64_t>(kL1Bytes / static_cast<int64_t>(m * sizeof(typename Kernel::Q)) / 64 * 64, 384,
-                               kExactDepth);
-}
-
 struct DotPortable {
     using Q = int16_t;
     static constexpr int64_t kRows = 1, kTogether = 32;
-    static int64_t rows(int64_t) { return 16; }
-    static int64_t depth(int64_t m, int64_t) { return depth_in_l1<DotPortable>(m); }
+    static int64_t rows(int64_t, int64_t) { return 16; }
+    // All of K for one row; else as much of the activations as stays in L1 for many outputs.
+    static int64_t depth(int64_t m, int64_t) {
+        if (m == 1) return kExactDepth;
+        return std::clamp<int64_t>(kL1Bytes / static_cast<int64_t>(m * sizeof(Q)) / 64 * 64, 384, kExactDepth);
+    }
 
     template <int R>
     static void tile(const DotTile<int16_t>& t,
@@ -65,8 +63,9 @@ struct DotPortable {
 struct DotAvx2 {
     using Q = int16_t;
     static constexpr int64_t kRows = 3, kTogether = 32;  // 12 sums in registers
-    static int64_t rows(int64_t) { return 16; }
-    static int64_t depth(int64_t m, int64_t) { return depth_in_l1<DotAvx2>(m); }
+    // Four rows of activations take two tiles: good where the weights stay in a cache.
+    static int64_t rows(int64_t n, int64_t k) { return n * k <= kCachedWeights ? kRows + 1 : kRows; }
+    static int64_t depth(int64_t, int64_t) { return kExactDepth; }
 
     // R rows by four of weights. The products are written as assembly because GCC, which would rather read ahead, runs
     // out of registers and keeps the sums in memory; it does so as well where this is inlined.
@@ -201,7 +200,7 @@ constexpr int64_t kTallRows = 24;
 struct DotAvx512 {
     using Q = int8_t;
     // Wide tiles beat panels at long K as long as half of L2 holds the activations.
-    static int64_t rows(int64_t k) {
+    static int64_t rows(int64_t, int64_t k) {
         const int64_t most = DotTilesAvx512::rows(k);
         return k >= 4096 ? std::clamp<int64_t>((512 << 10) / k, most, kDotRows) : most;
     }
@@ -231,7 +230,7 @@ void dot_outputs_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& 
 // number of the type that holds the sums of all of K.
 template <class Kernel, class T, class Outputs>
 bool dot_linear(const LinearCall<T>& call, const Outputs& outputs) {
-    if (call.m > Kernel::rows(call.k)) return false;
+    if (call.m > Kernel::rows(call.n, call.k)) return false;
     with_quantized_rows<typename Kernel::Q>(call, call.k * (1 + call.m / 4),
                                             [&](const auto& rows, int64_t begin, int64_t end) {
                                                 if (call.k <= kExactDepth) return outputs(int32_t{}, rows, begin, end);

@@ -87,6 +87,23 @@ def test_tails(variant, op, k):
             assert_same(op(x[:m], *weight), want[:m])
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (11, 300, 1089),
+        (12, 520, 1100),
+        (16, 150, 255),
+        (24, 257, 1023),
+        (25, 70, 900),
+        (40, 300, 2300),
+        (41, 130, 1100),
+    ],
+)
+def test_where_one_kernel_ends_and_another_begins(variant, op, m, n, k):
+    weight, x = op.weights(n, k), activations(m, k)
+    assert_same(op(x, *weight), op.reference(x, *weight))
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from(list(OPS)),
@@ -119,6 +136,18 @@ def test_sums_beyond_int32_are_exact(variant, op, m, k):
     assert_same(op(-x, *weight), -want)
     total = op.dense(weight, k)[0].double().sum()
     assert want[0, 0] == (127 * total).float() * (torch.tensor(1.0) / 127 * 2.0**-7)
+
+
+@pytest.mark.parametrize("m", [3, 6, 18])
+def test_sums_of_activations_beyond_int32_are_exact(variant, op, m):
+    k = 2_200_000
+    weight = (
+        *op.form.store(torch.full((1, k), 127, dtype=torch.int8), torch.ones(1, k, dtype=torch.bool)),
+        torch.ones(1),
+    )
+    kept = op.dense(weight, k)[0].double().sum()
+    y = op(torch.ones(m, k, dtype=torch.bfloat16), *weight)
+    assert (y.double() == (kept * 127).float().mul(torch.tensor(1.0) / 127).bfloat16().double()).all()
 
 
 @pytest.mark.parametrize("m", [4, 10, 40])
