@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from engine.bench.common import Row, copies, print_rows, time_interleaved
+from engine.bench.common import Row, copies, print_rows, relative_errors, time_interleaved
 from engine.bench.peers import int8_linears
 from engine.ops import int8_linear, int8_quantize
 
@@ -27,10 +27,17 @@ def measure(m: int, n: int, k: int, repeats: int) -> Row:
         functions[name] = lambda i, name=name: peers[i % count][name](x)
     functions["fp32"] = lambda i: linears[i % count](x)
     with torch.inference_mode():
+        weight, bias = linears[0].weight.double(), linears[0].bias.double()
+        errors = relative_errors(functions, nn.functional.linear(x.double(), weight, bias))
         timings = time_interleaved(functions, repeats)
     moved = n * k + 4 * m * (n + k)
     return Row(
-        f"M {m}, N {n}, K {k}", timings, moved, 2 * m * n * k, "int8", "read" if n * k * count > 48 << 20 else "cache"
+        f"M {m}, N {n}, K {k}",
+        timings,
+        moved,
+        2 * m * n * k,
+        traffic="read" if n * k * count > 48 << 20 else "cache",
+        errors=errors,
     )
 
 

@@ -34,6 +34,7 @@ class Row:
         traffic: whose bandwidth bounds the bytes: "read", "copy" (reads and writes), or "cache" (weights that
             stay in it).
         sparsity: of the weight, where the op is measured over several.
+        errors: by name, relative to the same product in float64; where peers compute with fewer bits than others.
     """
 
     case: str
@@ -43,6 +44,7 @@ class Row:
     arithmetic: str = "int8"
     traffic: str = "read"
     sparsity: float | None = None
+    errors: dict[str, float] | None = None
 
     def floor(self, limits: Limits) -> float:
         """Seconds that this machine needs at least."""
@@ -75,6 +77,18 @@ def time_interleaved(functions: dict[str, Callable[[int], object]], repeats: int
     return {name: _timing(seconds) for name, seconds in times.items()}
 
 
+def relative_errors(functions: dict[str, Callable[[int], torch.Tensor]], want: torch.Tensor) -> dict[str, float]:
+    """The Frobenius norm of what each function is wrong by, in round 0, relative to that of `want` (float64)."""
+    return {name: ((function(0).double() - want).norm() / want.norm()).item() for name, function in functions.items()}
+
+
+def coarse(errors: dict[str, float] | None, name: str, own: str) -> str:
+    """Says how wrong a peer is where that is half as large again as our own error, as it computes with fewer bits."""
+    if not errors or errors.get(name, 0.0) < 1.5 * errors[own]:
+        return ""
+    return f"error {errors[name]:.1%}"
+
+
 def _timing(seconds: list[float]) -> Timing:
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
     return Timing(tenths[0], statistics.median(seconds), tenths[-1])
@@ -105,7 +119,10 @@ def print_rows(op: str, rows: Sequence[Row], own: str, note: str = "") -> None:
         speed = f"{row.moved / mine.median / 1e9:7.1f} GB/s"
         if row.operations / (limits.int8_gops or math.inf) > row.moved / limits.read_gbps:
             speed = f"{row.operations / mine.median / 1e9:7.1f} GOP/s"
-        peers = "  ".join(f"{t.median / mine.median:6.2f}x {name}" for name, t in others.items())
+        peers = "  ".join(
+            f"{timing.median / mine.median:6.2f}x {name} {coarse(row.errors, name, own)}".rstrip()
+            for name, timing in others.items()
+        )
         spread = f"[{mine.p10 * 1e6:.0f}, {mine.p90 * 1e6:.0f}]"
         print(f"  {row.case:<32} {mine.median * 1e6:10.1f} µs {spread:<16} {speed} {fraction:4.0%} of limit  {peers}")
         RESULTS.append({"op": op, "note": note, "own": own, "fraction_of_limit": fraction, **dataclasses.asdict(row)})

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.bench.common import coarse
+
 ROOT = Path(__file__).resolve().parents[1]
 DENSE = ("fp32", "F.linear fp32")
 NOT_INT8_OF_OTHERS = ("int8", "bitmap", "block", "fp32", "onnxruntime fp32", "F.linear", "clone")  # how names begin
@@ -64,6 +66,13 @@ def every_row(results: dict) -> list[str]:
             ratios = [f"{peers[name]:.2f}" if name in peers else "" for name in names]
             table.append([row["case"], spread, f"{row['fraction_of_limit']:.0%}", *ratios])
         lines += [f"### {op}{f', {note}' if note else ''}", ""]
+        worst: dict[str, float] = {}
+        for row in rows:
+            for name, error in (row.get("errors") or {}).items():
+                worst[name] = max(worst.get(name, 0.0), error)
+        if worst:
+            said = ", ".join(f"{name} {error:.1%}" for name, error in worst.items() if name != "fp32")
+            lines += [f"Errors relative to float64, the largest of the table: {said}.", ""]
         lines += [*markdown(["case", "µs (p10 to p90)", "of the limit", *(f"× {name}" for name in names)], table), ""]
     return lines
 
@@ -74,6 +83,8 @@ def chosen_rows(results: dict) -> list[str]:
     for op, beginnings in CHOSEN.items():
         for row in (row for row in results["rows"] if row["op"] == op and row["case"].startswith(beginnings)):
             peers, best = peers_of(row), fastest_int8(row)
+            if best and (error := coarse(row.get("errors"), best[0], row["own"])):
+                best = (f"{best[0]}, {error}", best[1])
             dense = next((peers[name] for name in DENSE if name in peers), None)
             rows.append(
                 [

@@ -1,5 +1,6 @@
 """The benchmark harness: its timer, its limits, its output. What it measures decides no test."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -105,6 +106,7 @@ def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
         rows += [
             Row(f"M 1, 8x8, {s:.0%}", {**timings, "fp32": timings["clone"]}, 10**7, 8, sparsity=s) for s in (0.5, 0.7)
         ]
+        rows[0] = dataclasses.replace(rows[0], errors={"engine": 0.01, "clone": 0.02})
         common.print_rows("int8_quantize", rows, "engine", "a note")
 
     monkeypatch.setattr(importlib.import_module("engine.bench.bench_int8_quantize"), "main", main)
@@ -112,7 +114,8 @@ def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(common, "measure_limits", lambda: LIMITS)
     run.run(["int8_quantize"], tmp_path / "rows.json", tmp_path / "rows.png")
     text = capsys.readouterr().out
-    assert "2000.0 µs [1000, 3000]" in text and "100% of limit" in text and "2.00x clone" in text
+    assert "2000.0 µs [1000, 3000]" in text and "100% of limit" in text
+    assert "2.00x clone error 2.0%\n" in text and "2.00x clone\n" in text
     assert "geometric mean over 4 shapes:   2.00x clone" in text
     saved = json.loads((tmp_path / "rows.json").read_text())
     assert saved["torch"] == torch.__version__ and saved["limits"]["read_gbps"] > 0
@@ -153,9 +156,11 @@ def test_tables_hold_what_was_measured():
         row("bitmap_int8_linear", "M 1, 8192x8192, 50%", bitmap_int8_linear=4, int8_linear=3, a=8, b=6, fp32=40),
         row("int8_linear", "M 3, N 5, K 7", int8_linear=2, fp32=4),
     ]
+    rows[0]["errors"] = {"bitmap_int8_linear": 0.01, "a": 0.03, "b": 0.02, "fp32": 0.0}
     results = {**machine, "limits": limits, "rows": rows}
     _, _, chosen, _, where = tables.chosen_rows(results)
-    assert chosen == "| `bitmap_int8_linear`, M 1, 8192 × 8192, 50% | 4 | 50% | 1.50 (b) | 10.0 |"
+    assert chosen == "| `bitmap_int8_linear`, M 1, 8192 × 8192, 50% | 4 | 50% | 1.50 (b, error 2.0%) | 10.0 |"
     assert "900 GOP/s" in where
     every = "\n".join(tables.every_row(results))
+    assert "of the table: bitmap_int8_linear 1.0%, a 3.0%, b 2.0%." in every
     assert "| M 3, N 5, K 7 | 2 (1 to 9) | 50% | 2.00 |" in every and "| 0.75 | 2.00 | 1.50 | 10.00 |" in every
