@@ -3,8 +3,9 @@
     python examples/distill_bytes.py --seed 0
 
 Bits per byte on files that nothing was trained on. The dense model is trained on for as many steps too, on the same
-loss to the data, so that what more training alone brings can be told from what distillation does. Matrix products are
-in bfloat16 while training, of dense and student alike; every number is measured in float32 or by the int8 kernels.
+loss to the data, so that what more training alone brings can be told from what distillation does. Where the
+machine gains by it, matrix products are in bfloat16 while training, of dense and student alike; every number is
+measured in float32 or by the int8 kernels.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import seeds
 import torch
 from byte_model import ByteModel, batches, held_out_loss, loss_of, standard_library
+from precision import training_dtype
 from torch.nn import functional as F
 
 import engine
@@ -38,7 +40,15 @@ class Windows:
             yield self.data[starts + self.window].long()
 
 
-def train(model: torch.nn.Module, data: torch.Tensor, steps: int, batch: int, rate: float, seed: int) -> None:
+def train(
+    model: torch.nn.Module,
+    data: torch.Tensor,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> None:
     """AdamW, the rate warmed up and then falling to zero as a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step, (x, y) in zip(range(steps), batches(data, batch, CONTEXT, seed), strict=False):
@@ -46,7 +56,7 @@ def train(model: torch.nn.Module, data: torch.Tensor, steps: int, batch: int, ra
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
             loss = loss_of(model, x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,6 +86,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     data, held_out = standard_library()
+    dtype = training_dtype()
     found: dict[str, dict[str, float]] = {}
 
     def measure(name: str, model: torch.nn.Module, **more: float) -> None:
@@ -89,7 +100,7 @@ def main() -> None:
 
     begun = time.process_time()
     dense = ByteModel()
-    train(dense, data, arguments.steps, arguments.batch, RATE, arguments.seed)
+    train(dense, data, arguments.steps, arguments.batch, RATE, arguments.seed, dtype)
     measure("dense", dense, steps=arguments.steps, **{"CPU seconds": time.process_time() - begun})
     dense.eval()
     windows = Windows(data, arguments.batch)
@@ -112,7 +123,7 @@ def main() -> None:
         recipe=recipes["obs"],
         calibration=calibration,
         loss=teacher_and_data,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         optimizer=lambda parameters: torch.optim.AdamW(
             parameters, RATE_ON, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         ),
@@ -122,11 +133,12 @@ def main() -> None:
     engine.save(student, folder / "bytes-distilled.safetensors")
     distillation.save(folder / "distillation.png")
     begun = time.process_time()
-    train(dense.train(), data, arguments.distill_steps, arguments.batch, RATE_ON, arguments.seed + 1000)
+    train(dense.train(), data, arguments.distill_steps, arguments.batch, RATE_ON, arguments.seed + 1000, dtype)
     more = {"steps": arguments.distill_steps, "CPU seconds": time.process_time() - begun}
     measure("dense, trained on for as long", dense, **more)
     settings = {name: getattr(arguments, name) for name in ("steps", "distill_steps", "batch", "sparsity")}
     settings["parameters"] = sum(p.numel() for p in dense.parameters())
+    settings["dtype"] = str(dtype or torch.float32)
     digits = {"bits per byte": 4, "of the dense model's": 4, "steps": 0, "CPU seconds": 0}
     path = arguments.out / "results.json"
     seeds.keep(path, f"bytes, {arguments.sparsity:.0%} + int8", digits, arguments.seed, settings, found)

