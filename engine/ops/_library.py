@@ -16,6 +16,10 @@ LIBRARY = torch.library.Library("engine", "DEF")
 REFERENCES: dict[str, Callable] = {}
 
 
+class DevicesDiffer(RuntimeError):
+    """Some tensors are on the meta device and others are not: no check can look at their data to say more."""
+
+
 def define(
     schema: str,
     *,
@@ -35,7 +39,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_fake(qualified, _all_or_none_meta(qualified, fake), lib=LIBRARY)
 
     def refuse(ctx: object, *grads: object) -> None:
         raise RuntimeError(f"engine.ops.{name} has no gradient; call it under torch.no_grad() or on detached tensors")
@@ -51,8 +55,21 @@ def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Call
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
-    torch.library.register_fake(f"engine::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"engine::{name}", _all_or_none_meta(f"engine::{name}", fake), lib=LIBRARY)
     return getattr(torch.ops.engine, name).default
+
+
+def _all_or_none_meta(qualified: str, fake: Callable) -> Callable:
+    """One argument on the meta device has the fake kernel called for all: it would answer memory never written to."""
+
+    @functools.wraps(fake)
+    def checked(*args, **kwargs):
+        devices = {a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            raise DevicesDiffer(f"{qualified}: expected all tensors on one device, got {' and '.join(sorted(devices))}")
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 def _without_autograd_overhead(op: torch._ops.OpOverload, check: Callable | None) -> Callable:
@@ -73,6 +90,8 @@ def _without_autograd_overhead(op: torch._ops.OpOverload, check: Callable | None
                 return direct(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return direct(*args)
+        except DevicesDiffer:
+            raise
         except RuntimeError:
             if check is not None:
                 check(*args)
@@ -100,6 +119,8 @@ def explained_by(check: Callable) -> Callable:
         def call(*args, **kwargs):
             try:
                 return function(*args, **kwargs)
+            except DevicesDiffer:
+                raise
             except RuntimeError:
                 given = inspect.signature(function).bind(*args, **kwargs)
                 given.apply_defaults()

@@ -138,6 +138,15 @@ def test_sums_beyond_int32_are_exact(variant, op, m, k):
     assert want[0, 0] == (127 * total).float() * (torch.tensor(1.0) / 127 * 2.0**-7)
 
 
+def test_one_tensor_on_meta_is_refused(op):
+    arguments = [torch.randn(2, 16), *op.weights(3, 16), torch.randn(3)]
+    for i, tensor in enumerate(arguments):
+        mixed = [*arguments[:i], tensor.to("meta"), *arguments[i + 1 :]]
+        with pytest.raises(RuntimeError, match="on one device"):
+            op(*mixed)
+    assert op(*(tensor.to("meta") for tensor in arguments)).is_meta
+
+
 @pytest.mark.parametrize("m", [3, 6, 18])
 def test_sums_of_activations_beyond_int32_are_exact(variant, op, m):
     k = 2_200_000
