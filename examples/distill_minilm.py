@@ -2,8 +2,8 @@
 
     python examples/distill_minilm.py --seed 0
 
-Texts are the docstrings of the standard library, torch and transformers; a fifth of the library's files, another fifth
-for each seed, is held out. Three things are measured there (see `docstrings.py` for the texts):
+Texts are the docstrings of the standard library; a fifth of its files, another fifth for each seed, is held out. Three
+things are measured there (see `docstrings.py` for the texts):
 
 - how near the vectors are to the original's, as a cosine;
 - how often a query (a docstring's first paragraph) has the same nearest document (the rest of one) as with the
