@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.resolve()
 CPU_OPS = [
     "bitmap_int8_linear",
     "bitmap_linear",
+    "bitmap_linear_backward",
     "bitmap_to_dense",
     "block_int8_linear",
     "block_linear",

@@ -23,7 +23,7 @@ def bench(n: int, k: int, sparsity: float, dtype: torch.dtype, why: str) -> None
     moved = int(n * k * (1 / 8 + (1 - sparsity) * dtype.itemsize))
     maps = rotated(lambda: bitmap(n, k, sparsity, dtype), moved)
     rows = []
-    for m in (1, 2, 4, 8, 16, 128):
+    for m in (1, 2, 4, 8, 16, 128, 512):
         x, x16 = torch.randn(m, k), torch.randn(m, k).bfloat16()
         functions = {
             "bitmap_linear": lambda i, x=x: bitmap_linear(x, *maps[i % len(maps)]),

@@ -18,6 +18,8 @@ OWNERS = {
         "bitmap_int8_linear",
         "bitmap_int8_linear.patches",
         "bitmap_linear",
+        "bitmap_linear_backward_input",
+        "bitmap_linear_backward_values",
         "bitmap_to_dense",
         "block_int8_linear",
         "block_int8_linear.patches",

@@ -153,6 +153,18 @@ constexpr ByteTable make_expand_pairs() {
     }
     return table;
 }
+// For mask byte m the numbers of its set bits, a byte each, the least significant first; then zeros.
+constexpr std::array<uint64_t, 256> make_kept_places() {
+    std::array<uint64_t, 256> table{};
+    for (int m = 0; m < 256; ++m) {
+        int kept = 0;
+        for (int i = 0; i < 8; ++i) {
+            if ((m >> i & 1) != 0) table[m] |= static_cast<uint64_t>(i) << (8 * kept++);
+        }
+    }
+    return table;
+}
+alignas(64) inline constexpr std::array<uint64_t, 256> kKeptPlaces = make_kept_places();
 alignas(64) inline constexpr ByteTable kExpandLow = make_expand_low();
 alignas(64) inline constexpr ByteTable kExpandHigh = make_expand_high();
 alignas(64) inline constexpr ByteTable kExpandPairs = make_expand_pairs();

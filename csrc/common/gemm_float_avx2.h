@@ -17,6 +17,10 @@ ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const BFloat16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
+ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const int8_t* x) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+
 ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(float* y, __m256 v) { _mm256_storeu_ps(y, v); }
 ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(Half* y, __m256 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -64,6 +68,14 @@ struct FloatPanelAvx2 {
                                  int64_t stride, int64_t rows, int64_t kc, int64_t width,
                                  float* strip,       // [kc, width]: beyond `rows` zeros
                                  uint8_t* finite) {  // [rows]
+        transpose(x, stride, rows, kc, width, strip);
+        for (int64_t row = 0; row < rows; ++row) finite[row] = all_finite(x + row * stride, kc);
+    }
+
+    template <class T>
+    ENGINE_AVX2 static void transpose(const T* x,  // [rows, stride]
+                                      int64_t stride, int64_t rows, int64_t kc, int64_t width,
+                                      float* strip) {  // [kc, width]: beyond `rows` zeros
         if (rows < width) std::fill(strip, strip + kc * width, 0.0f);
         int64_t row = 0;
         for (; row + 8 <= rows; row += 8) {
@@ -77,7 +89,6 @@ struct FloatPanelAvx2 {
             pack_rest(x, stride, row, row + 8, i, kc, width, strip);
         }
         pack_rest(x, stride, row, rows, 0, kc, width, strip);
-        for (row = 0; row < rows; ++row) finite[row] = all_finite(x + row * stride, kc);
     }
 
     // R weight rows by V vectors of activations.

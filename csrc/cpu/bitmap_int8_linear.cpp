@@ -2,11 +2,13 @@
 //
 // One row of activations is bound by memory, which sees nothing but the mask and the kept values, each one sequential
 // stream: 64 weights at a time are spread in registers and multiplied there. A few rows of activations share what was
-// spread; many go through the panels of common/gemm_int8.h.
+// spread; many go through the panels of common/gemm_int8.h, or where most weights are pruned on AVX2, meet the kept
+// ones only (common/spmm.h).
 
 #include "common/bitmap_dot.h"
 #include "common/bitmap_dot_avx2.h"
 #include "common/bitmap_dot_avx512.h"
+#include "common/bitmap_spmm.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -111,6 +113,10 @@ void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     if (isa() == Isa::avx2) {
         if (call.m == 1) return dot_linear<VectorAvx2>(call, weight, bad);
         if (call.m <= MatrixAvx2::kRows) return dot_linear<MatrixAvx2>(call, weight, bad);
+        if (int8_spmm_pays(call.m, call.k, weight.nnz, weight.n * weight.k)) {
+            const auto [mask, row_offsets, values, n, k, nnz] = weight;
+            return int8_spmm(call, BitmapSource<int8_t>(mask, row_offsets, values, k, nnz, bad));
+        }
         return int8_panel_linear(call, BitmapProvider(weight, bad));
     }
 #endif

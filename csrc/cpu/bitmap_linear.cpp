@@ -1,10 +1,12 @@
 // bitmap_linear: float activations times a bitmap's float weights, in fp32, read directly from the bitmap. For many
-// rows of activations the panels of common/gemm_float.h; for a few, each row of weights is spread register by register
-// and multiplied at once. Memory is safe by the scheme of common/bitmap.h.
+// rows of activations products with the kept weights alone (common/spmm.h), or the panels of common/gemm_float.h where
+// most are kept; for a few, each row of weights is spread register by register and multiplied at once. Memory is safe
+// by the scheme of common/bitmap.h.
 
 #include "common/bitmap.h"
 #include "common/bitmap_expand_float.h"
 #include "common/bitmap_float_avx512.h"
+#include "common/bitmap_spmm.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 #include "common/tensor.h"
@@ -237,7 +239,11 @@ void linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
 #if ENGINE_X86
     if (isa() == Isa::avx512 && bitmap_dot_linear(call, weights)) return;
 #endif
-    if (call.m > kDotRows) return float_panel_linear(call, BitmapProvider<V>(weights));
+    if (call.m > kDotRows) {
+        const auto [bitmask, row_offsets, values, n, k, nnz, bad] = weights;
+        if (!float_spmm_pays(nnz, n * k)) return float_panel_linear(call, BitmapProvider<V>(weights));
+        return float_spmm(call, BitmapSource<V>(bitmask, row_offsets, values, k, nnz, *bad));
+    }
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weights);
 #endif

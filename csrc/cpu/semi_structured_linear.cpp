@@ -1,29 +1,77 @@
 // semi_structured_linear: float activations times a 2:4 weight of float values, in fp32, read as it lies. For a few
 // rows of activations the two bits of each value become a permutation that fetches the activation it belongs to, once
-// for all rows; many go through the panels of common/gemm_float.h, which the weights are spread to.
+// for all rows; many meet the stored values only (common/spmm.h), or with AVX-512 go through the panels of
+// common/gemm_float.h, which the weights are spread to.
 
 #include "common/bitmap_float_avx512.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 #include "common/semi_structured.h"
 #include "common/semi_structured_avx512.h"
+#include "common/spmm.h"
 
 namespace engine {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the value being read memory is asked for
 
-template <class V>
-struct SemiProvider {
-    SemiStructured<V> weight;
+// For a byte of metadata the columns of its four values among eight weights, a byte each.
+constexpr std::array<uint32_t, 256> make_places() {
+    std::array<uint32_t, 256> table{};
+    for (uint32_t b = 0; b < 256; ++b) {
+        table[b] = (b & 3) | (b >> 2 & 3) << 8 | (4 + (b >> 4 & 3)) << 16 | (4 + (b >> 6)) << 24;
+    }
+    return table;
+}
+constexpr std::array<uint32_t, 256> kPlaces = make_places();
 
-    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) const {
-        static_assert(kFloatDepth % 8 == 0);
-        for (int64_t r = 0; r < rows; ++r) {
-            spread_any(weight.values_at(row + r, k0), weight.metadata_at(row + r, k0), kc, panel + r * kFloatDepth,
-                       [](V value) { return to_float(value); });
+// As a source for common/spmm.h.
+template <class V>
+class SemiSource {
+  public:
+    explicit SemiSource(const SemiStructured<V>& weight) : weight_(weight) {}
+
+    int64_t kept() const { return weight_.n * weight_.row_values(); }
+
+    void rows(int64_t row, int64_t rows, int64_t k0, int64_t kc, KeptRows& kept) const {
+        static_assert(kSpmmDepth % 8 == 0);
+        const int64_t groups = groups_of_four(kc);
+        uint8_t* columns = kept.columns;
+        float* values = kept.values;
+        for (int64_t r = row; r < row + rows; ++r) {
+            const uint8_t* metadata = weight_.metadata_at(r, k0);
+            for (int64_t i = 0; i < (groups + 1) / 2; ++i) {
+                const uint32_t four = kPlaces[metadata[i]] + static_cast<uint32_t>(8 * i) * 0x01010101u;
+                std::memcpy(columns + 4 * i, &four, sizeof four);
+            }
+            int64_t count = 2 * groups;
+            const V* from = weight_.values_at(r, k0);
+            const float* as_float = values;
+            if constexpr (sizeof(V) == sizeof(float)) {
+                as_float = from;
+            } else {
+                to_floats_(from, count, values);
+            }
+            if (kc % 4 != 0) {  // the last group may stand for columns beyond K, which hold nothing
+                std::copy_n(as_float, count, values);
+                as_float = values;
+                const int64_t last = count - 2;
+                count = last;
+                for (int64_t i = last; i < last + 2; ++i) {
+                    if (columns[i] >= kc) continue;
+                    columns[count] = columns[i];
+                    values[count++] = values[i];
+                }
+            }
+            kept.row[r - row] = {as_float, columns, count};
+            columns += count;
+            values += count;
         }
     }
+
+  private:
+    SemiStructured<V> weight_;
+    ToFloats<V> to_floats_ = to_floats<V>();
 };
 
 // A kernel multiplies a row of weights by M of activations. Several sums each, so that additions need not wait for each
@@ -213,7 +261,7 @@ void linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
         return float_panel_linear(call, SemiBitmapProvider<V>(weight));
     }
 #endif
-    if (call.m > kDotRows) return float_panel_linear(call, SemiProvider<V>{weight});
+    if (call.m > kDotRows) return float_spmm(call, SemiSource<V>(weight));
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
 #endif

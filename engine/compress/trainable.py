@@ -1,9 +1,9 @@
 """TrainableLinear and TrainableConv2d: a compressed layer while it is trained, and the way into and out of it.
 
-The weight is trained as a dense matrix under a mask, not as a bitmap's values. The gradient of either is a dense
-product of matrices, but a bitmap's would be expanded and gathered again at every step, and int8 rounding by rows needs
-the rows. It is exact all the same: what the mask drops is multiplied by zero in the forward pass, gets zero gradient,
-and is not packed in the end, while what it keeps is packed even where training has made it zero.
+The weight is trained as a dense matrix under a mask, not as a bitmap's values, as int8 rounding by rows needs the rows.
+It is exact all the same: what the mask drops is multiplied by zero in the forward pass, gets zero gradient, and is not
+packed in the end, while what it keeps is packed even where training has made it zero. Where so little is kept that
+products with the kept weights alone are faster than dense ones, forward and back, the layer multiplies by them.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ from engine.nn import CompressedConv2d, CompressedLinear
 from engine.nn.conv2d import is_channels_last, patches
 from engine.ops._bitmap import bitmap_mask
 from engine.ops._semi_structured import spread
+from engine.ops.bitmap_linear import training_pays
 
 
 class TrainableLinear(nn.Module):
@@ -56,6 +57,7 @@ class TrainableLinear(nn.Module):
         start = format.to_dense() if weight is None else weight.detach().float().clone()
         self.weight = nn.Parameter(start if mask is None else start * mask, requires_grad=trained)
         self.register_buffer("mask", mask)
+        self._kept: tuple[int, tuple[Tensor, Tensor, int]] | None = None  # the mask's version and what it was then
         scale = getattr(format, "input_scale", None)
         self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
         self.bias = compressed.bias
@@ -75,7 +77,26 @@ class TrainableLinear(nn.Module):
         if self.rounds_input:
             x = ops.int8_fake_quantize(x, scale)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.mask is not None and self._multiplies_kept(x):
+            bitmask, row_offsets, nnz = self._places()
+            values = torch.ops.engine.bitmap_gather(weight.contiguous(), bitmask, row_offsets, nnz)
+            return ops.bitmap_linear(x, bitmask, row_offsets, values, bias)
         return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+    def _multiplies_kept(self, x: Tensor) -> bool:
+        """Whether to multiply by the kept weights alone: a rule, not a timing, as a resumed run has to do the same."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        places = self.weight.numel()
+        return training_pays(x.numel() // max(1, x.shape[-1]), self._places()[2] if places else 0, places)
+
+    def _places(self) -> tuple[Tensor, Tensor, int]:
+        """The mask as a bitmap's `bitmask` and `row_offsets`, and how many weights it keeps."""
+        assert self.mask is not None
+        if self._kept is None or self._kept[0] != self.mask._version:
+            bitmask, row_offsets, values = ops.prune_to_bitmap(self.mask.float(), 0.5)
+            self._kept = self.mask._version, (bitmask, row_offsets, values.numel())
+        return self._kept[1]
 
     @property
     def sparsity(self) -> float:

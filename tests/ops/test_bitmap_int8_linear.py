@@ -19,11 +19,11 @@ def weights(n, k, keep=None):
     return *FORMS["bitmap"].store(int8_values(n, k), keep), torch.rand(n) / 100 + 1e-3
 
 
-@pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.13, 0.28, 0.9, 1.0])
 def test_densities(variant, density):
-    weight, x = weights(40, 1500, torch.rand(40, 1500) < density), activations(20, 1500)
+    weight, x = weights(67, 1500, torch.rand(67, 1500) < density), activations(330, 1500)
     want = reference(x, *weight)
-    for m in (1, 2, 7, 20):
+    for m in (1, 2, 7, 20, 25, 40, 41, 70, 330):
         assert_same(bitmap_int8_linear(x[:m], *weight), want[:m])
 
 
@@ -45,7 +45,7 @@ def damaged():
     yield r"row_offsets: expected shape \[5\], got \[4\]", bitmask, offsets[1:]
 
 
-@pytest.mark.parametrize("m", [1, 3, 10, 20])
+@pytest.mark.parametrize("m", [1, 3, 10, 20, 30])
 @pytest.mark.parametrize("expected, bitmask, row_offsets", list(damaged()))
 def test_damaged(variant, m, expected, bitmask, row_offsets):
     arguments = torch.randn(m, 13), bitmask, row_offsets, torch.ones(5, dtype=torch.int8), torch.ones(4)
@@ -56,7 +56,13 @@ def test_damaged(variant, m, expected, bitmask, row_offsets):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 300), st.sampled_from([1, 2, 7, 16, 19]), st.integers(0, 2**31), st.data())
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.sampled_from([1, 2, 7, 16, 19, 31, 49]),
+    st.integers(0, 2**31),
+    st.data(),
+)
 def test_corrupted_bitmaps_never_pass(n, k, m, seed, data):
     """Random damage: refused, and (a sanitized build sees it) never read beyond. Undone damage must pass."""
     bitmask, row_offsets, values, scale = weights(n, k)

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import FORMS, random_keep
+from tolerance import assert_as_good_as_torch
 
 import engine
 from engine.ops._bitmap import bitmap_mask
 from engine.ops._check import FLOAT_DTYPES
-from engine.ops._library import REFERENCES
+from engine.ops._library import REFERENCES, reference_mode
 from engine.ops.bitmap_linear import bitmap_linear
 
 reference = REFERENCES["bitmap_linear"]
@@ -22,11 +23,57 @@ def random_bitmap(n, k, dtype=torch.float32):
     return FORMS["bitmap"].store(torch.randn(n, k).to(dtype), random_keep(n, k))
 
 
+def integers(n, k, density, dtype=torch.float32):
+    """A bitmap of numbers so small that every sum is exact, in whatever order."""
+    return FORMS["bitmap"].store(torch.randint(-8, 9, (n, k)).to(dtype), torch.rand(n, k) < density)
+
+
+# On both sides of where products with the kept weights alone pay, in strips of every width.
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.15, 0.35, 0.55, 0.65, 1.0])
+def test_densities(variant, density):
+    for n, k in ((1, 40), (64, 96), (65, 97), (130, 600)):
+        x, weight = torch.randint(-8, 9, (330, k)).float(), integers(n, k, density)
+        want = reference(x, *weight)
+        for m in (9, 16, 17, 33, 48, 49, 64, 65, 100, 256, 330):
+            assert torch.equal(bitmap_linear(x[:m], *weight), want[:m])
+
+
+# The gradients likewise, and the reverse.
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.18, 0.35, 0.55, 1.0])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_native_gradients(variant, density, dtype):
+    for n, k in ((1, 40), (40, 1), (64, 96), (130, 290)):
+        for values_dtype in FLOAT_DTYPES:
+            bitmask, row_offsets, values = integers(n, k, density, values_dtype)
+            for m in (1, 31, 32, 65, 97, 300):
+                grad, x = torch.randint(-4, 5, (m, n)).to(dtype), torch.randint(-4, 5, (m, k)).to(dtype)
+                for name, arguments in (
+                    ("bitmap_linear_backward_input", (grad, bitmask, row_offsets, values, k)),
+                    ("bitmap_linear_backward_values", (grad, x, bitmask, row_offsets, len(values), values_dtype)),
+                ):
+                    got = getattr(torch.ops.engine, name)(*arguments)
+                    assert torch.equal(got, REFERENCES[name](*arguments)), (name, n, k, m)
+
+
+@pytest.mark.parametrize("shape", [(0, 20, 30), (5, 0, 30), (5, 20, 0), (70, 50, 300)], ids=str)
+def test_gradients_are_as_good_as_torch(variant, shape):
+    m, n, k = shape
+    weight, keep = torch.randn(n, k), torch.rand(n, k) < 0.3
+    bitmask, row_offsets, values = FORMS["bitmap"].store(weight, keep)
+    x, grad = torch.randn(m, k, requires_grad=True), torch.randn(m, n)
+    bitmap_linear(x, bitmask, row_offsets, values.requires_grad_()).backward(grad)
+    dense = (weight * keep).double()
+    assert_as_good_as_torch(x.grad, grad.double() @ dense, grad @ dense.float())
+    own = (grad.t() @ x.detach())[keep]
+    assert_as_good_as_torch(values.grad, (grad.double().t() @ x.detach().double())[keep], own)
+
+
 def test_gradients_go_through_many_blocks(monkeypatch):
     monkeypatch.setattr(sys.modules["engine.ops.bitmap_linear"], "BLOCK_ELEMENTS", 7 * 30)
     bitmask, row_offsets, values = random_bitmap(20, 30)
     x, grad = torch.randn(5, 30, requires_grad=True), torch.randn(5, 20)
-    bitmap_linear(x, bitmask, row_offsets, values.requires_grad_()).backward(grad)
+    with reference_mode():
+        bitmap_linear(x, bitmask, row_offsets, values.requires_grad_()).backward(grad)
     dense = FORMS["bitmap"].restore(bitmask, row_offsets, values.detach(), 20, 30)
     torch.testing.assert_close(x.grad, grad @ dense)
     torch.testing.assert_close(values.grad, (grad.t() @ x.detach())[bitmap_mask(bitmask, 30)])
@@ -72,6 +119,20 @@ def test_damaged_bitmaps_are_refused(variant, m):
     for message, weight in damaged_bitmaps():
         with pytest.raises(ValueError, match="bitmap_linear: .*" + message):
             bitmap_linear(x, *weight)
+
+
+@pytest.mark.parametrize("m", [5, 40])
+def test_gradients_refuse_damaged_bitmaps(variant, m):
+    grad, x = torch.randn(m, 6), torch.randn(m, 45)
+    for message, (bitmask, row_offsets, values) in damaged_bitmaps():
+        if "row_offsets: expected to" in message:
+            message = "row_offsets"
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            torch.ops.engine.bitmap_linear_backward_input(grad, bitmask, row_offsets, values, 45)
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            torch.ops.engine.bitmap_linear_backward_values(
+                grad, x, bitmask, row_offsets, values.shape[0], torch.float32
+            )
 
 
 # Under AddressSanitizer (make sanitize) this is the test that nothing is read out of bounds.

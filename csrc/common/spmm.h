@@ -1,0 +1,448 @@
+// Products with the kept weights only, for many rows of activations: what a pruned weight saves in arithmetic, where
+// common/gemm_float.h multiplies by its zeros.
+//
+// Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows:
+// [k][row of the strip]. A kept weight is one broadcast and as many multiply-adds as a strip has vectors, each with its
+// activations straight from L1: nearly twice as long as a product in a dense tile, which uses what it loads for a dozen
+// weights. So it pays where two fifths of the weights are zero, or more (spmm_pays).
+//
+// Each thread takes a group of outputs and, stretch by stretch of K, asks the SOURCE which of their weights are kept,
+// once for all strips. A source is copied for each thread, so that it may keep a position, and has one function:
+//
+//   void rows(int64_t row, int64_t rows, int64_t k0, int64_t kc, KeptRows& kept);
+//
+// It says what is kept of the weights [row, row + rows) × [k0, k0 + kc).
+//   rows ≤ kSpmmGroup; kc ≤ kSpmmDepth; k0 is a multiple of 8, and kc the same for all stretches but a row's last.
+//   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
+//
+// int8 goes the same way, as fp32 holds what is added up in one stretch exactly: 256 · 127² is less than 2^24.
+// Stretches are added up in int32.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common/gemm_float.h"
+#include "common/gemm_float_portable.h"
+#include "common/gemm_int8.h"
+#if ENGINE_X86
+#include "common/gemm_float_avx2.h"
+#endif
+
+namespace engine {
+
+constexpr int64_t kSpmmDepth = 256;  // at most so much of K to a stretch: columns are counted in bytes
+constexpr int64_t kSpmmGroup = 64;   // at most so many weight rows to a group
+static_assert(kSpmmDepth * 127 * 127 < 1 << 24);
+
+// Of a strip so wide: 24 KB, which stay in L1.
+constexpr int64_t spmm_depth(int64_t width) { return std::min(kSpmmDepth, 96 * 64 / width / 8 * 8); }
+
+// Whether so few weights are kept, of all, that products with these alone are the faster way. Measured on Zen 3
+// (docs/experiments/sparse_linear.md). AVX-512 tiles have twice the registers to keep what they load in.
+inline bool float_spmm_pays(int64_t kept, int64_t weights) {
+    const double share = isa() == Isa::avx512 ? 0.4 : 0.6;
+    return static_cast<double>(kept) <= share * static_cast<double>(weights);
+}
+// AVX2's int8 tiles are up to twice as fast as fp32's, most of all for a few rows; VNNI's are four times.
+inline bool int8_spmm_pays(int64_t m, int64_t k, int64_t kept, int64_t weights) {
+    if (isa() != Isa::avx2 || m <= 24 || k > kExactDepth) return false;
+    const double share = m <= 40 ? 0.15 : 0.3;
+    return static_cast<double>(kept) <= share * static_cast<double>(weights);
+}
+
+// What is kept of a stretch of some rows.
+struct KeptRows {
+    struct Row {
+        const float* values;     // [count]
+        const uint8_t* columns;  // [count], counted from the stretch's first
+        int64_t count;
+    };
+    Row row[kSpmmGroup];
+    // Where a source may put them, row after row.
+    alignas(64) float values[kSpmmGroup * kSpmmDepth];
+    alignas(64) uint8_t columns[kSpmmGroup * kSpmmDepth + 8];
+};
+
+// Values as fp32. The body for every instruction set: it vectorises by itself where it is inlined.
+template <class V>
+ENGINE_INLINE void floats(const V* __restrict values, int64_t count, float* __restrict to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(values[i]);
+}
+template <class V>
+void floats_portable(const V* values, int64_t count, float* to) {
+    floats(values, count, to);
+}
+template <class V>
+using ToFloats = void (*)(const V* values, int64_t count, float* to);
+#if ENGINE_X86
+template <class V>
+ENGINE_AVX2 void floats_avx2(const V* values, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, floats_8_avx2(values + i));
+    floats(values + i, count - i, to + i);
+}
+#endif
+template <class V>
+ToFloats<V> to_floats() {
+#if ENGINE_X86
+    if (isa() != Isa::portable) return floats_avx2<V>;
+#endif
+    return floats_portable<V>;
+}
+
+// ---- kernels ----------------------------------------------------------------------------------------------------
+
+struct SpmmPortable {
+    static constexpr int64_t kWidth = 16, kUnit = 8;  // a strip's rows at most, and what they are a multiple of
+    static constexpr int64_t kDepth = 128;  // of K to a stretch at most: a row of it is one chain of additions
+
+    template <int W>
+    static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, float* sums) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto [values, columns, count] = kept.row[r];
+            float acc[W] = {};
+            for (int64_t i = 0; i < count; ++i) {
+                const float* x = strip + columns[i] * W;
+                for (int m = 0; m < W; ++m) acc[m] += values[i] * x[m];
+            }
+            for (int m = 0; m < W; ++m) sums[r * W + m] = add ? sums[r * W + m] + acc[m] : acc[m];
+        }
+    }
+
+    static void tile(const KeptRows& kept, int64_t rows,
+                     const float* strip,  // [kc, width]
+                     int64_t width, bool add,
+                     float* sums) {  // [rows, width]
+        if (width == kUnit) return tile_of<kUnit>(kept, rows, strip, add, sums);
+        tile_of<kWidth>(kept, rows, strip, add, sums);
+    }
+};
+
+#if ENGINE_X86
+ENGINE_AVX2 ENGINE_INLINE void add_up_8_avx2(float* total, __m256 sum, bool add) {
+    _mm256_store_ps(total, add ? _mm256_add_ps(_mm256_load_ps(total), sum) : sum);
+}
+ENGINE_AVX2 ENGINE_INLINE void add_up_8_avx2(int32_t* total, __m256 sum, bool add) {
+    auto* at = reinterpret_cast<__m256i*>(total);
+    const __m256i part = _mm256_cvtps_epi32(sum);
+    _mm256_store_si256(at, add ? _mm256_add_epi32(_mm256_load_si256(at), part) : part);
+}
+
+struct SpmmAvx2 {
+    static constexpr int64_t kWidth = 64, kUnit = 16, kDepth = kSpmmDepth;
+
+    template <int V, class Sum>
+    ENGINE_AVX2 static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, Sum* sums) {
+        constexpr int C = V >= 6 ? 1 : V == 4 ? 2 : 4;  // chains to a vector: at least 6 multiply-adds to wait for
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto [values, columns, count] = kept.row[r];
+            __m256 acc[C][V];
+#pragma GCC unroll 16
+            for (int i = 0; i < C * V; ++i) acc[i / V][i % V] = _mm256_setzero_ps();
+            const auto product = [&](int64_t i, __m256(&to)[V]) __attribute__((always_inline)) ENGINE_AVX2 {
+                const float* x = strip + columns[i] * (8 * V);
+                const __m256 value = _mm256_broadcast_ss(values + i);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) to[v] = _mm256_fmadd_ps(value, _mm256_load_ps(x + 8 * v), to[v]);
+            };
+            int64_t i = 0;
+            if constexpr (C > 1) {
+                for (; i + C <= count; i += C) {
+#pragma GCC unroll 4
+                    for (int c = 0; c < C; ++c) product(i + c, acc[c]);
+                }
+            }
+            for (; i < count; ++i) product(i, acc[0]);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 4
+                for (int c = 1; c < C; ++c) acc[0][v] = _mm256_add_ps(acc[0][v], acc[c][v]);
+                add_up_8_avx2(sums + (r * V + v) * 8, acc[0][v], add);
+            }
+        }
+    }
+
+    template <class Sum>
+    static void tile(const KeptRows& kept, int64_t rows,
+                     const float* strip,  // [kc, width]
+                     int64_t width, bool add,
+                     Sum* sums) {  // [rows, width]
+        if (width == 64) return tile_of<8>(kept, rows, strip, add, sums);
+        if (width == 48) return tile_of<6>(kept, rows, strip, add, sums);
+        if (width == 32) return tile_of<4>(kept, rows, strip, add, sums);
+        tile_of<2>(kept, rows, strip, add, sums);
+    }
+};
+
+struct SpmmAvx512 {
+    static constexpr int64_t kWidth = 64, kUnit = 16, kDepth = kSpmmDepth;
+
+    template <int V>
+    ENGINE_AVX512 static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, float* sums) {
+        constexpr int C = V >= 3 ? 2 : 4;
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto [values, columns, count] = kept.row[r];
+            __m512 acc[C][V];
+#pragma GCC unroll 16
+            for (int i = 0; i < C * V; ++i) acc[i / V][i % V] = _mm512_setzero_ps();
+            int64_t i = 0;
+            for (; i + C <= count; i += C) {
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c) {
+                    const float* x = strip + columns[i + c] * (16 * V);
+                    const __m512 value = _mm512_set1_ps(values[i + c]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; ++v) {
+                        acc[c][v] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + 16 * v), acc[c][v]);
+                    }
+                }
+            }
+            for (; i < count; ++i) {
+                const float* x = strip + columns[i] * (16 * V);
+                const __m512 value = _mm512_set1_ps(values[i]);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) {
+                    acc[0][v] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + 16 * v), acc[0][v]);
+                }
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 4
+                for (int c = 1; c < C; ++c) acc[0][v] = _mm512_add_ps(acc[0][v], acc[c][v]);
+                float* total = sums + (r * V + v) * 16;
+                _mm512_storeu_ps(total, add ? _mm512_add_ps(_mm512_loadu_ps(total), acc[0][v]) : acc[0][v]);
+            }
+        }
+    }
+
+    static void tile(const KeptRows& kept, int64_t rows,
+                     const float* strip,  // [kc, width]
+                     int64_t width, bool add,
+                     float* sums) {  // [rows, width]
+        if (width == 64) return tile_of<4>(kept, rows, strip, add, sums);
+        if (width == 48) return tile_of<3>(kept, rows, strip, add, sums);
+        if (width == 32) return tile_of<2>(kept, rows, strip, add, sums);
+        tile_of<1>(kept, rows, strip, add, sums);
+    }
+};
+#endif
+
+// ---- the loops around them --------------------------------------------------------------------------------------
+
+// How a call is cut into tasks.
+struct SpmmPlan {
+    int64_t chunk_rows;  // rows of activations packed at a time
+    int64_t width;       // of a strip
+    int64_t depth;       // of a stretch of K
+    int64_t columns;     // outputs to a task
+    int64_t groups;      // tasks along the outputs
+    int64_t strips;      // of a chunk, to a task
+    int64_t parts;       // tasks along the strips of a chunk
+};
+
+template <class Kernel>
+SpmmPlan plan_spmm(int64_t m, int64_t n, int64_t k, int64_t threads) {
+    constexpr int64_t kChunkBytes = 4 << 20;
+    constexpr int64_t kMostRows = 256;  // sums of a task: up to 64 KB
+    const auto whole = [](int64_t count, int64_t unit) { return divide_up(count, unit) * unit; };
+    const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, k);
+    const int64_t most = std::clamp<int64_t>(fitting / Kernel::kWidth * Kernel::kWidth, Kernel::kWidth, kMostRows);
+    SpmmPlan plan;
+    plan.chunk_rows = whole(divide_up(m, divide_up(m, most)), Kernel::kUnit);
+    plan.width = whole(divide_up(plan.chunk_rows, divide_up(plan.chunk_rows, Kernel::kWidth)), Kernel::kUnit);
+    plan.depth = std::min(Kernel::kDepth, spmm_depth(plan.width));
+    const int64_t groups = whole(divide_up(n, kSpmmGroup), threads);
+    plan.columns = divide_up(n, groups);
+    plan.groups = divide_up(n, plan.columns);
+    // Where outputs are too few for all threads, cut along the rows too, though each part looks for what is kept again.
+    const int64_t strips = divide_up(plan.chunk_rows, plan.width);
+    plan.strips = divide_up(strips, std::min(strips, std::max<int64_t>(1, threads / plan.groups)));
+    plan.parts = divide_up(strips, plan.strips);
+    return plan;
+}
+
+struct SpmmStripsScratch;  // tag: the packed activations, held by the calling thread
+struct SpmmSumsScratch;    // tag: a thread's sums, and what is kept of its rows
+
+// `work` says what is multiplied (m, n, k) and how it begins and ends:
+//
+//   chunk(first, rows)                                before rows [first, first + rows) are packed
+//   pack(row, rows, k0, kc, width, strip, finite)     part of a strip; `row` is counted from the chunk's first
+//   finish(sums, width, row, rows, column, columns)   sums [columns, width] to outputs
+//   spoil(row)                                        outputs of a row that is not finite
+template <class Kernel, class Work, class Source>
+void spmm(Work& work, const Source& weights) {
+    using Sum = typename Work::Sum;
+    constexpr int64_t kSerialWork = 1 << 17;  // multiplications that are done before another thread has woken
+    const int64_t m = work.m, n = work.n, k = work.k;
+    const bool serial = m * weights.kept() < kSerialWork;
+    const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+    const SpmmPlan plan = plan_spmm<Kernel>(m, n, k, threads);
+    const auto parallel = [&](int64_t count, int64_t grain, const auto& tasks) {
+        if (serial) {
+            tasks(int64_t{0}, count);
+        } else {
+            torch::stable::parallel_for(0, count, grain, tasks);
+        }
+    };
+    const int64_t stretches = std::max<int64_t>(1, divide_up(k, plan.depth));
+    using Shared = Scratch<SpmmStripsScratch>;
+    Shared shared(Shared::template bytes_for<float>(plan.chunk_rows * k) +
+                  Shared::template bytes_for<uint8_t>(stretches * plan.chunk_rows));
+    float* const strips = shared.template take<float>(plan.chunk_rows * k);
+    uint8_t* const finite =
+        shared.template take<uint8_t>(stretches * plan.chunk_rows);  // whether a stretch of a row is
+    for (int64_t chunk = 0; chunk < m; chunk += plan.chunk_rows) {
+        const int64_t rows = std::min(plan.chunk_rows, m - chunk), count = divide_up(rows, plan.width);
+        const auto width_of = [&](int64_t strip) {
+            return std::min(plan.width, divide_up(rows - strip * plan.width, Kernel::kUnit) * Kernel::kUnit);
+        };
+        const auto at = [&](int64_t strip, int64_t k0) {
+            return strips + strip * plan.width * k + k0 * width_of(strip);
+        };
+        work.chunk(chunk, rows);
+        parallel(count * stretches, 4, [&](int64_t first, int64_t last) {
+            for (int64_t task = first; task < last; ++task) {
+                const int64_t strip = task / stretches, stretch = task % stretches, k0 = stretch * plan.depth;
+                const int64_t row = strip * plan.width;
+                work.pack(row, std::min(plan.width, rows - row), k0, std::min(plan.depth, k - k0), width_of(strip),
+                          at(strip, k0), finite + stretch * rows + row);
+            }
+        });
+        parallel(plan.groups * plan.parts, 1, [&](int64_t first, int64_t last) {
+            using Own = Scratch<SpmmSumsScratch>;
+            const int64_t sums = plan.strips * plan.width * plan.columns;
+            Own own(Own::template bytes_for<Sum>(sums) + Own::template bytes_for<KeptRows>(1));
+            Sum* const own_sums = own.template take<Sum>(sums);
+            KeptRows& kept = *own.template take<KeptRows>(1);
+            Source source = weights;
+            for (int64_t task = first; task < last; ++task) {
+                const int64_t column = task / plan.parts * plan.columns, begin = task % plan.parts * plan.strips;
+                const int64_t end = std::min(count, begin + plan.strips);
+                const int64_t columns = std::min(plan.columns, n - column);
+                if (begin >= end) continue;
+                for (int64_t stretch = 0; stretch < stretches; ++stretch) {
+                    const int64_t k0 = stretch * plan.depth;
+                    source.rows(column, columns, k0, std::min(plan.depth, k - k0), kept);
+                    for (int64_t strip = begin; strip < end; ++strip) {
+                        Kernel::tile(kept, columns, at(strip, k0), width_of(strip), stretch > 0,
+                                     own_sums + (strip - begin) * plan.width * columns);
+                    }
+                }
+                for (int64_t strip = begin; strip < end; ++strip) {
+                    const int64_t row = strip * plan.width;
+                    work.finish(own_sums + (strip - begin) * plan.width * columns, width_of(strip), row,
+                                std::min(plan.width, rows - row), column, columns);
+                }
+            }
+        });
+        for (int64_t row = 0; row < rows; ++row) {
+            bool all = true;
+            for (int64_t i = 0; i < stretches; ++i) all &= finite[i * rows + row] != 0;
+            if (!all) work.spoil(row);
+        }
+    }
+}
+
+// ---- what is multiplied -----------------------------------------------------------------------------------------
+
+// Float activations; Panel packs and finishes (common/gemm_float_<isa>.h).
+template <class Panel, class T>
+struct FloatSpmm {
+    using Sum = float;
+    const FloatLinear<T>& call;
+    int64_t m = call.m, n = call.n, k = call.k;
+    int64_t first = 0;  // the call's row that is the chunk's first
+
+    void chunk(int64_t first_row, int64_t /*rows*/) { first = first_row; }
+    void pack(int64_t row, int64_t rows, int64_t k0, int64_t kc, int64_t width, float* strip, uint8_t* finite) const {
+        Panel::pack(call.x + (first + row) * k + k0, k, rows, kc, width, strip, finite);
+    }
+    void finish(const float* sums, int64_t width, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+        Panel::finish(call, sums, width, first + row, rows, column, columns);
+    }
+    void spoil(int64_t row) const { fill_nan(call, first + row); }
+};
+
+#if ENGINE_X86
+// int8 activations, quantised chunk by chunk.
+template <class T>
+struct Int8Spmm {
+    using Sum = int32_t;
+    const LinearCall<T>& call;
+    const QuantizedRows<int8_t>& quantized;  // a chunk
+    const ActivationQuantizer<int8_t, T> quantize{call};
+    int64_t m = call.m, n = call.n, k = call.k;
+    int64_t first = 0;  // the call's row that is the chunk's first
+
+    void chunk(int64_t first_row, int64_t rows) {
+        first = first_row;
+        quantize.all(first_row, rows, quantized);
+    }
+    void pack(int64_t row, int64_t rows, int64_t k0, int64_t kc, int64_t width, float* strip, uint8_t* finite) const {
+        const int64_t stride = quantized.stride;
+        FloatPanelAvx2::transpose(quantized.q + row * stride + k0, stride, rows, kc, width, strip);
+        std::fill_n(finite, rows, uint8_t{1});  // a row that is not has a scale of NaN
+    }
+    ENGINE_AVX2 void finish(const int32_t* sums, int64_t width, int64_t row, int64_t rows, int64_t column,
+                            int64_t columns) const {
+        T* const y = call.y + first * call.n + column;
+        int64_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
+            int64_t j = 0;
+            for (; j + 8 <= columns; j += 8) {
+                __m256 v[8];
+                for (int i = 0; i < 8; ++i) {
+                    const auto* from = reinterpret_cast<const __m256i*>(sums + (j + i) * width + r);
+                    v[i] = _mm256_cvtepi32_ps(_mm256_load_si256(from));
+                }
+                transpose_8x8_avx2(v);
+                const __m256 scale = _mm256_loadu_ps(call.scale + column + j);
+                for (int i = 0; i < 8; ++i) {  // as linear_output
+                    const __m256 both = _mm256_mul_ps(_mm256_set1_ps(quantized.scale[row + r + i]), scale);
+                    __m256 out = _mm256_mul_ps(v[i], both);
+                    if (call.bias) out = _mm256_add_ps(out, _mm256_loadu_ps(call.bias + column + j));
+                    store_8_avx2(y + (row + r + i) * call.n + j, out);
+                }
+            }
+            for (int64_t i = r; i < r + 8; ++i) finish_row(sums + i, width, row + i, column, j, columns);
+        }
+        for (; r < rows; ++r) finish_row(sums + r, width, row + r, column, 0, columns);
+    }
+    ENGINE_INLINE void finish_row(const int32_t* sums, int64_t width, int64_t row, int64_t column, int64_t begin,
+                                  int64_t columns) const {
+        T* const y = call.y + (first + row) * call.n + column;
+        for (int64_t j = begin; j < columns; ++j)
+            y[j] = linear_output(sums[j * width], quantized.scale[row], call, column + j);
+    }
+    void spoil(int64_t) const {}
+};
+
+// call.k ≤ kExactDepth: sums are int32.
+template <class T, class Source>
+void int8_spmm(const LinearCall<T>& call, const Source& weights) {
+    if (call.m == 0 || call.n == 0) return;
+    const SpmmPlan plan = plan_spmm<SpmmAvx2>(call.m, call.n, call.k, 1);
+    using Rows = QuantizedRows<int8_t>;
+    ActivationScratch scratch(Rows::scratch_bytes(plan.chunk_rows, call.k));
+    const Rows rows(scratch, plan.chunk_rows, call.k);
+    Int8Spmm<T> work{call, rows};
+    spmm<SpmmAvx2>(work, weights);
+}
+#endif
+
+template <class T, class Source>
+void float_spmm(const FloatLinear<T>& call, const Source& weights) {
+    if (call.m == 0 || call.n == 0) return;
+#if ENGINE_X86
+    FloatSpmm<FloatPanelAvx2, T> work{call};
+    if (isa() == Isa::avx512) return spmm<SpmmAvx512>(work, weights);
+    if (isa() == Isa::avx2) return spmm<SpmmAvx2>(work, weights);
+#endif
+    FloatSpmm<FloatPanelPortable, T> portable{call};
+    spmm<SpmmPortable>(portable, weights);
+}
+
+}  // namespace engine
