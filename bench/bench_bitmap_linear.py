@@ -1,4 +1,4 @@
-"""bitmap_linear against torch's fp32 and bf16 linear on the dense weight, weights from memory."""
+"""bitmap_linear against torch's fp32 and bf16 linear on the dense weight, from memory; and a training step of each."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ def bitmap(n: int, k: int, sparsity: float, dtype: torch.dtype) -> tuple[torch.T
 def bench(n: int, k: int, sparsity: float, dtype: torch.dtype, why: str) -> None:
     dense = rotated(lambda: torch.randn(n, k), n * k * 4)
     half = rotated(lambda: torch.randn(n, k).bfloat16(), n * k * 2)
-    moved = int(n * k * (1 / 8 + (1 - sparsity) * dtype.itemsize))
+    kept = int(n * k * (1 - sparsity))
+    moved = n * k // 8 + kept * dtype.itemsize
     maps = rotated(lambda: bitmap(n, k, sparsity, dtype), moved)
     rows = []
     for m in (1, 2, 4, 8, 16, 128, 512):
@@ -32,9 +33,28 @@ def bench(n: int, k: int, sparsity: float, dtype: torch.dtype, why: str) -> None
         if m == 1:
             functions["F.linear bf16"] = lambda i, x=x16: F.linear(x, half[i % len(half)])
         repeats = 5 if n * k * m > 1 << 29 else 15
-        rows.append(Row(f"M={m} N={n} K={k}", time_interleaved(functions, repeats), moved, 2 * m * n * k, "fp32"))
+        rows.append(Row(f"M={m} N={n} K={k}", time_interleaved(functions, repeats), moved, 2 * m * kept, "fp32"))
     name = str(dtype).removeprefix("torch.")
     print_rows("bitmap_linear", rows, "bitmap_linear", f"{sparsity:.0%} pruned, {name} values, {why}")
+
+
+def bench_training(n: int, k: int, sparsity: float, why: str) -> None:
+    """Forward and back, with gradients for input and weight: the bitmap's values, or all of the dense weight."""
+    bitmask, row_offsets, values = bitmap(n, k, sparsity, torch.float32)
+    values.requires_grad_()
+    dense = torch.randn(n, k, requires_grad=True)
+    rows = []
+    for m in (64, 256, 1024):
+        x, grad = torch.randn(m, k, requires_grad=True), torch.randn(m, n)
+        functions = {
+            "bitmap_linear": lambda i, x=x, grad=grad: torch.autograd.grad(
+                bitmap_linear(x, bitmask, row_offsets, values), (x, values), grad
+            ),
+            "F.linear fp32": lambda i, x=x, grad=grad: torch.autograd.grad(F.linear(x, dense), (x, dense), grad),
+        }
+        moved = 3 * (n * k // 8 + 4 * len(values))
+        rows.append(Row(f"M={m} N={n} K={k}", time_interleaved(functions, 15), moved, 6 * m * len(values), "fp32"))
+    print_rows("bitmap_linear", rows, "bitmap_linear", f"{sparsity:.0%} pruned, forward and back, {why}")
 
 
 def main() -> None:
@@ -42,6 +62,8 @@ def main() -> None:
         for sparsity in (0.5, 0.8):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 bench(n, k, sparsity, dtype, why)
+    for sparsity in (0.5, 0.7, 0.9):
+        bench_training(1536, 384, sparsity, "MiniLM's, cached")
 
 
 if __name__ == "__main__":
