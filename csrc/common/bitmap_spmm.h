@@ -51,7 +51,7 @@ class BitmapSource {
         for (int64_t r = 0; r < rows; ++r) {
             const uint8_t* mask = bitmask_ + (row + r) * mask_bytes(k_);
             const int64_t count = columns_(mask + k0 / 8, kc, columns);
-            kept.row[r] = {take(position_[r], count, values), columns, count};
+            kept.row[r] = {take(position_[r], row_offsets_[row + r + 1], count, values), columns, count};
             position_[r] += count;
             columns += count;
             values += count;
@@ -66,10 +66,10 @@ class BitmapSource {
     }
 
   private:
-    // `count` values from `position` on. A bitmap that doesn't fit together may have led beyond them: what is given
-    // then means nothing, and is reported when the row ends.
-    const float* take(int64_t position, int64_t count, float* to) const {
-        const int64_t there = std::clamp<int64_t>(nnz_ - position, 0, count);
+    // `count` values from `position` on, which end at `end`. A bitmap that doesn't fit together may have led beyond
+    // them: what is given then means nothing, belongs to no other row, and is reported when the row ends.
+    const float* take(int64_t position, int64_t end, int64_t count, float* to) const {
+        const int64_t there = std::clamp<int64_t>(end - position, 0, count);
         const V* from = values_ + std::min(position, nnz_);
         if constexpr (sizeof(V) == sizeof(float)) {
             if (there == count) return from;

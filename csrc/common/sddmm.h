@@ -96,21 +96,29 @@ struct SddmmAvx2 {
 // which is the BLAS's. Measured on Zen 3 (docs/experiments/sparse_linear.md).
 inline bool sddmm_pays(int64_t m, int64_t kept, int64_t places) {
     const double share = isa() == Isa::avx2 ? 0.5 : 0.2;
-    return m >= 32 && static_cast<double>(kept) <= share * static_cast<double>(places);
+    return m >= 32 && kept > 0 && static_cast<double>(kept) <= share * static_cast<double>(places);
 }
 
 struct SddmmStripsScratch;  // tag: the packed matrices, held by the calling thread
 
-// `source` is as for spmm, over the places [n, k]; what its rows hold as values is what is added to, [kept()], and is
-// not read by others meanwhile. Panel packs.
+// `source` is as for spmm, over the places [n, k] of which some are kept; what its rows hold as values is what is added
+// to, [kept()], and is not read by others meanwhile. Panel packs.
 template <class Kernel, class Panel, class A, class B, class Source>
 void sddmm(const A* a,  // [m, n]
            const B* b,  // [m, k]
            int64_t m, int64_t n, int64_t k, const Source& source) {
-    constexpr int64_t kDepth = spmm_depth(Kernel::kWidth), kChunkBytes = 4 << 20, kMostRows = 256;
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(float)) / (n + k);
-    const int64_t most = std::clamp<int64_t>(fitting / Kernel::kWidth * Kernel::kWidth, Kernel::kWidth, kMostRows);
+    constexpr int64_t kDepth = spmm_depth(Kernel::kWidth, kSpmmDepth);
+    constexpr int64_t kSerialWork = 1 << 17;  // as in spmm
+    const bool serial = m * source.kept() < kSerialWork;
+    const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t most = spmm_chunk_rows<Kernel>(m, n + k);
+    const auto parallel = [&](int64_t count, int64_t grain, const auto& tasks) {
+        if (serial) {
+            tasks(int64_t{0}, count);
+        } else {
+            torch::stable::parallel_for(0, count, grain, tasks);
+        }
+    };
     const int64_t columns = std::min(kSpmmGroup, divide_up(n, threads)), groups = divide_up(n, columns);
     using Shared = Scratch<SddmmStripsScratch>;
     Shared shared(Shared::template bytes_for<float>(most * n) + Shared::template bytes_for<float>(most * k));
@@ -123,7 +131,7 @@ void sddmm(const A* a,  // [m, n]
         };
         // Stretches of both, as in spmm.
         const int64_t a_parts = divide_up(n, kDepth), b_parts = divide_up(k, kDepth);
-        torch::stable::parallel_for(0, strips * (a_parts + b_parts), 4, [&](int64_t first, int64_t last) {
+        parallel(strips * (a_parts + b_parts), 4, [&](int64_t first, int64_t last) {
             for (int64_t task = first; task < last; ++task) {
                 const int64_t strip = task / (a_parts + b_parts), part = task % (a_parts + b_parts);
                 const int64_t row = strip * Kernel::kWidth, count = std::min(Kernel::kWidth, rows - row);
@@ -139,7 +147,7 @@ void sddmm(const A* a,  // [m, n]
                 }
             }
         });
-        torch::stable::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
+        parallel(groups, 1, [&](int64_t first, int64_t last) {
             using Own = Scratch<SpmmSumsScratch>;
             Own own(Own::template bytes_for<KeptRows>(1));
             KeptRows& kept = *own.template take<KeptRows>(1);

@@ -36,19 +36,24 @@ constexpr int64_t kSpmmDepth = 256;  // at most so much of K to a stretch: colum
 constexpr int64_t kSpmmGroup = 64;   // at most so many weight rows to a group
 static_assert(kSpmmDepth * 127 * 127 < 1 << 24);
 
-// Of a strip so wide: 24 KB, which stay in L1.
-constexpr int64_t spmm_depth(int64_t width) { return std::min(kSpmmDepth, 96 * 64 / width / 8 * 8); }
+// Of a strip so wide: 24 KB, which stay in L1, and no more than a row's chains of additions are to be long
+// (Kernel::chain).
+constexpr int64_t spmm_depth(int64_t width, int64_t chain) {
+    return std::min({kSpmmDepth, chain, 96 * 64 / width / 8 * 8});
+}
 
 // Whether so few weights are kept, of all, that products with these alone are the faster way. Measured on Zen 3
 // (docs/experiments/sparse_linear.md). AVX-512 tiles have twice the registers to keep what they load in.
-inline bool float_spmm_pays(int64_t kept, int64_t weights) {
-    const double share = isa() == Isa::avx512 ? 0.4 : 0.6;
+inline bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
+    double share = m < 32 ? 0.5 : 0.6;
+    if (isa() == Isa::avx512) share = 0.4;
+    if (isa() == Isa::portable) share = m < 64 ? 0.9 : 0.4;
     return static_cast<double>(kept) <= share * static_cast<double>(weights);
 }
 // AVX2's int8 tiles are up to twice as fast as fp32's, most of all for a few rows; VNNI's are four times.
 inline bool int8_spmm_pays(int64_t m, int64_t k, int64_t kept, int64_t weights) {
     if (isa() != Isa::avx2 || m <= 24 || k > kExactDepth) return false;
-    const double share = m <= 40 ? 0.15 : 0.3;
+    const double share = m <= 40 ? 0.15 : m < 128 ? 0.2 : 0.3;
     return static_cast<double>(kept) <= share * static_cast<double>(weights);
 }
 
@@ -60,9 +65,11 @@ struct KeptRows {
         int64_t count;
     };
     Row row[kSpmmGroup];
-    // Where a source may put them, row after row.
-    alignas(64) float values[kSpmmGroup * kSpmmDepth];
-    alignas(64) uint8_t columns[kSpmmGroup * kSpmmDepth + 8];
+    // Where a source may put them, row after row, or kStride apart: an odd number of lines, as lists a power of two
+    // apart share a few sets of the cache and drive each other out.
+    static constexpr int64_t kStride = kSpmmDepth + 16;
+    alignas(64) float values[kSpmmGroup * kStride];
+    alignas(64) uint8_t columns[kSpmmGroup * kStride];
 };
 
 // Values as fp32. The body for every instruction set: it vectorises by itself where it is inlined.
@@ -96,18 +103,29 @@ ToFloats<V> to_floats() {
 
 struct SpmmPortable {
     static constexpr int64_t kWidth = 16, kUnit = 8;  // a strip's rows at most, and what they are a multiple of
-    static constexpr int64_t kDepth = 128;  // of K to a stretch at most: a row of it is one chain of additions
+    // So much of K, of which three fifths at most are kept, is added up in as few chains as are as exact as MKL's for
+    // few outputs; here, where products are rounded too, half as much.
+    static constexpr int64_t chain(int64_t /*width*/) { return 48 * kChains; }
+    static constexpr int64_t kChains = 2;
 
     template <int W>
     static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, float* sums) {
         for (int64_t r = 0; r < rows; ++r) {
             const auto [values, columns, count] = kept.row[r];
-            float acc[W] = {};
-            for (int64_t i = 0; i < count; ++i) {
+            float acc[kChains][W] = {};
+            const auto product = [&](int64_t i, float* to) {
                 const float* x = strip + columns[i] * W;
-                for (int m = 0; m < W; ++m) acc[m] += values[i] * x[m];
+                for (int m = 0; m < W; ++m) to[m] += values[i] * x[m];
+            };
+            int64_t i = 0;
+            for (; i + kChains <= count; i += kChains) {
+                for (int c = 0; c < kChains; ++c) product(i + c, acc[c]);
             }
-            for (int m = 0; m < W; ++m) sums[r * W + m] = add ? sums[r * W + m] + acc[m] : acc[m];
+            if (i < count) product(i, acc[0]);
+            for (int m = 0; m < W; ++m) {
+                const float sum = acc[0][m] + acc[1][m];
+                sums[r * W + m] = add ? sums[r * W + m] + sum : sum;
+            }
         }
     }
 
@@ -131,11 +149,13 @@ ENGINE_AVX2 ENGINE_INLINE void add_up_8_avx2(int32_t* total, __m256 sum, bool ad
 }
 
 struct SpmmAvx2 {
-    static constexpr int64_t kWidth = 64, kUnit = 16, kDepth = kSpmmDepth;
+    static constexpr int64_t kWidth = 64, kUnit = 16;
+    static constexpr int64_t chains(int64_t width) { return width >= 48 ? 1 : width == 32 ? 2 : 4; }
+    static constexpr int64_t chain(int64_t width) { return 96 * chains(width); }
 
     template <int V, class Sum>
     ENGINE_AVX2 static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, Sum* sums) {
-        constexpr int C = V >= 6 ? 1 : V == 4 ? 2 : 4;  // chains to a vector: at least 6 multiply-adds to wait for
+        constexpr int C = chains(8 * V);  // to a vector: with them there are at least 6 multiply-adds to wait for
         for (int64_t r = 0; r < rows; ++r) {
             const auto [values, columns, count] = kept.row[r];
             __m256 acc[C][V];
@@ -177,36 +197,30 @@ struct SpmmAvx2 {
 };
 
 struct SpmmAvx512 {
-    static constexpr int64_t kWidth = 64, kUnit = 16, kDepth = kSpmmDepth;
+    static constexpr int64_t kWidth = 64, kUnit = 16;
+    static constexpr int64_t chains(int64_t width) { return width >= 48 ? 2 : 4; }
+    static constexpr int64_t chain(int64_t width) { return 96 * chains(width); }
 
     template <int V>
     ENGINE_AVX512 static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, float* sums) {
-        constexpr int C = V >= 3 ? 2 : 4;
+        constexpr int C = chains(16 * V);
         for (int64_t r = 0; r < rows; ++r) {
             const auto [values, columns, count] = kept.row[r];
             __m512 acc[C][V];
 #pragma GCC unroll 16
             for (int i = 0; i < C * V; ++i) acc[i / V][i % V] = _mm512_setzero_ps();
-            int64_t i = 0;
-            for (; i + C <= count; i += C) {
-#pragma GCC unroll 4
-                for (int c = 0; c < C; ++c) {
-                    const float* x = strip + columns[i + c] * (16 * V);
-                    const __m512 value = _mm512_set1_ps(values[i + c]);
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; ++v) {
-                        acc[c][v] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + 16 * v), acc[c][v]);
-                    }
-                }
-            }
-            for (; i < count; ++i) {
+            const auto product = [&](int64_t i, __m512(&to)[V]) __attribute__((always_inline)) ENGINE_AVX512 {
                 const float* x = strip + columns[i] * (16 * V);
                 const __m512 value = _mm512_set1_ps(values[i]);
 #pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) {
-                    acc[0][v] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + 16 * v), acc[0][v]);
-                }
+                for (int v = 0; v < V; ++v) to[v] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + 16 * v), to[v]);
+            };
+            int64_t i = 0;
+            for (; i + C <= count; i += C) {
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c) product(i + c, acc[c]);
             }
+            for (; i < count; ++i) product(i, acc[0]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 4
@@ -242,17 +256,23 @@ struct SpmmPlan {
     int64_t parts;       // tasks along the strips of a chunk
 };
 
+// Rows of activations packed at a time: 8 MB, but 256 rows at most, whose sums take up to 64 KB.
+template <class Kernel>
+int64_t spmm_chunk_rows(int64_t m, int64_t k) {
+    constexpr int64_t kChunkBytes = 8 << 20, kMostRows = 256;
+    const auto whole = [](int64_t count, int64_t unit) { return std::max<int64_t>(1, count / unit) * unit; };
+    const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, k);
+    const int64_t most = std::min(kMostRows, whole(fitting, fitting < Kernel::kWidth ? Kernel::kUnit : Kernel::kWidth));
+    return divide_up(divide_up(m, divide_up(m, most)), Kernel::kUnit) * Kernel::kUnit;
+}
+
 template <class Kernel>
 SpmmPlan plan_spmm(int64_t m, int64_t n, int64_t k, int64_t threads) {
-    constexpr int64_t kChunkBytes = 4 << 20;
-    constexpr int64_t kMostRows = 256;  // sums of a task: up to 64 KB
     const auto whole = [](int64_t count, int64_t unit) { return divide_up(count, unit) * unit; };
-    const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, k);
-    const int64_t most = std::clamp<int64_t>(fitting / Kernel::kWidth * Kernel::kWidth, Kernel::kWidth, kMostRows);
     SpmmPlan plan;
-    plan.chunk_rows = whole(divide_up(m, divide_up(m, most)), Kernel::kUnit);
+    plan.chunk_rows = spmm_chunk_rows<Kernel>(m, k);
     plan.width = whole(divide_up(plan.chunk_rows, divide_up(plan.chunk_rows, Kernel::kWidth)), Kernel::kUnit);
-    plan.depth = std::min(Kernel::kDepth, spmm_depth(plan.width));
+    plan.depth = spmm_depth(plan.width, Kernel::chain(plan.width));
     const int64_t groups = whole(divide_up(n, kSpmmGroup), threads);
     plan.columns = divide_up(n, groups);
     plan.groups = divide_up(n, plan.columns);
@@ -424,10 +444,10 @@ struct Int8Spmm {
 template <class T, class Source>
 void int8_spmm(const LinearCall<T>& call, const Source& weights) {
     if (call.m == 0 || call.n == 0) return;
-    const SpmmPlan plan = plan_spmm<SpmmAvx2>(call.m, call.n, call.k, 1);
     using Rows = QuantizedRows<int8_t>;
-    ActivationScratch scratch(Rows::scratch_bytes(plan.chunk_rows, call.k));
-    const Rows rows(scratch, plan.chunk_rows, call.k);
+    const int64_t most = spmm_chunk_rows<SpmmAvx2>(call.m, call.k);
+    ActivationScratch scratch(Rows::scratch_bytes(most, call.k));
+    const Rows rows(scratch, most, call.k);
     Int8Spmm<T> work{call, rows};
     spmm<SpmmAvx2>(work, weights);
 }

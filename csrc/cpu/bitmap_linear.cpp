@@ -241,7 +241,7 @@ void linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
 #endif
     if (call.m > kDotRows) {
         const auto [bitmask, row_offsets, values, n, k, nnz, bad] = weights;
-        if (!float_spmm_pays(nnz, n * k)) return float_panel_linear(call, BitmapProvider<V>(weights));
+        if (!float_spmm_pays(call.m, nnz, n * k)) return float_panel_linear(call, BitmapProvider<V>(weights));
         return float_spmm(call, BitmapSource<V>(bitmask, row_offsets, values, k, nnz, *bad));
     }
 #if ENGINE_X86

@@ -12,6 +12,10 @@
 namespace engine {
 namespace {
 
+// Looking for a column's weights is worth its while for so many rows of gradients, and where so small a share is kept.
+constexpr int64_t kFewestRows = 64;
+constexpr double kMostKept = 0.45;
+
 // A checked bitmap of float values.
 template <class V>
 struct Bitmap {
@@ -26,93 +30,67 @@ struct Bitmap {
 
 // ---- the gradient for x -----------------------------------------------------------------------------------------
 
-// A bitmap's columns, up to 64 side by side, stretch by stretch of its rows.
+// A bitmap's columns, up to 64 side by side, stretch by stretch of its rows: the rows of the transposed weight, as a
+// source for common/spmm.h.
 template <class V>
 class Columns {
   public:
-    explicit Columns(const Bitmap<V>& weights) : w_(weights) {}
+    explicit Columns(const Bitmap<V>& weights) : w_(weights), position_(weights.n) {}
 
-    // Calls f(row, column, value) for what is kept of the rows [row, row + rows) × columns [column, column + columns),
-    // row by row. columns ≤ 64.
-    template <class F>
-    ENGINE_INLINE void each(int64_t row, int64_t rows, int64_t column, int64_t columns, const F& f) const {
-        const int64_t first = column / 8 * 8;
+    // What is kept of the columns [column, column + count) × rows [row, row + rows); count ≤ 64.
+    ENGINE_INLINE void kept(int64_t column, int64_t count, int64_t row, int64_t rows, KeptRows& kept) {
+        int64_t counts[kSpmmGroup] = {};
+        const int64_t first = column / 8 * 8, end = column + count;
         const auto shift = static_cast<int>(column - first);
-        const uint64_t wanted = ~uint64_t{0} >> (64 - columns);
+        const uint64_t wanted = ~uint64_t{0} >> (64 - count);
+        if (row == 0) continued_ = column == next_;
+        if (row + rows == w_.n) next_ = end;
         for (int64_t r = row; r < row + rows; ++r) {
             const uint8_t* mask = w_.mask(r);
-            int64_t position = w_.row_offsets[r];
-            for (int64_t i = 0; i < first; i += 64) {
-                const uint64_t before = mask_bits(mask, i, w_.k);
-                position += popcount64(i + 64 <= first ? before : before << (64 - (first - i)));
-            }
-            const uint64_t low = mask_bits(mask, first, w_.k);
-            uint64_t bits = low >> shift;
-            if (shift > 0) {
-                position += popcount64(low << (64 - shift));
-                bits |= mask_bits(mask, first + 64, w_.k) << (64 - shift);
-            }
+            if (!continued_) position_[r] = w_.row_offsets[r] + count_bits_below(mask, column);
+            uint64_t bits = mask_bits(mask, first, w_.k) >> shift;
+            if (shift > 0) bits |= mask_bits(mask, first + 64, w_.k) << (64 - shift);
             bits &= wanted;
-            const int64_t end = position + popcount64(bits);
-            const bool last = column + columns == w_.k;
-            if (last && (end != w_.row_offsets[r + 1] || has_padding_bits(mask, w_.k))) w_.bad->record(r);
-            if (end > w_.nnz) continue;  // such a row is reported above
-            for (const V* value = w_.values + position; bits != 0; bits &= bits - 1, ++value) {
-                f(r - row, __builtin_ctzll(bits), to_float(*value));
+            const V* value = w_.values + position_[r];
+            position_[r] += popcount64(bits);
+            if (end == w_.k && (position_[r] != w_.row_offsets[r + 1] || has_padding_bits(mask, w_.k))) {
+                w_.bad->record(r);
             }
+            if (position_[r] > w_.nnz) continue;  // such a row is reported above
+            for (; bits != 0; bits &= bits - 1, ++value) {
+                const auto c = __builtin_ctzll(bits);
+                const int64_t at = c * KeptRows::kStride + counts[c]++;
+                kept.columns[at] = static_cast<uint8_t>(r - row);
+                kept.values[at] = to_float(*value);
+            }
+        }
+        for (int64_t c = 0; c < count; ++c) {
+            kept.row[c] = {kept.values + c * KeptRows::kStride, kept.columns + c * KeptRows::kStride, counts[c]};
         }
     }
 
   private:
+    ENGINE_INLINE int64_t count_bits_below(const uint8_t* mask, int64_t column) const {
+        int64_t count = 0, i = 0;
+        for (; i + 64 <= column; i += 64) count += popcount64(mask_bits(mask, i, w_.k));
+        return i < column ? count + popcount64(mask_bits(mask, i, w_.k) << (64 - (column - i))) : count;
+    }
+
     Bitmap<V> w_;
+    std::vector<int64_t> position_;  // of the value with which each row goes on
+    int64_t next_ = -1;              // the column that it belongs to
+    bool continued_ = false;
 };
 
-// As a source for common/spmm.h: the transposed weight's rows.
 template <class V>
-ENGINE_INLINE void kept_columns_of(const Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
-                                   KeptRows& kept) {
-    int64_t counts[kSpmmGroup] = {};
-    columns.each(row, rows, column, count, [&](int64_t r, int64_t c, float value) {
-        const int64_t at = c * kSpmmDepth + counts[c]++;
-        kept.columns[at] = static_cast<uint8_t>(r);
-        kept.values[at] = value;
-    });
-    for (int64_t c = 0; c < count; ++c) {
-        kept.row[c] = {kept.values + c * kSpmmDepth, kept.columns + c * kSpmmDepth, counts[c]};
-    }
-}
-
-// As a provider for common/gemm_float.h: the same, spread over a panel.
-template <class V>
-ENGINE_INLINE void spread_columns_of(const Columns<V>& columns, int64_t column, int64_t count, int64_t row,
-                                     int64_t rows, float* panel) {
-    for (int64_t c = 0; c < count; ++c) std::fill_n(panel + c * kFloatDepth, rows, 0.0f);
-    for (int64_t c = 0; c < count; c += 64) {
-        columns.each(row, rows, column + c, std::min<int64_t>(64, count - c),
-                     [&](int64_t r, int64_t j, float value) { panel[(c + j) * kFloatDepth + r] = value; });
-    }
-}
-
-template <class V>
-void kept_columns_portable(const Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
-                           KeptRows& kept) {
-    kept_columns_of(columns, column, count, row, rows, kept);
-}
-template <class V>
-void spread_columns_portable(const Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
-                             float* panel) {
-    spread_columns_of(columns, column, count, row, rows, panel);
+void kept_portable(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows, KeptRows& kept) {
+    columns.kept(column, count, row, rows, kept);
 }
 #if ENGINE_X86
 template <class V>
-ENGINE_AVX2 void kept_columns_avx2(const Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
-                                   KeptRows& kept) {
-    kept_columns_of(columns, column, count, row, rows, kept);
-}
-template <class V>
-ENGINE_AVX2 void spread_columns_avx2(const Columns<V>& columns, int64_t column, int64_t count, int64_t row,
-                                     int64_t rows, float* panel) {
-    spread_columns_of(columns, column, count, row, rows, panel);
+ENGINE_AVX2 void kept_avx2(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
+                           KeptRows& kept) {
+    columns.kept(column, count, row, rows, kept);
 }
 #endif
 
@@ -121,11 +99,11 @@ class ColumnSource {
   public:
     explicit ColumnSource(const Bitmap<V>& weights) : columns_(weights), nnz_(weights.nnz) {}
     int64_t kept() const { return nnz_; }
-    void rows(int64_t row, int64_t rows, int64_t k0, int64_t kc, KeptRows& kept) const {
+    void rows(int64_t row, int64_t rows, int64_t k0, int64_t kc, KeptRows& kept) {
 #if ENGINE_X86
-        if (isa() != Isa::portable) return kept_columns_avx2(columns_, row, rows, k0, kc, kept);
+        if (isa() != Isa::portable) return kept_avx2(columns_, row, rows, k0, kc, kept);
 #endif
-        kept_columns_portable(columns_, row, rows, k0, kc, kept);
+        kept_portable(columns_, row, rows, k0, kc, kept);
     }
 
   private:
@@ -133,20 +111,37 @@ class ColumnSource {
     int64_t nnz_;
 };
 
-template <class V>
-class ColumnProvider {
-  public:
-    explicit ColumnProvider(const Bitmap<V>& weights) : columns_(weights) {}
-    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) const {
-#if ENGINE_X86
-        if (isa() != Isa::portable) return spread_columns_avx2(columns_, row, rows, k0, kc, panel);
-#endif
-        spread_columns_portable(columns_, row, rows, k0, kc, panel);
-    }
+// How many rows of the weight are dense at once, where they are.
+int64_t block_rows(int64_t k) { return std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, k)); }
 
-  private:
-    Columns<V> columns_;
-};
+// grad · weight as dense products of some rows of the weight at a time.
+Tensor dense_input(const Tensor& grad,  // [m, n]
+                   const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, int64_t columns) {
+    Tensor g = torch::stable::to(grad, ScalarType::Float), mask = bitmask, kept = values;
+    const int64_t n = grad.size(1), step = block_rows(columns);
+    const int64_t* offsets = data<int64_t>(row_offsets);
+    Tensor total = new_output(grad, {grad.size(0), columns}, ScalarType::Float);
+    torch::stable::zero_(total);
+    for (int64_t first = 0; first < n; first += step) {
+        const int64_t rows = std::min(step, n - first), begin = offsets[first];
+        Tensor own = new_tensor(row_offsets, {rows + 1}, ScalarType::Long);
+        for (int64_t i = 0; i <= rows; ++i) mutable_data<int64_t>(own)[i] = offsets[first + i] - begin;
+        std::array<StableIValue, 4> stack{
+            torch::stable::detail::from(torch::stable::narrow(mask, 0, first, rows)), torch::stable::detail::from(own),
+            torch::stable::detail::from(torch::stable::narrow(kept, 0, begin, offsets[first + rows] - begin)),
+            torch::stable::detail::from(columns)};
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            torch_call_dispatcher("engine::bitmap_to_dense", "", stack.data(), TORCH_ABI_VERSION));
+        const Tensor dense = torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), ScalarType::Float);
+        const Tensor part = as_contiguous(torch::stable::matmul(torch::stable::narrow(g, 1, first, rows), dense));
+        const float* from = data<float>(part);
+        float* to = mutable_data<float>(total);
+        parallel_rows(total.numel(), 12, [&](int64_t i, int64_t end) {
+            for (; i < end; ++i) to[i] += from[i];
+        });
+    }
+    return total;
+}
 
 void check_bitmap(const char* op, const Tensor& bitmask, const Tensor& row_offsets, int64_t n, int64_t k, int64_t nnz) {
     STD_TORCH_CHECK(bitmask.scalar_type() == ScalarType::Byte && row_offsets.scalar_type() == ScalarType::Long, op,
@@ -166,11 +161,26 @@ Tensor backward_input(Tensor grad_in, Tensor bitmask_in, Tensor row_offsets_in, 
     const int64_t n = grad.size(-1), nnz = values.numel();
     check_bitmap(op, bitmask, row_offsets, n, columns, nnz);
     check_row_offsets(op, data<int64_t>(row_offsets), n, nnz);
+    STD_TORCH_CHECK(columns > 0 || nnz == 0, op, ": values: expected none, as there are no columns");
     std::vector<int64_t> sizes = sizes_of(grad);
     sizes.back() = columns;
     const int64_t m = rows_of(sizes);
-    Tensor result = new_output(grad, sizes, grad.scalar_type());
+    dispatch_float(grad.scalar_type(), "bitmap_linear_backward_input: grad", [](auto) {});
+    dispatch_float(values.scalar_type(), "bitmap_linear_backward_input: values", [](auto) {});
+    const bool few_kept = static_cast<double>(nnz) <= kMostKept * static_cast<double>(n * columns);
     BadRow bad;
+    if (m < kFewestRows || !few_kept || !float_spmm_pays(m, nnz, n * columns)) {
+        const auto* mask = data<uint8_t>(bitmask);
+        const auto* offsets = data<int64_t>(row_offsets);
+        for (int64_t row = 0; row < n; ++row, mask += mask_bytes(columns)) {
+            const bool fits = count_bits(mask, columns) == offsets[row + 1] - offsets[row];
+            if (!fits || has_padding_bits(mask, columns)) bad.record(row);
+        }
+        bad.raise(op);
+        const Tensor total = dense_input(torch::stable::view(grad, {m, n}), bitmask, row_offsets, values, columns);
+        return torch::stable::to(torch::stable::view(total, sizes), grad.scalar_type());
+    }
+    Tensor result = new_output(grad, sizes, grad.scalar_type());
     dispatch_float(grad.scalar_type(), "bitmap_linear_backward_input: grad", [&](auto grad_zero) {
         using T = decltype(grad_zero);
         const FloatLinear<T> call{data<T>(grad), nullptr, nullptr, mutable_data<T>(result), m, columns, n};
@@ -178,11 +188,7 @@ Tensor backward_input(Tensor grad_in, Tensor bitmask_in, Tensor row_offsets_in, 
             using V = decltype(zero);
             const Bitmap<V> weights{
                 data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<V>(values), n, columns, nnz, &bad};
-            if (float_spmm_pays(nnz, n * columns)) {
-                float_spmm(call, ColumnSource<V>(weights));
-            } else {
-                float_panel_linear(call, ColumnProvider<V>(weights));
-            }
+            float_spmm(call, ColumnSource<V>(weights));
         });
     });
     bad.raise(op);
@@ -202,8 +208,7 @@ void kept_products(const G* grad, const X* x, int64_t m, const Bitmap<float>& su
 
 // As dense products of some rows of the weight at a time, of which the kept places are taken.
 void dense_products(const Tensor& grad, const Tensor& x, const Bitmap<float>& sums, float* to) {
-    constexpr int64_t kBlock = 1 << 20;  // places that are dense at once
-    const int64_t step = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, sums.k));
+    const int64_t step = block_rows(sums.k);
     Tensor g = torch::stable::to(grad, ScalarType::Float);
     const Tensor inputs = torch::stable::to(x, ScalarType::Float);
     const PackRow<uint32_t> pack = pack_row<uint32_t>();

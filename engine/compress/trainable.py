@@ -57,7 +57,8 @@ class TrainableLinear(nn.Module):
         start = format.to_dense() if weight is None else weight.detach().float().clone()
         self.weight = nn.Parameter(start if mask is None else start * mask, requires_grad=trained)
         self.register_buffer("mask", mask)
-        self._kept: tuple[int, tuple[Tensor, Tensor, int]] | None = None  # the mask's version and what it was then
+        # The mask that places were last asked of, its version then, and they.
+        self._kept: tuple[Tensor, int, tuple[Tensor, Tensor, int]] | None = None
         scale = getattr(format, "input_scale", None)
         self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
         self.bias = compressed.bias
@@ -77,26 +78,38 @@ class TrainableLinear(nn.Module):
         if self.rounds_input:
             x = ops.int8_fake_quantize(x, scale)
         bias = None if self.bias is None else self.bias.to(dtype)
-        if self.mask is not None and self._multiplies_kept(x):
-            bitmask, row_offsets, nnz = self._places()
+        x, weight = x.to(dtype), weight.to(dtype)
+        places = self._places_to_multiply(x, weight)
+        if places is not None:
+            bitmask, row_offsets, nnz = places
             values = torch.ops.engine.bitmap_gather(weight.contiguous(), bitmask, row_offsets, nnz)
             return ops.bitmap_linear(x, bitmask, row_offsets, values, bias)
-        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+        return nn.functional.linear(x, weight, bias)
 
-    def _multiplies_kept(self, x: Tensor) -> bool:
-        """Whether to multiply by the kept weights alone: a rule, not a timing, as a resumed run has to do the same."""
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return False
-        places = self.weight.numel()
-        return training_pays(x.numel() // max(1, x.shape[-1]), self._places()[2] if places else 0, places)
+    def _places_to_multiply(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        """The mask as a bitmap's `bitmask` and `row_offsets`, and how many weights it keeps; None: to multiply by all.
 
-    def _places(self) -> tuple[Tensor, Tensor, int]:
-        """The mask as a bitmap's `bitmask` and `row_offsets`, and how many weights it keeps."""
-        assert self.mask is not None
-        if self._kept is None or self._kept[0] != self.mask._version:
-            bitmask, row_offsets, values = ops.prune_to_bitmap(self.mask.float(), 0.5)
-            self._kept = self.mask._version, (bitmask, row_offsets, values.numel())
-        return self._kept[1]
+        By a rule, not a timing, as a resumed run has to do the same.
+        """
+        mask = self.mask
+        plain = (
+            type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+        )
+        if mask is None or not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return None
+        if torch.is_inference_mode_enabled() or mask.is_inference():  # such tensors can't be trained with
+            return None
+        rows = x.numel() // max(1, x.shape[-1])
+        if not training_pays(rows, 0, mask.numel()):
+            return None
+        if self._kept is None or self._kept[0] is not mask or self._kept[1] != mask._version:
+            bitmask, row_offsets, values = ops.prune_to_bitmap(mask.float(), 0.5)
+            self._kept = mask, mask._version, (bitmask, row_offsets, values.numel())
+        places = self._kept[2]
+        return places if training_pays(rows, places[2], mask.numel()) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # a copy's mask counts its versions anew
 
     @property
     def sparsity(self) -> float:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import few_outputs
 from stored import FORMS, random_keep
 from tolerance import assert_as_good_as_torch
 
@@ -55,7 +56,9 @@ def test_native_gradients(variant, density, dtype):
                     assert torch.equal(got, REFERENCES[name](*arguments)), (name, n, k, m)
 
 
-@pytest.mark.parametrize("shape", [(0, 20, 30), (5, 0, 30), (5, 20, 0), (70, 50, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 20, 30), (5, 0, 30), (70, 0, 30), (5, 20, 0), (70, 20, 0), (70, 0, 0), (70, 50, 300)], ids=str
+)
 def test_gradients_are_as_good_as_torch(variant, shape):
     m, n, k = shape
     weight, keep = torch.randn(n, k), torch.rand(n, k) < 0.3
@@ -66,6 +69,15 @@ def test_gradients_are_as_good_as_torch(variant, shape):
     assert_as_good_as_torch(x.grad, grad.double() @ dense, grad @ dense.float())
     own = (grad.t() @ x.detach())[keep]
     assert_as_good_as_torch(values.grad, (grad.double().t() @ x.detach().double())[keep], own)
+
+
+# A chain of additions may be no longer than PyTorch's where its are shortest, in strips of every width.
+def test_sums_of_few_outputs_and_few_kept(variant):
+    for m, n, k in few_outputs(150):
+        weight, keep = torch.randn(n, k), torch.rand(n, k) < 0.55
+        x, stored = torch.randn(m, k), FORMS["bitmap"].store(weight, keep)
+        dense = weight * keep
+        assert_as_good_as_torch(bitmap_linear(x, *stored), x.double() @ dense.double().t(), x @ dense.t())
 
 
 def test_gradients_go_through_many_blocks(monkeypatch):
