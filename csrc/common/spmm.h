@@ -4,7 +4,7 @@
 // Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows:
 // [k][row of the strip]. A kept weight is one broadcast and as many multiply-adds as a strip has vectors, each with its
 // activations straight from L1: nearly twice as long as a product in a dense tile, which uses what it loads for a dozen
-// weights. So it pays where two fifths of the weights are zero, or more (spmm_pays).
+// weights. So it pays where two fifths of the weights are zero, or more (float_spmm_pays).
 //
 // Each thread takes a group of outputs and, stretch by stretch of K, asks the SOURCE which of their weights are kept,
 // once for all strips. A source is copied for each thread, so that it may keep a position, and has one function:
