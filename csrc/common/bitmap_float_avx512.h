@@ -37,6 +37,21 @@ ENGINE_AVX512 int64_t expand_floats_avx512(const uint8_t* mask,  // of the stret
     return p - values;
 }
 
+// The same without a conversion; as much is written as kc, rounded up to 32.
+inline ENGINE_AVX512 int64_t expand_floats_avx512(const uint8_t* mask, const BFloat16* values, int64_t kc,
+                                                  BFloat16* out) {
+    const BFloat16* p = values;
+    for (int64_t i = 0; i < kc; i += 64) {
+        uint64_t bits = mask_bits(mask, i, kc);
+        for (int64_t j = i; j < i + 64 && j < kc; j += 32, bits >>= 32) {
+            const auto m = static_cast<uint32_t>(bits);
+            _mm512_storeu_si512(out + j, expand_lanes_avx512<uint16_t>(m, _mm512_loadu_si512(p)));
+            p += popcount64(m);
+        }
+    }
+    return p - values;
+}
+
 // What a tile does with 32 weights. `kFloats` is how much of a row of activations, in floats, 32 of them take.
 
 struct FmaAvx512 {
@@ -76,18 +91,8 @@ struct FmaAvx512 {
     }
 };
 
-// Whether the processor has AVX512_BF16, which Ice Lake, with all of Isa::avx512, hasn't.
-inline bool has_bf16() {
-#if defined(ENGINE_EMULATE_AVX512)
-    return true;
-#else
-    static const bool has = __builtin_cpu_supports("avx512bf16") != 0;
-    return has;
-#endif
-}
-
 // bfloat16 values by bfloat16 activations: products of pairs are added in fp32 by one instruction, which makes twice
-// as many in its time. Subnormal numbers count as zero.
+// as many in its time.
 struct PairsAvx512 {
     static constexpr int64_t kFloats = 16;
 
@@ -103,19 +108,6 @@ struct PairsAvx512 {
         }
     }
 
-    // As assembly, so that functions need no target of their own.
-    ENGINE_AVX512 ENGINE_INLINE static void accumulate(__m512& acc, __m512i a, __m512i b) {
-#if defined(ENGINE_EMULATE_AVX512)
-        const __m512i odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
-        acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, odd)),
-                              _mm512_castsi512_ps(_mm512_and_si512(b, odd)), acc);
-        acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
-                              _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), acc);
-#else
-        asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-#endif
-    }
-
     template <int M, int C, int U>
     ENGINE_AVX512 ENGINE_INLINE static void add_32(const BFloat16* (&p)[C], const uint32_t (&bits)[C], int half,
                                                    const float* x, int64_t stride, __m512 (&acc)[C][M][U]) {
@@ -126,7 +118,7 @@ struct PairsAvx512 {
         for (int m = 0; m < M; ++m) {
             const __m512i a = _mm512_load_si512(x + m * stride);
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) accumulate(acc[c][m][half % U], w[c], a);
+            for (int c = 0; c < C; ++c) accumulate_pairs_avx512(acc[c][m][half % U], w[c], a);
         }
     }
 };
@@ -233,13 +225,16 @@ void bitmap_dots(const FloatLinear<T>& call, const Weights& weights) {
 // is read; row_bytes(); column(row, scratch); and check_row(row, how many values were taken).
 template <class T, class Weights>
 bool bitmap_dot_linear(const FloatLinear<T>& call, const Weights& weights) {
-    if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<typename Weights::Value, BFloat16>) {
-        if (has_bf16() && call.m <= kMostDotRows) {
+    constexpr int64_t kMostPairRows = 3 * kDotRows, kMostRows = 2 * kDotRows;  // then panels are faster
+    using V = typename Weights::Value;
+    if constexpr (kBFloat16Products<T, V>) {
+        if (has_bf16()) {
+            if (call.m > kMostPairRows) return false;
             bitmap_dots<PairsAvx512>(call, weights);
             return true;
         }
     }
-    if (call.m > 2 * kDotRows) return false;
+    if (call.m > kMostRows) return false;
     bitmap_dots<FmaAvx512>(call, weights);
     return true;
 }

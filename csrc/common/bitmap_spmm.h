@@ -1,12 +1,15 @@
 // A bitmap as a source for common/spmm.h: the places of its set bits, and its values as fp32.
 #pragma once
 
+#include <array>
+
 #include "common/bitmap.h"
+#include "common/registers_avx512.h"
 #include "common/spmm.h"
 
 namespace engine {
 
-// The places of the bits set among the first kc of a mask; up to 8 bytes beyond may be written. Returns how many.
+// The places of the bits set among the first kc of a mask; up to 64 bytes beyond may be written. Returns how many.
 ENGINE_INLINE int64_t kept_columns(const uint8_t* mask,  // [ceil(kc/8)]
                                    int64_t kc, uint8_t* columns) {
     static_assert(kSpmmDepth <= 256);
@@ -28,6 +31,22 @@ inline int64_t kept_columns_portable(const uint8_t* mask, int64_t kc, uint8_t* c
 ENGINE_AVX2 inline int64_t kept_columns_avx2(const uint8_t* mask, int64_t kc, uint8_t* columns) {
     return kept_columns(mask, kc, columns);
 }
+ENGINE_AVX512 inline int64_t kept_columns_avx512(const uint8_t* mask, int64_t kc, uint8_t* columns) {
+    alignas(64) static constexpr std::array<uint8_t, 64> kFirst = [] {
+        std::array<uint8_t, 64> places{};
+        for (uint8_t i = 0; i < 64; ++i) places[i] = i;
+        return places;
+    }();
+    __m512i places = _mm512_load_si512(kFirst.data());
+    uint8_t* to = columns;
+    for (int64_t i = 0; i < kc; i += 64) {
+        const uint64_t bits = integer_bits(mask_bits(mask, i, kc));
+        _mm512_storeu_si512(to, compress_lanes_avx512<uint8_t>(bits, places));
+        places = _mm512_add_epi8(places, _mm512_set1_epi8(64));
+        to += popcount64(bits);
+    }
+    return to - columns;
+}
 #endif
 
 template <class V>
@@ -37,8 +56,8 @@ class BitmapSource {
                  BadRow& bad)
         : bitmask_(bitmask), row_offsets_(row_offsets), values_(values), k_(k), nnz_(nnz), bad_(&bad) {
 #if ENGINE_X86
-        if (isa() == Isa::portable) return;
-        columns_ = kept_columns_avx2;
+        if (isa() == Isa::avx2) columns_ = kept_columns_avx2;
+        if (isa() == Isa::avx512) columns_ = kept_columns_avx512;
 #endif
     }
 

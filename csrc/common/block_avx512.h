@@ -1,6 +1,6 @@
-// Microkernels for many rows of activations by one row of blocks, with AVX-512: int8 (VNNI) and fp32. Blocks are
-// packed; activations are read where they lie, at the columns of the kept blocks. Sums stay in registers from one block
-// to the next.
+// Microkernels for many rows of activations by one row of blocks, with AVX-512: int8 (VNNI), bfloat16 and fp32. Blocks
+// are packed; activations are read where they lie, at the columns of the kept blocks. Sums stay in registers from one
+// block to the next.
 #pragma once
 
 #include "common/isa.h"
@@ -21,12 +21,12 @@ constexpr int64_t kStripOutputs = 64;  // at most so many to a strip; always a m
 // Rows of activations to a tile: as many sums as fit registers, and 12 for 16 outputs.
 constexpr int64_t strip_rows(int64_t outputs) { return outputs > 48 ? 6 : outputs > 32 ? 8 : 12; }
 
-// Kept blocks of one row of blocks, packed. W: int8_t in fours, float one by one.
+// Kept blocks of one row of blocks, packed. W: int8_t in fours, BFloat16 in pairs, float one by one.
 template <class W>
 struct BlockStrip {
     const int32_t* columns;  // [blocks]: where each stands
     int64_t blocks, wide;    // wide: columns of a block
-    const W* weights;        // [blocks · wide / 4, outputs, 4], or [blocks · wide, outputs]
+    const W* weights;        // [blocks · wide / 4, outputs, 4], or as many in pairs, or one by one
     // What memory is asked for meanwhile, so many lines with each block: many at once would hold up the activations.
     const int8_t* next = nullptr;
     int64_t lines = 0;
@@ -34,15 +34,6 @@ struct BlockStrip {
     const char* y = nullptr;
     int64_t y_stride = 0, y_lines = 0;
 };
-
-// Asks for a line that is to be written. As assembly because GCC would ask for it to be read.
-ENGINE_INLINE void ask_to_write(const void* line) {
-#if defined(ENGINE_EMULATE_AVX512)
-    __builtin_prefetch(line, 1);
-#else
-    asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));
-#endif
-}
 
 // 16 rows of 4 dwords as 4 of 16.
 ENGINE_AVX512 ENGINE_INLINE void transpose_16x4_avx512(const void* rows, int64_t stride_bytes, __m512i (&columns)[4]) {
@@ -70,10 +61,84 @@ ENGINE_AVX512 ENGINE_INLINE void transpose_16x4_avx512(const void* rows, int64_t
     }
 }
 
+// Tiles where a broadcast of 32 bits is multiplied at once: fours of int8, or pairs of bfloat16. A kernel says how:
+//
+//   X, W, Sum, Acc      of activations, weights, sums, and 16 sums in a register
+//   begin(start, at)    16 sums to begin with: start[0, 16), if there is any, and at[0, 16), if there is any
+//   accumulate(...)     adds the products of 32 bits of activations with those of 16 outputs
+template <class Kernel>
+struct BlockDwordsAvx512 {
+    // R rows of activations by 16 V outputs. Rows are reached from every third, by one and two strides.
+    template <int R, int V, class X, class W, class Sum>
+    ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const X* x,        // [R, elements]
+                                                                int64_t elements,  // from one row to the next
+                                                                const BlockStrip<W>& strip, const Sum* start, bool add,
+                                                                Sum* sums) {  // [R, 16 V]
+        typename Kernel::Acc acc[R][V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                Kernel::begin(acc[r][v], start ? start + 16 * v : nullptr, add ? sums + (r * V + v) * 16 : nullptr);
+            }
+        }
+        const auto* q = reinterpret_cast<const char*>(x);
+        const int64_t stride = elements * static_cast<int64_t>(sizeof(X));
+        const int64_t wide = strip.wide * static_cast<int64_t>(sizeof(X));  // bytes
+        const auto* w = reinterpret_cast<const char*>(strip.weights);
+        const int8_t* ask = strip.next;
+        const char* y = strip.y;
+        const char* const y_end = y + R * strip.y_stride;
+        const int64_t y_rows = (R + strip.blocks - 1) / std::max<int64_t>(1, strip.blocks);
+        for (int64_t i = 0; i < strip.blocks; ++i) {
+            for (int64_t line = 0; line < strip.lines; ++line, ask += 64) __builtin_prefetch(ask, 0, 2);
+            for (int64_t a = 0; a < y_rows && y != y_end; ++a, y += strip.y_stride) {
+                for (int64_t line = 0; line < strip.y_lines; ++line) ask_to_write(y + 64 * line);
+            }
+            const char* row[(R + 2) / 3];
+            const char* next = q + strip.columns[std::min(i + 1, strip.blocks - 1)] * wide;
+#pragma GCC unroll 4
+            for (int t = 0; t < (R + 2) / 3; ++t) row[t] = q + strip.columns[i] * wide + 3 * t * stride;
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * stride);
+            for (int64_t k = 0; k < wide; k += 16) {
+#pragma GCC unroll 4
+                for (int f = 0; f < 4; ++f, w += 64 * V) {
+                    __m512i weight[V];
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; ++v) weight[v] = _mm512_load_si512(w + 64 * v);
+#pragma GCC unroll 12
+                    for (int r = 0; r < R; ++r) {
+                        int32_t dword;
+                        std::memcpy(&dword, row[r / 3] + r % 3 * stride + k + 4 * f, sizeof dword);
+                        const __m512i one = _mm512_set1_epi32(dword);
+#pragma GCC unroll 4
+                        for (int v = 0; v < V; ++v) Kernel::accumulate(acc[r][v], one, weight[v]);
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) std::memcpy(sums + (r * V + v) * 16, &acc[r][v], 64);
+        }
+    }
+};
+
 // vpdpbusd takes one side unsigned. Here that is the activations, shifted by 128: what the sums are too large by is
 // then the same for every row of activations, 128 · (sum of an output's weights), and they begin with it taken away.
-struct BlockInt8Avx512 {
+struct BlockInt8Avx512 : BlockDwordsAvx512<BlockInt8Avx512> {
     using W = int8_t;
+    using Acc = __m512i;
+
+    ENGINE_AVX512 ENGINE_INLINE static void begin(__m512i& acc, const int32_t* start, const int32_t* at) {
+        acc = _mm512_load_si512(start);
+        if (at) acc = _mm512_add_epi32(acc, _mm512_load_si512(at));
+    }
+    ENGINE_AVX512 ENGINE_INLINE static void accumulate(__m512i& acc, __m512i x, __m512i w) {
+        accumulate_avx512(acc, x, w);
+    }
 
     // 16 outputs by 16 of K.
     ENGINE_AVX512 ENGINE_INLINE static void pack_16(const int8_t* w, int64_t stride, int8_t* to, int64_t to_stride,
@@ -104,64 +169,38 @@ struct BlockInt8Avx512 {
             _mm512_store_si512(start + j, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7)));
         }
     }
+};
 
-    // R rows of activations by 16 V outputs. Rows are reached from every third, by one and two strides.
-    template <int R, int V>
-    ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const uint8_t* q,  // [R, stride]
-                                                                int64_t stride, const BlockStrip<int8_t>& strip,
-                                                                const int32_t* start, bool add,
-                                                                int32_t* sums) {  // [R, 16 V]
-        __m512i acc[R][V];
+// bfloat16 by bfloat16, with AVX512_BF16.
+struct BlockPairsAvx512 : BlockDwordsAvx512<BlockPairsAvx512> {
+    using W = BFloat16;
+    using Acc = __m512;
+    static constexpr int64_t kTogether = 2;  // weights of an output that lie together
+
+    ENGINE_AVX512 ENGINE_INLINE static void begin(__m512& acc, const float*, const float* at) {
+        acc = at ? _mm512_load_ps(at) : _mm512_setzero_ps();
+    }
+    ENGINE_AVX512 ENGINE_INLINE static void accumulate(__m512& acc, __m512i x, __m512i w) {
+        accumulate_pairs_avx512(acc, x, w);
+    }
+
+    // Packs 16 outputs of a block.
+    ENGINE_AVX512 static void pack(const BFloat16* w,  // [16, stride]
+                                   int64_t stride, int64_t wide,
+                                   BFloat16* to,  // [wide / 2, outputs, 2]
+                                   int64_t outputs) {
+        for (int64_t k = 0; k < wide; k += 8) {
+            __m512i pairs[4];
+            transpose_16x4_avx512(w + k, stride * static_cast<int64_t>(sizeof(BFloat16)), pairs);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            const __m512i begin = _mm512_load_si512(start + 16 * v);
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r) {
-                acc[r][v] = add ? _mm512_add_epi32(begin, _mm512_load_si512(sums + (r * V + v) * 16)) : begin;
-            }
-        }
-        const int8_t *w = strip.weights, *ask = strip.next;
-        const char* y = strip.y;
-        const char* const y_end = y + R * strip.y_stride;
-        const int64_t y_rows = (R + strip.blocks - 1) / std::max<int64_t>(1, strip.blocks);
-        for (int64_t i = 0; i < strip.blocks; ++i) {
-            for (int64_t line = 0; line < strip.lines; ++line, ask += 64) __builtin_prefetch(ask, 0, 2);
-            for (int64_t a = 0; a < y_rows && y != y_end; ++a, y += strip.y_stride) {
-                for (int64_t line = 0; line < strip.y_lines; ++line) ask_to_write(y + 64 * line);
-            }
-            const uint8_t* row[(R + 2) / 3];
-            const uint8_t* next = q + strip.columns[std::min(i + 1, strip.blocks - 1)] * strip.wide;
-#pragma GCC unroll 4
-            for (int t = 0; t < (R + 2) / 3; ++t) row[t] = q + strip.columns[i] * strip.wide + 3 * t * stride;
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * stride);
-            for (int64_t k = 0; k < strip.wide; k += 16) {
-#pragma GCC unroll 4
-                for (int f = 0; f < 4; ++f, w += 64 * V) {
-                    __m512i weight[V];
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; ++v) weight[v] = _mm512_load_si512(w + 64 * v);
-#pragma GCC unroll 12
-                    for (int r = 0; r < R; ++r) {
-                        int32_t four;
-                        std::memcpy(&four, row[r / 3] + r % 3 * stride + k + 4 * f, sizeof four);
-                        const __m512i x = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-                        for (int v = 0; v < V; ++v) accumulate_avx512(acc[r][v], x, weight[v]);
-                    }
-                }
-            }
-        }
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) _mm512_store_si512(sums + (r * V + v) * 16, acc[r][v]);
+            for (int i = 0; i < 4; ++i) _mm512_store_si512(to + (k + 2 * i) * outputs, pairs[i]);
         }
     }
 };
 
 struct BlockFloatAvx512 {
     using W = float;
+    static constexpr int64_t kTogether = 1;
 
     // Packs 16 outputs of a block.
     ENGINE_AVX512 static void pack(const float* w,  // [16, stride]

@@ -1,13 +1,15 @@
 // Linear layers in fp32 arithmetic whose weights are stored smaller: what they share.
 //
 // For many rows of activations float_panel_linear: each thread takes a group of outputs and, stretch by stretch of K,
-// has the PROVIDER turn their weights into fp32 once, to multiply all activations by them. Activations are packed once
-// for all threads, in STRIPS of as many rows as the microkernel's vectors are wide: [k][row of the strip]. So the
+// has the PROVIDER turn their weights into floats once, to multiply all activations by them. Activations are packed
+// once for all threads, in STRIPS of as many rows as the microkernel's vectors are wide: [k][row of the strip]. So the
 // weights may stay row by row, as they come; each is broadcast.
 //
 // A provider is copied for each thread, so that it may keep a position, and has one function:
 //
-//   void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel);
+//   void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, Element* panel);
+//
+// Element is float; or BFloat16, where the provider's Value, of which its weights are, becomes that without rounding.
 //
 // It writes the weights [row, row + rows) × [k0, k0 + kc) to `panel`, rows kFloatDepth apart, and may write anything to
 // the rest of a row of the panel.
@@ -23,6 +25,9 @@
 #include <limits>
 
 #include "common/int8_activations.h"
+#if ENGINE_X86
+#include "common/registers_avx512.h"
+#endif
 
 namespace engine {
 
@@ -51,6 +56,8 @@ ENGINE_INLINE T float_output(float sum, const FloatLinear<T>& call, int64_t colu
     return from_float<T>(sum);
 }
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The product of all sizes but the last.
 inline int64_t rows_of(const std::vector<int64_t>& sizes) {
     int64_t rows = 1;
@@ -67,6 +74,20 @@ void fill_nan(const FloatLinear<T>& call, int64_t row) {
 template <class T>
 ENGINE_INLINE bool all_finite(const T* x, int64_t k) {
     return amax_bits(x, k) < 0x7f800000u;
+}
+
+// Whether activations T by weights V can be multiplied as bfloat16, and whether this processor does so: it has twice as
+// many such products in its time.
+template <class T, class V>
+constexpr bool kBFloat16Products =
+    std::is_same_v<T, BFloat16> && (std::is_same_v<V, BFloat16> || std::is_same_v<V, int8_t>);
+template <class T, class V>
+bool multiplies_bfloat16() {
+#if ENGINE_X86
+    return kBFloat16Products<T, V> && isa() == Isa::avx512 && has_bf16();
+#else
+    return false;
+#endif
 }
 
 // y of the whole call, on torch's threads.

@@ -61,6 +61,8 @@ ENGINE_AVX2 ENGINE_INLINE void transpose_8x8_avx2(__m256 (&v)[8]) {
 }
 
 struct FloatPanelAvx2 {
+    using Element = float;
+    static constexpr int64_t kChain = kFloatChain;
     static constexpr int64_t kWidth = 16, kNarrow = 8, kRows = 12, kGroup = 96;
 
     template <class T>

@@ -1,6 +1,8 @@
 // The loops around the microkernels of common/gemm_float.h, the same for every instruction set. A microkernel is a
 // struct:
 //
+//   Element          what it multiplies: float, or BFloat16 in pairs along K
+//   kChain           how much of K is added up before it is added to the sums
 //   kWidth, kNarrow  rows of activations in a strip; in the last one where they suffice
 //   kRows            weight rows that one call of tile() multiplies
 //   kGroup           weight rows to a group at most, a multiple of kRows
@@ -30,8 +32,6 @@ struct FloatPlan {
     int64_t parts;       // tasks along the strips of a chunk
 };
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Kernel>
 FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads) {
     constexpr int64_t kChunkBytes = 8 << 20;
@@ -54,16 +54,18 @@ FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads) {
 // Packed activations of a chunk.
 template <class Kernel>
 struct FloatStrips {
-    float* data;      // strip after strip, each [k, its width], kWidth · k apart
+    using Element = typename Kernel::Element;
+    Element* data;    // strip after strip, each [k, its width], kWidth · k apart
     uint8_t* finite;  // [stretches of K, chunk_rows]: whether a stretch of a row is
-    int64_t rows, k;
+    int64_t rows;
+    int64_t k;  // the call's, made even where elements are pairs
 
     int64_t count() const { return divide_up(rows, Kernel::kWidth); }
     int64_t stretches() const { return divide_up(k, kFloatDepth); }
     int64_t width(int64_t strip) const {
         return rows - strip * Kernel::kWidth <= Kernel::kNarrow ? Kernel::kNarrow : Kernel::kWidth;
     }
-    const float* at(int64_t strip, int64_t k0) const { return data + strip * Kernel::kWidth * k + k0 * width(strip); }
+    const Element* at(int64_t strip, int64_t k0) const { return data + strip * Kernel::kWidth * k + k0 * width(strip); }
 };
 
 template <class Kernel, class T>
@@ -75,7 +77,8 @@ void pack_strips(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, 
             const int64_t row = strip * Kernel::kWidth, k0 = stretch * kFloatDepth;
             Kernel::pack(call.x + (chunk + row) * call.k + k0, call.k, std::min(Kernel::kWidth, strips.rows - row),
                          std::min(kFloatDepth, call.k - k0), strips.width(strip),
-                         const_cast<float*>(strips.at(strip, k0)), strips.finite + stretch * strips.rows + row);
+                         const_cast<typename Kernel::Element*>(strips.at(strip, k0)),
+                         strips.finite + stretch * strips.rows + row);
         }
     };
     const int64_t count = strips.count() * stretches;
@@ -89,25 +92,37 @@ void pack_strips(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, 
 // One task: strips [begin, end) by the outputs [column, column + columns).
 template <class Kernel, class T, class Provider>
 void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, Provider& weights,
-                float* panel,   // [columns, kFloatDepth], columns made whole to kRows
+                typename Kernel::Element* panel,  // [columns, kFloatDepth], columns made whole to kRows
                 float* sums,    // strip after strip, each [columns, its width], kWidth · columns apart
                 int64_t chunk,  // the call's row that is row 0 of the strips
                 int64_t begin, int64_t end, int64_t column, int64_t columns) {
+    using Element = typename Kernel::Element;
     const int64_t whole = divide_up(columns, Kernel::kRows) * Kernel::kRows;
-    std::fill(panel + columns * kFloatDepth, panel + whole * kFloatDepth, 0.0f);
+    std::fill(panel + columns * kFloatDepth, panel + whole * kFloatDepth, Element{});
     for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kFloatDepth) {
         const int64_t kc = std::min(kFloatDepth, call.k - k0);
         weights.block(column, columns, k0, kc, panel);
+        if (strips.k > call.k && k0 + kc == call.k) {  // half a pair is left
+            for (int64_t r = 0; r < columns; ++r) panel[r * kFloatDepth + kc] = Element{};
+        }
         for (int64_t strip = begin; strip < end; ++strip) {
             const int64_t width = strips.width(strip), row = strip * Kernel::kWidth;
             float* mine = sums + (strip - begin) * Kernel::kWidth * whole;
+            const bool last = k0 + kc >= call.k;
             for (int64_t r = 0; r < whole; r += Kernel::kRows) {
-                for (int64_t k = 0; k == 0 || k < kc; k += kFloatChain) {
-                    Kernel::tile(panel + r * kFloatDepth + k, strips.at(strip, k0 + k), std::min(kFloatChain, kc - k),
-                                 width, k0 + k > 0, mine + r * width);
+                if (last) {  // a share of the strip's outputs: all at once would hold up the activations
+                    const int64_t rows = std::min(width, strips.rows - row);
+                    for (int64_t i = rows * r / whole; i < rows * (r + Kernel::kRows) / whole; ++i) {
+                        const T* y = call.y + (chunk + row + i) * call.n + column;
+                        for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) ask_to_write(y + j);
+                    }
+                }
+                for (int64_t k = 0; k == 0 || k < kc; k += Kernel::kChain) {
+                    Kernel::tile(panel + r * kFloatDepth + k, strips.at(strip, k0 + k),
+                                 std::min(Kernel::kChain, kc - k), width, k0 + k > 0, mine + r * width);
                 }
             }
-            if (k0 + kc >= call.k) {
+            if (last) {
                 Kernel::finish(call, mine, width, chunk + row, std::min(width, strips.rows - row), column, columns);
             }
         }
@@ -121,18 +136,21 @@ void float_panels(const FloatLinear<T>& call, const Provider& weights) {
     const bool serial = call.m * call.n * call.k < kSerialWork;
     const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
     const FloatPlan plan = plan_float<Kernel>(call.m, call.n, call.k, threads);
+    using Element = typename Kernel::Element;
     const int64_t flags = plan.chunk_rows * divide_up(call.k, kFloatDepth);
-    StripsScratch scratch(StripsScratch::template bytes_for<float>(plan.chunk_rows * call.k) +
+    const int64_t k = std::is_same_v<Element, float> ? call.k : divide_up(call.k, 2) * 2;
+    StripsScratch scratch(StripsScratch::template bytes_for<Element>(plan.chunk_rows * k) +
                           StripsScratch::template bytes_for<uint8_t>(flags) + 64);
-    FloatStrips<Kernel> strips{scratch.template take<float>(plan.chunk_rows * call.k),
-                               scratch.template take<uint8_t>(flags), 0, call.k};
+    FloatStrips<Kernel> strips{scratch.template take<Element>(plan.chunk_rows * k),
+                               scratch.template take<uint8_t>(flags), 0, k};
     for (int64_t chunk = 0; chunk < call.m; chunk += plan.chunk_rows) {
         strips.rows = std::min(plan.chunk_rows, call.m - chunk);
         pack_strips(call, strips, chunk, serial);
         const auto tasks = [&](int64_t first, int64_t last) {
             const int64_t panel = plan.columns * kFloatDepth, sums = plan.strips * Kernel::kWidth * plan.columns;
-            Scratch<FloatPanelScratch> own((panel + sums) * static_cast<int64_t>(sizeof(float)) + 128);
-            float* const own_panel = own.template take<float>(panel);
+            using Own = Scratch<FloatPanelScratch>;
+            Own own(Own::template bytes_for<Element>(panel) + Own::template bytes_for<float>(sums));
+            Element* const own_panel = own.template take<Element>(panel);
             float* const own_sums = own.template take<float>(sums);
             Provider position = weights;
             for (int64_t task = first; task < last; ++task) {
@@ -161,6 +179,10 @@ template <class T, class Provider>
 void float_panel_linear(const FloatLinear<T>& call, const Provider& weights) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
+    using V = typename Provider::Value;
+    if constexpr (kBFloat16Products<T, V>) {
+        if (multiplies_bfloat16<T, V>()) return float_panels<PairPanelAvx512>(call, weights);
+    }
     if (isa() == Isa::avx512) return float_panels<FloatPanelAvx512>(call, weights);
     if (isa() == Isa::avx2) return float_panels<FloatPanelAvx2>(call, weights);
 #endif

@@ -30,6 +30,8 @@ ENGINE_INLINE void finish_rest(const FloatLinear<T>& call,
 }
 
 struct FloatPanelPortable {
+    using Element = float;
+    static constexpr int64_t kChain = kFloatChain;
     static constexpr int64_t kWidth = 16, kNarrow = 8, kRows = 4, kGroup = 96;
 
     template <class T>

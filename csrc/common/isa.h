@@ -41,3 +41,16 @@ inline Isa isa() { return static_cast<Isa>(active_isa.load(std::memory_order_rel
 #else
 #define ENGINE_INLINE inline __attribute__((always_inline))
 #endif
+
+namespace engine {
+
+// Asks for a line that is to be written. As assembly because GCC would ask for it to be read.
+ENGINE_INLINE void ask_to_write(const void* line) {
+#if ENGINE_X86 && !defined(__CUDACC__)
+    asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));
+#else
+    __builtin_prefetch(line, 1);
+#endif
+}
+
+}  // namespace engine

@@ -42,6 +42,30 @@ ENGINE_AVX512 ENGINE_INLINE void accumulate_avx512(__m512i& acc, __m512i unsigne
 #endif
 }
 
+// Whether the processor has AVX512_BF16, which Ice Lake, with all of Isa::avx512, hasn't.
+inline bool has_bf16() {
+#if defined(ENGINE_EMULATE_AVX512)
+    return true;
+#else
+    static const bool has = __builtin_cpu_supports("avx512bf16") != 0;
+    return has;
+#endif
+}
+
+// acc += products of bfloat16 by pairs. Subnormal numbers count as zero. As assembly, so that functions need no target
+// of their own.
+ENGINE_AVX512 ENGINE_INLINE void accumulate_pairs_avx512(__m512& acc, __m512i a, __m512i b) {
+#if defined(ENGINE_EMULATE_AVX512)
+    const __m512i odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, odd)), _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
+                          acc);
+    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)),
+                          acc);
+#else
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+#endif
+}
+
 // The lowest lanes of `packed`, one a set bit, spread over the lanes whose bits are set; zeros elsewhere. Lanes have
 // the size of W.
 template <class W>

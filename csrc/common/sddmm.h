@@ -93,9 +93,9 @@ struct SddmmAvx2 {
 #endif
 
 // Whether so few places are kept, of all, that sums for these alone are faster than the product of the dense matrices,
-// which is the BLAS's. Measured on Zen 3 (docs/experiments/sparse_linear.md).
+// which is the BLAS's. Measured on Zen 3 and Zen 5 (docs/experiments/sparse_linear.md).
 inline bool sddmm_pays(int64_t m, int64_t kept, int64_t places) {
-    const double share = isa() == Isa::avx2 ? 0.5 : 0.2;
+    const double share = isa() == Isa::avx2 ? 0.5 : isa() == Isa::avx512 ? 0.35 : 0.2;
     return m >= 32 && kept > 0 && static_cast<double>(kept) <= share * static_cast<double>(places);
 }
 

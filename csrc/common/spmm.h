@@ -42,11 +42,14 @@ constexpr int64_t spmm_depth(int64_t width, int64_t chain) {
     return std::min({kSpmmDepth, chain, 96 * 64 / width / 8 * 8});
 }
 
-// Whether so few weights are kept, of all, that products with these alone are the faster way. Measured on Zen 3
-// (docs/experiments/sparse_linear.md). AVX-512 tiles have twice the registers to keep what they load in.
-inline bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
+// Whether so few weights V are kept, of all, that products with these alone are the faster way for activations T.
+// Measured on Zen 3 and, with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md): its tiles have twice the registers
+// to keep what they load in, and four times the products where they are bfloat16's.
+template <class T, class V>
+bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
     double share = m < 32 ? 0.5 : 0.6;
-    if (isa() == Isa::avx512) share = 0.4;
+    if (isa() == Isa::avx512) share = m < 128 ? 0.4 : 0.5;
+    if (multiplies_bfloat16<T, V>()) share = m < 128 ? 0.0 : 0.12;
     if (isa() == Isa::portable) share = m < 64 ? 0.9 : 0.4;
     return static_cast<double>(kept) <= share * static_cast<double>(weights);
 }

@@ -86,6 +86,7 @@ ExpandFloats<V> expand_floats() {
 
 template <class V>
 struct BitmapProvider {
+    using Value = V;
     Bitmap<V> weights;
     ExpandFloats<V> expand;
     std::array<int64_t, kFloatGroup> taken;           // values that each row of the group has given so far
@@ -95,6 +96,17 @@ struct BitmapProvider {
         : weights(weights), expand(expand_floats<V>()), taken{}, scratch{} {}
 
     void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) {
+        block(row, rows, k0, kc, panel, expand);
+    }
+#if ENGINE_X86
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, BFloat16* panel) {
+        block(row, rows, k0, kc, panel, [](auto... call) { return expand_floats_avx512(call...); });
+    }
+#endif
+
+  private:
+    template <class Element, class Expand>
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, Element* panel, Expand expand) {
         if (k0 == 0) taken.fill(0);
         for (int64_t r = 0; r < rows; ++r) {
             // Within the tensor, though a bitmap that doesn't fit together may have taken more than its row holds.
@@ -108,13 +120,20 @@ struct BitmapProvider {
             const uint8_t* mask = weights.mask(row + r) + k0 / 8;
             const int64_t count = expand(mask, from, kc, panel + r * kFloatDepth);
             taken[r] += count;
+            // Ask for the row's next stretch, which will be about as long, while this one is multiplied; at its end for
+            // the start of a row of the next group.
+            const V* next = from + count;
             if (k0 + kc >= weights.k) {
                 weights.check_row(row + r, taken[r]);
-            } else {  // ask for the row's next stretch, which will be about as long, while this one is multiplied
-                __builtin_prefetch(mask + kFloatDepth / 8);
-                const char* next = reinterpret_cast<const char*>(from + count);
-                for (size_t b = 0; b < count * sizeof(V); b += 64) __builtin_prefetch(next + b);
+                const int64_t below = std::min(row + r + rows, weights.n - 1);
+                mask = weights.mask(below);
+                next = weights.values + weights.row_offsets[below];
+            } else {
+                mask += kFloatDepth / 8;
             }
+            __builtin_prefetch(mask);
+            const char* bytes = reinterpret_cast<const char*>(next);
+            for (size_t b = 0; b < (count + 64 / sizeof(V)) * sizeof(V); b += 64) __builtin_prefetch(bytes + b);
         }
     }
 };
@@ -241,7 +260,7 @@ void linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
 #endif
     if (call.m > kDotRows) {
         const auto [bitmask, row_offsets, values, n, k, nnz, bad] = weights;
-        if (!float_spmm_pays(call.m, nnz, n * k)) return float_panel_linear(call, BitmapProvider<V>(weights));
+        if (!float_spmm_pays<T, V>(call.m, nnz, n * k)) return float_panel_linear(call, BitmapProvider<V>(weights));
         return float_spmm(call, BitmapSource<V>(bitmask, row_offsets, values, k, nnz, *bad));
     }
 #if ENGINE_X86

@@ -169,7 +169,7 @@ Tensor backward_input(Tensor grad_in, Tensor bitmask_in, Tensor row_offsets_in, 
     dispatch_float(values.scalar_type(), "bitmap_linear_backward_input: values", [](auto) {});
     const bool few_kept = static_cast<double>(nnz) <= kMostKept * static_cast<double>(n * columns);
     BadRow bad;
-    if (m < kFewestRows || !few_kept || !float_spmm_pays(m, nnz, n * columns)) {
+    if (m < kFewestRows || !few_kept || !float_spmm_pays<float, float>(m, nnz, n * columns)) {
         const auto* mask = data<uint8_t>(bitmask);
         const auto* offsets = data<int64_t>(row_offsets);
         for (int64_t row = 0; row < n; ++row, mask += mask_bytes(columns)) {

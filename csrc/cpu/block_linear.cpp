@@ -80,30 +80,43 @@ constexpr int64_t kChunkBytes = 4 << 20;   // of activations at a time
 constexpr int64_t kStripRowsAtOnce = 256;  // rows of activations to a task
 
 // Outputs of one row of blocks, at most kStripOutputs, by rows [begin, end) of `rows`.
-template <class T, class V>
+template <class Kernel, class T, class V>
 struct StripTask {
+    using W = typename Kernel::W;
     const FloatLinear<T>& call;
     const Blocks& weight;
-    FloatRows rows;
+    const W* rows;  // [.., stride]: activations, then zeros as far as blocks reach
+    int64_t stride;
     int64_t chunk;  // the call's row that is row 0 of `rows`
-    float* packed;  // [kStripDepth, kStripOutputs]
+    W* packed;      // [kStripDepth, kStripOutputs]
     float* sums;    // [kStripRowsAtOnce, kStripOutputs]
 
     // Kept blocks [first, last) of outputs [inside, inside + outputs).
     ENGINE_AVX512 void pack(int64_t first, int64_t last, int64_t inside, int64_t outputs) const {
         const auto [high, wide] = weight.shape;
         const V* values = data<V>(weight.values);
-        alignas(64) float w[16][kMaxBlock];
+        alignas(64) W w[16][kMaxBlock];
         for (int64_t i = first; i < last; ++i) {
             // What lies beyond K counts for nothing, not even where it is no number.
             const int64_t there = std::min(wide, weight.k - weight.columns()[i] * wide);
             for (int64_t j = 0; j < outputs; j += 16) {
-                for (int64_t r = 0; r < 16; ++r) {
-                    const V* from = values + (i * high + inside + j + r) * wide;
-                    for (int64_t c = 0; c < there; ++c) w[r][c] = to_float(from[c]);
-                    std::fill(w[r] + there, w[r] + wide, 0.0f);
+                const V* from = values + (i * high + inside + j) * wide;
+                W* const to = packed + (i - first) * wide * outputs + j * Kernel::kTogether;
+                if constexpr (std::is_same_v<V, W>) {
+                    if (there == wide) {
+                        Kernel::pack(from, wide, wide, to, outputs);
+                        continue;
+                    }
                 }
-                BlockFloatAvx512::pack(w[0], kMaxBlock, wide, packed + (i - first) * wide * outputs + j, outputs);
+                for (int64_t r = 0; r < 16; ++r, from += wide) {
+                    if constexpr (std::is_same_v<V, W>) {
+                        std::copy_n(from, there, w[r]);
+                    } else {
+                        for (int64_t c = 0; c < there; ++c) w[r][c] = to_float(from[c]);
+                    }
+                    std::fill(w[r] + there, w[r] + wide, W{});
+                }
+                Kernel::pack(w[0], kMaxBlock, wide, to, outputs);
             }
         }
     }
@@ -125,44 +138,60 @@ struct StripTask {
         for (int64_t i = first; i == first || i < last; i += step) {
             const int64_t stop = std::min(last, i + step);
             pack(i, stop, inside, outputs);
-            const BlockStrip<float> strip{weight.columns() + i, stop - i, wide, packed};
+            const BlockStrip<W> strip{weight.columns() + i, stop - i, wide, packed};
             for (int64_t row = begin; row < end; row += tile) {
                 const int64_t count = std::min(tile, end - row);
                 float* mine = sums + (row - begin) * outputs;
-                strip_tile<BlockFloatAvx512>(count, outputs, rows.x + row * rows.stride, rows.stride, strip, mine,
-                                             i > first, mine);
+                strip_tile<Kernel>(count, outputs, rows + row * stride, stride, strip,
+                                   static_cast<const float*>(nullptr), i > first, mine);
                 if (stop == last) finish(row, count, column, outputs, mine);
             }
         }
     }
 };
 
-template <class T, class V>
+// Rows of activations as a kernel takes them, then zeros as far as blocks reach.
+template <class T, class W>
+ENGINE_AVX512 void strip_rows_avx512(const T* x,  // [m, k]
+                                     int64_t m, int64_t k, int64_t stride, W* to,
+                                     bool* finite) {  // [m]
+    for (int64_t row = 0; row < m; ++row, x += k, to += stride) {
+        if constexpr (std::is_same_v<T, W>) {
+            std::copy_n(x, k, to);
+        } else {
+            for (int64_t i = 0; i < k; ++i) to[i] = to_float(x[i]);
+        }
+        std::fill(to + k, to + stride, W{});
+        finite[row] = all_finite(x, k);
+    }
+}
+
+template <class Kernel, class T, class V>
 void strip_linear(const FloatLinear<T>& call, const Blocks& weight) {
+    using W = typename Kernel::W;
     const auto [high, wide] = weight.shape;
-    // Activations end in zeros as far as blocks reach.
-    const int64_t stride = QuantizedRows<float>::stride_for(pieces_of(call.k, wide) * wide);
+    const int64_t stride = QuantizedRows<W>::stride_for(pieces_of(call.k, wide) * wide);
     const int64_t chunk_rows =
         std::min(call.m, std::max<int64_t>(48, kChunkBytes / (4 * std::max<int64_t>(1, stride))));
     const int64_t slices = pieces_of(high, kStripOutputs);
     using RowsScratch = Scratch<StripRowsScratch, kChunkBytes + (64 << 10)>;
-    RowsScratch scratch(RowsScratch::template bytes_for<float>(chunk_rows * stride) + chunk_rows + 64);
-    const FloatRows rows{scratch.template take<float>(chunk_rows * stride), stride};
-    bool* finite = scratch.template take<bool>(chunk_rows);
+    RowsScratch scratch(RowsScratch::template bytes_for<W>(chunk_rows * stride) + chunk_rows + 64);
+    W* const rows = scratch.template take<W>(chunk_rows * stride);
+    bool* const finite = scratch.template take<bool>(chunk_rows);
     for (int64_t chunk = 0; chunk < call.m; chunk += chunk_rows) {
         const int64_t m = std::min(chunk_rows, call.m - chunk);
         parallel_rows(m, call.k * 8, [&](int64_t begin, int64_t end) {
-            FloatLinear<T> part = call;
-            part.x += (chunk + begin) * call.k;
-            part.m = end - begin;
-            float_rows_avx512(part, {rows.x + begin * stride, stride}, finite + begin);
+            strip_rows_avx512(call.x + (chunk + begin) * call.k, end - begin, call.k, stride, rows + begin * stride,
+                              finite + begin);
         });
         const int64_t bands = pieces_of(m, kStripRowsAtOnce), tall = pieces_of(m, bands);
         const auto tasks = [&, high = high](int64_t from, int64_t to) {
             constexpr int64_t kPacked = kStripDepth * kStripOutputs, kSums = kStripRowsAtOnce * kStripOutputs;
-            Scratch<StripScratch> own((kPacked + kSums) * static_cast<int64_t>(sizeof(float)));
-            float* packed = own.template take<float>(kPacked);
-            const StripTask<T, V> task{call, weight, rows, chunk, packed, own.template take<float>(kSums)};
+            using Own = Scratch<StripScratch>;
+            Own own(Own::template bytes_for<W>(kPacked) + Own::template bytes_for<float>(kSums));
+            W* const packed = own.template take<W>(kPacked);
+            const StripTask<Kernel, T, V> task{
+                call, weight, rows, stride, chunk, packed, own.template take<float>(kSums)};
             for (int64_t i = from; i < to; ++i) {
                 const int64_t band = i % bands, slice = i / bands % slices, line = i / bands / slices;
                 task.run(line, slice * kStripOutputs, band * tall, std::min(m, (band + 1) * tall));
@@ -180,7 +209,12 @@ template <class T, class V>
 void linear(const FloatLinear<T>& call, const Blocks& weight) {
     auto kernel = line_portable<T, V>;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m > kDotRows && call.n > 0) return strip_linear<T, V>(call, weight);
+    if (isa() == Isa::avx512 && call.m > kDotRows && call.n > 0) {
+        if constexpr (kBFloat16Products<T, V>) {
+            if (multiplies_bfloat16<T, V>()) return strip_linear<BlockPairsAvx512, T, V>(call, weight);
+        }
+        return strip_linear<BlockFloatAvx512, T, V>(call, weight);
+    }
     if (isa() == Isa::avx2) kernel = line_avx2<T, V>;
     if (isa() == Isa::avx512) kernel = line_avx512<T, V>;
 #endif

@@ -14,16 +14,22 @@ constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the row being r
 
 // ---- panels -----------------------------------------------------------------------------------------------------
 
+ENGINE_INLINE void convert(int8_t from, float& to) { to = static_cast<float>(from); }
+ENGINE_INLINE void convert(int8_t from, BFloat16& to) {  // exact, so nothing is to be rounded
+    to.bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(from)) >> 16);
+}
+
+template <class Element>
 ENGINE_INLINE void convert_block(const int8_t* weight,  // [rows, k], from k0 on
                                  int64_t k, int64_t rows, int64_t kc, bool more,
-                                 float* panel) {  // [rows, kFloatDepth]
+                                 Element* panel) {  // [rows, kFloatDepth]
     for (int64_t r = 0; r < rows; ++r) {
         const int8_t* from = weight + r * k;
         if (more) {  // the next stretch of this row, while this one is multiplied
             for (int64_t i = 0; i < kFloatDepth; i += 64) __builtin_prefetch(from + kc + i);
         }
-        float* to = panel + r * kFloatDepth;
-        for (int64_t i = 0; i < kc; ++i) to[i] = static_cast<float>(from[i]);
+        Element* to = panel + r * kFloatDepth;
+        for (int64_t i = 0; i < kc; ++i) convert(from[i], to[i]);
     }
 }
 using ConvertBlock = void (*)(const int8_t*, int64_t, int64_t, int64_t, bool, float*);
@@ -35,8 +41,9 @@ ENGINE_AVX2 void convert_block_avx2(const int8_t* weight, int64_t k, int64_t row
                                     float* panel) {
     convert_block(weight, k, rows, kc, more, panel);
 }
+template <class Element>
 ENGINE_AVX512 void convert_block_avx512(const int8_t* weight, int64_t k, int64_t rows, int64_t kc, bool more,
-                                        float* panel) {
+                                        Element* panel) {
     convert_block(weight, k, rows, kc, more, panel);
 }
 #endif
@@ -44,12 +51,13 @@ ENGINE_AVX512 void convert_block_avx512(const int8_t* weight, int64_t k, int64_t
 ConvertBlock converter() {
 #if ENGINE_X86
     if (isa() == Isa::avx2) return convert_block_avx2;
-    if (isa() == Isa::avx512) return convert_block_avx512;
+    if (isa() == Isa::avx512) return convert_block_avx512<float>;
 #endif
     return convert_block_portable;
 }
 
 struct Int8Provider {
+    using Value = int8_t;
     const int8_t* weight;  // [n, k]
     int64_t k;
     ConvertBlock convert;
@@ -57,6 +65,11 @@ struct Int8Provider {
     void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) const {
         convert(weight + row * k + k0, k, rows, kc, k0 + 2 * kFloatDepth <= k, panel);
     }
+#if ENGINE_X86
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, BFloat16* panel) const {
+        convert_block_avx512(weight + row * k + k0, k, rows, kc, k0 + 2 * kFloatDepth <= k, panel);
+    }
+#endif
 };
 
 // ---- dot products -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // semi_structured_linear: float activations times a 2:4 weight of float values, in fp32, read as it lies. For a few
 // rows of activations the two bits of each value become a permutation that fetches the activation it belongs to, once
 // for all rows; many meet the stored values only (common/spmm.h), or with AVX-512 go through the panels of
-// common/gemm_float.h, which the weights are spread to.
+// common/gemm_float.h, which the weights are spread to, where that is faster.
 
 #include "common/bitmap_float_avx512.h"
 #include "common/gemm_float.h"
@@ -220,16 +220,24 @@ struct SemiBitmap {
 
 template <class V>
 struct SemiBitmapProvider {
+    using Value = V;
     SemiBitmap<V> weight;
     std::vector<V> copy;
 
     explicit SemiBitmapProvider(const SemiStructured<V>& weight) : weight{weight}, copy{} {}
 
-    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) {
+    template <class Element>
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, Element* panel) {
         for (int64_t r = row; r < row + rows; ++r, panel += kFloatDepth) {
+            const uint8_t* metadata = weight.weight.metadata_at(r, k0);
+            const V* values = weight.readable(r, k0, kc / 2 + 2, copy);
             uint8_t mask[64];
-            bitmap_of_row_avx512(weight.weight.metadata_at(r, k0), (groups_of_four(kc) + 1) / 2, mask);
-            expand_floats_avx512(mask, weight.readable(r, k0, kc / 2 + 2, copy), kc, panel);
+            bitmap_of_row_avx512(metadata, (groups_of_four(kc) + 1) / 2, mask);
+            expand_floats_avx512(mask, values, kc, panel);
+            // Ask for the row's next stretch, while this one is multiplied.
+            __builtin_prefetch(metadata + kFloatDepth / 8);
+            const char* next = reinterpret_cast<const char*>(values + kFloatDepth / 2);
+            for (size_t b = 0; b < kFloatDepth / 2 * sizeof(V); b += 64) __builtin_prefetch(next + b);
         }
     }
 };
@@ -258,7 +266,7 @@ void linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
 #if ENGINE_X86
     if (isa() == Isa::avx512) {
         if (bitmap_dot_linear(call, SemiBitmap<V>{weight})) return;
-        return float_panel_linear(call, SemiBitmapProvider<V>(weight));
+        if (!float_spmm_pays<T, V>(call.m, 1, 2)) return float_panel_linear(call, SemiBitmapProvider<V>(weight));
     }
 #endif
     if (call.m > kDotRows) return float_spmm(call, SemiSource<V>(weight));
