@@ -427,6 +427,10 @@ def test_search(task, tmp_path, monkeypatch):
     lines = (out / "measurements.jsonl").read_text()
     run("search", task, "-o", out, "--size-budget", 0.03)  # nothing new to measure
     assert (out / "measurements.jsonl").read_text() == lines
+    trained = tmp_path / "trained"
+    run("distill", task, "-o", trained, "--recipes", out / "search.json", "--steps", 3)
+    recipes = {name: recipe.to_dict() for name, recipe in Search.load(out / "search.json").recipes.items()}
+    assert recipes and CheckpointFile(trained / "model.safetensors").recipe == recipes
 
 
 def test_distill(task, tmp_path):
@@ -449,10 +453,15 @@ def test_distill(task, tmp_path):
         (("search", "FOLDER", "--loss-budget", 1), 1, "needs --texts"),
         (("distill", "TASK", "--steps", 5), 2, "nothing to do"),
         (("distill", "TASK", "--steps", 5, "--sparsity", 2), 2, "sparsity"),
+        (("distill", "TASK", "--steps", 5, "--int8", "--recipes", "x.json"), 2, "--recipes says all of it"),
+        (("distill", "TASK", "--steps", 5, "--recipes", "x.json"), 1, "x.json: no such file"),
+        (("distill", "TASK", "--steps", 5, "--recipes", "BAD"), 1, "bad.json: is no search.json"),
     ],
 )
 def test_search_and_distill_refuse(task, tmp_path, arguments, code, message):
+    (tmp_path / "bad.json").write_text('{"recipes": []}')
     words = [str(a).replace("TASK", task).replace("FOLDER", str(tmp_path)) for a in arguments]
+    words = [word.replace("BAD", str(tmp_path / "bad.json")) for word in words]
     assert message in run(*words, "-o", tmp_path / "out", code=code)
 
 

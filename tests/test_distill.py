@@ -145,6 +145,25 @@ def test_gradual_pruning_ends_at_the_recipe():
         assert all(share == pytest.approx(0.7, abs=0.01) for share in done.sparsity.values())
 
 
+@pytest.mark.parametrize("gradual", [0, 10])
+def test_a_recipe_for_each_layer(gradual):
+    teacher, batches = small()
+    student, at_once = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    recipes = {
+        "3": Recipe(Prune(sparsity=0.5), Quantize(), **HOW),
+        "0": Recipe(Prune(sparsity=0.8, importance="magnitude" if gradual else "obs"), **HOW),
+    }
+    engine.compress_(at_once, recipes, batches[0])
+    done = engine.distill(student, teacher, batches, steps=20, recipe=recipes, gradual=gradual, learning_rate=3e-3)
+    assert [student[i].format.label for i in (0, 3)] == ["bitmap float32", "bitmap int8"]
+    assert done.sparsity == pytest.approx({"0": 0.8, "3": 0.5}, abs=0.01)
+    if not gradual:
+        assert all(torch.equal(student[i].bitmask, at_once[i].bitmask) for i in (0, 3))
+    only = copy.deepcopy(teacher)
+    engine.distill(only, teacher, batches, steps=2, recipe={"3": recipes["3"]})
+    assert type(only[0]) is nn.Linear and isinstance(only[3], CompressedLinear)
+
+
 def test_the_task_alone_without_a_teacher():
     x = torch.randn(200, 16)
     target = (x @ torch.randn(16, 4)).argmax(-1)
@@ -313,6 +332,9 @@ def test_bad_arguments(tmp_path):
         ({"teacher_cache": -1}, "teacher_cache: expected bytes"),
         ({"gradual": 99}, "gradual: expected 0 to steps"),
         ({"gradual": 2, "recipe": Recipe(None, Quantize(), **HOW)}, "needs a recipe with an unstructured sparsity"),
+        ({"recipe": {}}, "at least one layer, got an empty mapping"),
+        ({"recipe": {"nowhere": BOTH}}, "nowhere"),
+        ({"gradual": 2, "recipe": {"0": BOTH, "3": Recipe(Prune(threshold=0.1), **HOW)}}, "an unstructured sparsity"),
         ({"batches": []}, "gave none"),
         ({"batches": iter(batches[:2]), "steps": 5}, "ran out"),
     ]:
@@ -322,6 +344,8 @@ def test_bad_arguments(tmp_path):
         with pytest.raises(ValueError, match=message):
             engine.distill(student, teacher, **arguments)
         assert_unchanged(student, before)
+    with pytest.raises(TypeError, match=r"distill: recipe: expected engine\.Recipe, got str"):
+        engine.distill(copy.deepcopy(teacher), teacher, batches, steps=1, recipe={"0": "int8"})
     with pytest.raises(ValueError, match="as there is no teacher"):
         engine.distill(copy.deepcopy(teacher), None, batches, steps=1, recipe=BOTH)
 

@@ -11,8 +11,6 @@ from engine.compress.trainable import TrainableLinear
 from engine.formats import Bitmap
 from engine.nn import CompressedLinear
 
-PRUNE = engine.Prune(sparsity=0.5)
-
 
 @pytest.fixture(params=[False, True], ids=["all", "kept"])
 def by_kept(request, monkeypatch):
@@ -57,13 +55,14 @@ def test_another_mask_is_taken_up(by_kept):
     trained.load_state_dict(other.state_dict(), assign=True)
     assert_as_its_weight_says(trained, x)
     trained = layer(0.3)
-    for sparsity in (0.5, 0.6):
-        trained.prune_to(sparsity, PRUNE)
+    trained.open(trained.weight, engine.Prune(sparsity=0.8))
+    for share in (0.6, 0.7):
+        trained.close(share)
     assert_as_its_weight_says(trained, x)
     copied = copy.deepcopy(trained)
     copied.load_state_dict(layer(0.4).state_dict())
     assert_as_its_weight_says(copied, x)
-    trained.prune_to(0.8, PRUNE)
+    trained.close(1.0)
     assert_as_its_weight_says(trained, x)
 
 

@@ -20,8 +20,8 @@ from engine.compress import measure
 from engine.compress.calibrate import Calibration, calibrate
 from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.losses import Loss, make_loss
-from engine.compress.recipe import Recipe
-from engine.compress.targets import find_targets
+from engine.compress.recipe import Recipe, check_recipes, describe_recipes
+from engine.compress.targets import targets_by_recipe
 from engine.compress.trainable import TrainableLinear, trainable, trainable_layers, twins
 from engine.nn import CompressedConv2d, CompressedLinear
 from engine.nn.compressed import _Compressed
@@ -72,7 +72,7 @@ def distill(
     batches: Iterable[Any],
     *,
     steps: int,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Recipe] | None = None,
     calibration: Calibration | None = None,
     loss: Loss = "mse",
     temperature: float = 1.0,
@@ -99,6 +99,8 @@ def distill(
 
     Args:
         student: dense, with a `recipe` that says how to compress it; or compressed already, to be trained as it is.
+        recipe: as :func:`engine.compress_` takes it: one for all layers that it targets, or one for each layer by its
+            qualified name (of :func:`engine.search`, say), all others being left alone.
         teacher: in eval mode without gradients meanwhile; None: `loss` is the task's own.
         batches: tensors, tuples of arguments or mappings of keyword arguments; iterated anew as often as needed.
         steps: of the optimiser, in all.
@@ -127,20 +129,23 @@ def distill(
         progress: show a bar on standard error, if that is a terminal.
 
     Raises:
+        TypeError: `recipe` is no Recipe and no mapping of names to such.
         ValueError: bad arguments, a checkpoint of another run, or no batches.
         FloatingPointError: the loss or gradient is not finite; names the step and the last good checkpoint.
     """
-    _check(steps, accumulate, gradual, dtype, recipe, student)
+    recipes = [] if recipe is None else check_recipes(recipe, "distill")
+    _check(steps, accumulate, gradual, dtype, recipes, student)
     begun = time.perf_counter()
     stream = _Stream(batches)
     before = {id(t): (t, t.detach().clone()) for t in (*student.parameters(), *student.buffers())}
     undo = None
     try:
-        replacements = _prepare(student, recipe, calibration, stream, gradual)
+        replacements = _prepare(student, recipe, recipes, calibration, stream, gradual)
         undo = measure.replace_(student, replacements)
         layers = trainable_layers(student)
         compute = make_loss(student, teacher, loss, temperature, match_hidden, teacher_cache)
-        run = _Run(student, compute, stream, layers, recipe, steps, accumulate, dtype, gradual, clip_norm, warmup)
+        described = None if recipe is None else describe_recipes(recipe)
+        run = _Run(student, compute, stream, layers, described, steps, accumulate, dtype, gradual, clip_norm, warmup)
         run.start(wrap, optimizer, learning_rate)
         resumed = run.resume(checkpoint)
         with _teaching(teacher), compute:
@@ -161,7 +166,7 @@ def distill(
 
 
 def _check(
-    steps: int, accumulate: int, gradual: int, dtype: torch.dtype | None, recipe: Recipe | None, student: nn.Module
+    steps: int, accumulate: int, gradual: int, dtype: torch.dtype | None, recipes: list[Recipe], student: nn.Module
 ) -> None:
     def expect(good: bool, message: str) -> None:
         if not good:
@@ -171,15 +176,23 @@ def _check(
     expect(dtype in (None, torch.bfloat16), f"dtype: expected None or torch.bfloat16, got {dtype}")
     expect(not isinstance(student, nn.parallel.DistributedDataParallel), "give the bare student and wrap=")
     expect(0 <= gradual <= steps, f"gradual: expected 0 to steps, got {gradual}")
-    plain = recipe is not None and recipe.prune is not None and recipe.prune.sparsity is not None
-    plain = plain and recipe.prune.pattern == "unstructured" and recipe.prune.scope != "model"  # type: ignore
-    expect(not gradual or plain, "gradual: needs a recipe with an unstructured sparsity by row or layer")
+    prunes = [each.prune for each in recipes if each.prune is not None]
+    plain = all(p.sparsity is not None and p.pattern == "unstructured" and p.scope != "model" for p in prunes)
+    expect(
+        not gradual or (plain and len(prunes) > 0),
+        "gradual: needs a recipe with an unstructured sparsity by row or layer",
+    )
     compressed = any(isinstance(module, _Compressed) for module in student.modules())
-    expect(compressed != (recipe is not None), "give a recipe for a dense student, and none for a compressed one")
+    expect(compressed != bool(recipes), "give a recipe for a dense student, and none for a compressed one")
 
 
 def _prepare(
-    student: nn.Module, recipe: Recipe | None, calibration: Calibration | None, stream: "_Stream", gradual: int
+    student: nn.Module,
+    recipe: Recipe | Mapping[str, Recipe] | None,
+    recipes: list[Recipe],
+    calibration: Calibration | None,
+    stream: "_Stream",
+    gradual: int,
 ) -> dict[str, nn.Module]:
     """What stands in the student's layers while it trains, by qualified name."""
     if recipe is None:
@@ -189,29 +202,28 @@ def _prepare(
         tied = _tied_values(student)
         compressed = {name: module for name, module in compressed.items() if id(module.values) not in tied}
         return twins(compressed, lambda name, module: trainable(module))
-    if needs_inputs(recipe) and calibration is None:
-        moments = recipe.prune is not None and recipe.prune.importance == "obs"
+    groups, left = targets_by_recipe(student, recipe, "distill")
+    if any(map(needs_inputs, recipes)) and calibration is None:
+        moments = any(each.prune is not None and each.prune.importance == "obs" for each in recipes)
         calibration = calibrate(student, [stream.first()], second_moment=moments, progress=False)
-    targets, left = find_targets(student, recipe.targets, recipe.ignore, "distill")
-    candidates: dict[str, Any] = dict(make_candidates(targets, recipe, calibration, left))
+    made: dict[str, nn.Module] = {}
+    for each, targets in groups:
+        candidates: dict[str, Any] = dict(make_candidates(targets, each, calibration, left))
+        corrected = each.prune is not None and each.prune.importance == "obs" and not gradual
+        for target in targets:
+            names = {name: candidates[name] for name in target.names if name in candidates}
+            if not target.prunable:
+                made |= names
+                continue
+            start = None if corrected else target.matrix
+            trained = target.weight.requires_grad
+            made |= twins(names, lambda name, module, s=start, t=trained: trainable(module, s, t))
+            for name in names if gradual else ():
+                layer = made[name]
+                if isinstance(layer, TrainableLinear) and each.prune is not None:
+                    layer.open(target.matrix, each.prune)
     for name, reason in left.items():
         logger.info("%s: left alone: %s", name, reason)
-    corrected = recipe.prune is not None and recipe.prune.importance == "obs" and not gradual
-    made: dict[str, nn.Module] = {}
-    for target in targets:
-        names = {name: candidates[name] for name in target.names if name in candidates}
-        if not target.prunable:
-            made |= names
-            continue
-        start = None if corrected else target.matrix
-        trained = target.weight.requires_grad
-        made |= twins(names, lambda name, module, s=start, t=trained: trainable(module, s, t))
-        layers = [made[name] for name in names]
-        for layer in layers if gradual else ():
-            assert isinstance(layer, TrainableLinear) and layer.mask is not None
-            layer.mask.fill_(True)
-            with torch.no_grad():
-                layer.weight.copy_(target.matrix)
     return made
 
 
@@ -298,7 +310,7 @@ class _Run:
     compute: Any
     stream: _Stream
     layers: dict[str, TrainableLinear]
-    recipe: Recipe | None
+    recipe: dict[str, Any] | None
     steps: int
     accumulate: int
     dtype: torch.dtype | None
@@ -367,26 +379,21 @@ class _Run:
             )
 
     def _update_masks(self, step: int) -> None:
-        if not self.gradual or self.recipe is None or self.recipe.prune is None:
+        if not self.gradual:
             return
         last = min(self.gradual, self.steps - 1)
         if step > last or (step % max(1, self.gradual // MASK_UPDATES) and step != last):
             return
-        assert self.recipe.prune.sparsity is not None
-        sparsity = self.recipe.prune.sparsity * (1 - (1 - step / self.gradual) ** 3)
-        if step == last:
-            sparsity = self.recipe.prune.sparsity
+        share = 1.0 if step == last else 1 - (1 - step / self.gradual) ** 3
         for layer in self.layers.values():
-            if layer.mask is not None:
-                layer.prune_to(sparsity, self.recipe.prune)
+            layer.close(share)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to go on."""
         shapes = {name: list(p.shape) for name, p in self.student.named_parameters()}
-        recipe = None if self.recipe is None else self.recipe.to_dict()
         settings = [self.steps, self.accumulate, str(self.dtype), self.gradual, self.clip_norm, self.warmup]
         rates = [*self.rates, type(self.optimizer).__name__]
-        return {"format": FORMAT, "recipe": recipe, "settings": settings, "rates": rates, "shapes": shapes}
+        return {"format": FORMAT, "recipe": self.recipe, "settings": settings, "rates": rates, "shapes": shapes}
 
     def _save(self, path: Path) -> None:
         state = {

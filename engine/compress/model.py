@@ -11,9 +11,9 @@ from engine import ops
 from engine.compress import measure
 from engine.compress.calibrate import Calibration, calibrate
 from engine.compress.candidates import Compressed, is_plain, needs_inputs, thresholds_of, weight_to_pack
-from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
+from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe, check_recipes, describe_recipes
 from engine.compress.report import Report
-from engine.compress.targets import Target, find_targets
+from engine.compress.targets import find_targets, targets_by_recipe
 from engine.compress.trial import guard_whole, model_bytes, try_recipe, try_unpruned
 from engine.nn.attention import why_not_unfused
 
@@ -44,13 +44,7 @@ def compress_(
         ValueError: the model is compressed already, a target matches nothing that can be compressed, a weight holds a
             NaN or an infinity, or example inputs are missing.
     """
-    by_layer = recipe if isinstance(recipe, Mapping) else None
-    recipes: list[Recipe] = list(recipe.values()) if isinstance(recipe, Mapping) else [recipe]
-    for each in recipes:
-        if not isinstance(each, Recipe):
-            raise TypeError(f"engine.compress_: recipe: expected engine.Recipe, got {type(each).__name__}")
-    if not recipes:
-        raise ValueError("engine.compress_: recipe: expected at least one layer, got an empty mapping")
+    recipes = check_recipes(recipe, "compress_")
     if example_inputs is None and any(each.guard == "speed" for each in recipes):
         raise ValueError(
             "engine.compress_: guard='speed' measures layers on example inputs: give example_inputs=, "
@@ -61,15 +55,13 @@ def compress_(
         raise ValueError(
             f"engine.compress_: {needs} calibrated on example inputs: give calibration= or example_inputs="
         )
-    names, ignore = (recipes[0].targets, recipes[0].ignore) if by_layer is None else (tuple(by_layer), ())
-    targets, left = find_targets(model, names, ignore, "compress_")
-    groups = [(recipes[0], targets)] if by_layer is None else _by_recipe(targets, by_layer)
+    groups, left = targets_by_recipe(model, recipe, "compress_")
+    targets = [target for _, group in groups for target in group]
     if needs and calibration is None and any(target.multiplied for target in targets):
         moments = any(each.prune is not None and each.prune.importance == "obs" for each in recipes)
-        how: dict[str, Any] = {"targets": names, "ignore": ignore, "second_moment": moments}
-        calibration = calibrate(model, [example_inputs], progress=False, **how)
-    described = recipes[0].to_dict() if by_layer is None else {n: each.to_dict() for n, each in by_layer.items()}
-    report = Report(recipe=described, layers=[], left_alone=left, bytes_before=model_bytes(model))
+        names = tuple(name for target in targets for name in target.names)
+        calibration = calibrate(model, [example_inputs], targets=names, second_moment=moments, progress=False)
+    report = Report(recipe=describe_recipes(recipe), layers=[], left_alone=left, bytes_before=model_bytes(model))
     attentions = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
     report.fused_attention = sum(not why_not_unfused(module) for module in attentions)
     report.others = _others(model, {*left, *(name for target in targets for name in target.names)})
@@ -79,8 +71,8 @@ def compress_(
         attempt(each, group)
         if each.guard == "speed" and each.prune is not None and each.quantize is not None:
             try_unpruned(attempt, each, group, report)
-    if by_layer is not None:
-        order = {target.name: i for i, target in enumerate(targets)}
+    if isinstance(recipe, Mapping):
+        order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
         report.layers.sort(key=lambda row: order[row.name])
     if chosen and example_inputs is not None:
         guard = "speed" if all(each.guard == "speed" for each in recipes) else "none"
@@ -99,29 +91,6 @@ def _others(model: nn.Module, meant: set[str]) -> dict[str, int]:
         for name, parameter in model.named_parameters()
         if id(parameter) not in seen and not isinstance(parameter, lazy) and parameter.dim() > 1
     }
-
-
-def _by_recipe(targets: list[Target], recipes: Mapping[str, Recipe]) -> list[tuple[Recipe, list[Target]]]:
-    """The targets of each recipe, in the order of the model.
-
-    Raises:
-        ValueError: tied layers are to differ, or a name is no layer's and no block's.
-    """
-    groups: dict[Recipe, list[Target]] = {}
-    used = set()
-    for target in targets:
-        around = [part for name in target.names for part in recipes if name == part or name.startswith(f"{part}.")]
-        if not around:  # a class's name matched, not a layer's
-            continue
-        mine = {recipes[name] for name in target.names if name in recipes} or {recipes[max(around, key=len)]}
-        if len(mine) > 1:
-            raise ValueError(f"engine.compress_: {', '.join(target.names)}: share a weight, but have other recipes")
-        used |= set(around)
-        groups.setdefault(mine.pop(), []).append(target)
-    unused = [name for name in recipes if name not in used]
-    if unused:
-        raise ValueError(f"engine.compress_: recipe: {unused[0]!r} names no layer that can be compressed")
-    return list(groups.items())
 
 
 def quantize_(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 SCOPES = ("row", "layer", "model")
@@ -188,3 +189,26 @@ class Recipe:
             if field in values:
                 values[field] = tuple(values[field])
         return _from_dict(cls, values)
+
+
+def check_recipes(recipe: Recipe | Mapping[str, Recipe], owner: str) -> list[Recipe]:
+    """The recipes that an argument stands for: one for all layers, or one for each by its qualified name.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is an empty mapping.
+    """
+    recipes = list(recipe.values()) if isinstance(recipe, Mapping) else [recipe]
+    for each in recipes:
+        if not isinstance(each, Recipe):
+            raise TypeError(f"engine.{owner}: recipe: expected engine.Recipe, got {type(each).__name__}")
+    if not recipes:
+        raise ValueError(f"engine.{owner}: recipe: expected at least one layer, got an empty mapping")
+    return recipes
+
+
+def describe_recipes(recipe: Recipe | Mapping[str, Recipe]) -> dict[str, Any]:
+    """As plain values: one recipe's, or each layer's by its name."""
+    if isinstance(recipe, Mapping):
+        return {name: each.to_dict() for name, each in recipe.items()}
+    return recipe.to_dict()

@@ -3,12 +3,12 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from engine.compress.recipe import DEFAULT_TARGETS
+from engine.compress.recipe import DEFAULT_TARGETS, Recipe
 from engine.nn._replace import has_hooks, is_conv1d
 from engine.nn.compressed import _Compressed
 from engine.nn.conv2d import as_matrix, as_weight, why_not
@@ -208,3 +208,32 @@ def _why_not(target: Target, others: set[str]) -> str | None:
     if any(has_hooks(module) for module in target.modules):
         return "it has hooks, which a replacement would lose"
     return None
+
+
+def targets_by_recipe(
+    model: nn.Module, recipe: Recipe | Mapping[str, Recipe], owner: str
+) -> tuple[list[tuple[Recipe, list[Target]]], dict[str, str]]:
+    """The targets of each recipe, in the order of the model, and what `find_targets` left out.
+
+    Raises:
+        ValueError: as `find_targets`; tied layers are to differ; or a name is no layer's and no block's.
+    """
+    if isinstance(recipe, Recipe):
+        found, left = find_targets(model, recipe.targets, recipe.ignore, owner)
+        return [(recipe, found)], left
+    targets, left = find_targets(model, tuple(recipe), (), owner)
+    groups: dict[Recipe, list[Target]] = {}
+    used = set()
+    for target in targets:
+        around = [part for name in target.names for part in recipe if name == part or name.startswith(f"{part}.")]
+        if not around:  # a class's name matched, not a layer's
+            continue
+        mine = {recipe[name] for name in target.names if name in recipe} or {recipe[max(around, key=len)]}
+        if len(mine) > 1:
+            raise ValueError(f"engine.{owner}: {', '.join(target.names)}: share a weight, but have other recipes")
+        used |= set(around)
+        groups.setdefault(mine.pop(), []).append(target)
+    unused = [name for name in recipe if name not in used]
+    if unused:
+        raise ValueError(f"engine.{owner}: recipe: {unused[0]!r} names no layer that can be compressed")
+    return list(groups.items()), left

@@ -59,6 +59,7 @@ class TrainableLinear(nn.Module):
         self.register_buffer("mask", mask)
         # The mask that places were last asked of, its version then, and they.
         self._kept: tuple[Tensor, int, tuple[Tensor, Tensor, int]] | None = None
+        self._prune: Prune | None = None  # what gradual pruning ends at
         scale = getattr(format, "input_scale", None)
         self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
         self.bias = compressed.bias
@@ -117,14 +118,22 @@ class TrainableLinear(nn.Module):
         return 0.0 if self.mask is None else 1 - self.mask.float().mean().item()
 
     @torch.no_grad()
-    def prune_to(self, sparsity: float, prune: Prune) -> None:
-        """Raises the mask's sparsity by magnitude; what was dropped stays dropped."""
+    def open(self, weight: Tensor, prune: Prune) -> None:
+        """Begins gradual pruning, towards `prune`: all of `weight` is kept until `close`."""
         assert self.mask is not None
-        if sparsity <= 0:
-            self.mask.fill_(True)
+        self.mask.fill_(True)
+        self.weight.copy_(weight)
+        self._prune = prune
+
+    @torch.no_grad()
+    def close(self, share: float) -> None:
+        """After `open`: raises the sparsity to a `share` of its end, by magnitude. What was dropped stays dropped."""
+        if self._prune is None or self.mask is None or share <= 0:
             return
+        assert self._prune.sparsity is not None
         self.weight.mul_(self.mask)
-        limit = ops.magnitude_threshold(self.weight, sparsity, "row" if prune.scope == "row" else "tensor")
+        scope = "row" if self._prune.scope == "row" else "tensor"
+        limit = ops.magnitude_threshold(self.weight, share * self._prune.sparsity, scope)
         self.mask.logical_and_(self.weight.abs() > limit)
         self.weight.mul_(self.mask)
 
