@@ -107,7 +107,7 @@ template <class Kernel, class Panel, class A, class B, class Source>
 void sddmm(const A* a,  // [m, n]
            const B* b,  // [m, k]
            int64_t m, int64_t n, int64_t k, const Source& source) {
-    constexpr int64_t kDepth = spmm_depth(Kernel::kWidth, kSpmmDepth);
+    const int64_t depth = spmm_depth(Kernel::kWidth, kSpmmDepth);
     constexpr int64_t kSerialWork = 1 << 17;  // as in spmm
     const bool serial = m * source.kept() < kSerialWork;
     const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
@@ -130,19 +130,19 @@ void sddmm(const A* a,  // [m, n]
             return std::min(Kernel::kWidth, divide_up(rows - strip * Kernel::kWidth, Kernel::kUnit) * Kernel::kUnit);
         };
         // Stretches of both, as in spmm.
-        const int64_t a_parts = divide_up(n, kDepth), b_parts = divide_up(k, kDepth);
+        const int64_t a_parts = divide_up(n, depth), b_parts = divide_up(k, depth);
         parallel(strips * (a_parts + b_parts), 4, [&](int64_t first, int64_t last) {
             for (int64_t task = first; task < last; ++task) {
                 const int64_t strip = task / (a_parts + b_parts), part = task % (a_parts + b_parts);
                 const int64_t row = strip * Kernel::kWidth, count = std::min(Kernel::kWidth, rows - row);
                 const int64_t width = width_of(strip);
                 if (part < a_parts) {
-                    const int64_t i = part * kDepth;
-                    Panel::transpose(a + (chunk + row) * n + i, n, count, std::min(kDepth, n - i), width,
+                    const int64_t i = part * depth;
+                    Panel::transpose(a + (chunk + row) * n + i, n, count, std::min(depth, n - i), width,
                                      a_strips + row * n + i * width);
                 } else {
-                    const int64_t i = (part - a_parts) * kDepth;
-                    Panel::transpose(b + (chunk + row) * k + i, k, count, std::min(kDepth, k - i), width,
+                    const int64_t i = (part - a_parts) * depth;
+                    Panel::transpose(b + (chunk + row) * k + i, k, count, std::min(depth, k - i), width,
                                      b_strips + row * k + i * width);
                 }
             }
@@ -154,8 +154,8 @@ void sddmm(const A* a,  // [m, n]
             Source position = source;
             for (int64_t group = first; group < last; ++group) {
                 const int64_t begin = group * columns, count = std::min(columns, n - begin);
-                for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kDepth) {
-                    position.rows(begin, count, k0, std::min(kDepth, k - k0), kept);
+                for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += depth) {
+                    position.rows(begin, count, k0, std::min(depth, k - k0), kept);
                     for (int64_t strip = 0; strip < strips; ++strip) {
                         const int64_t width = width_of(strip), row = strip * Kernel::kWidth;
                         for (int64_t r = 0; r < count; ++r) {

@@ -19,6 +19,8 @@
 // Stretches are added up in int32.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -36,10 +38,21 @@ constexpr int64_t kSpmmDepth = 256;  // at most so much of K to a stretch: colum
 constexpr int64_t kSpmmGroup = 64;   // at most so many weight rows to a group
 static_assert(kSpmmDepth * 127 * 127 < 1 << 24);
 
-// Of a strip so wide: 24 KB, which stay in L1, and no more than a row's chains of additions are to be long
-// (Kernel::chain).
-constexpr int64_t spmm_depth(int64_t width, int64_t chain) {
-    return std::min({kSpmmDepth, chain, 96 * 64 / width / 8 * 8});
+// The processor's L1 for data: from 32 KB to 48, where it is known.
+inline int64_t l1_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL1_DCACHE_SIZE), 32 << 10, 48 << 10);
+    return bytes;
+#else
+    return 32 << 10;
+#endif
+}
+
+// Of a strip so wide: three quarters of L1, where they stay, and no more than a row's chains of additions are to be
+// long (Kernel::chain).
+inline int64_t spmm_depth(int64_t width, int64_t chain) {
+    const auto fitting = l1_bytes() / 4 * 3 / static_cast<int64_t>(sizeof(float)) / width;
+    return std::min({kSpmmDepth, chain, fitting / 8 * 8});
 }
 
 // Whether so few weights V are kept, of all, that products with these alone are the faster way for activations T.
@@ -48,7 +61,7 @@ constexpr int64_t spmm_depth(int64_t width, int64_t chain) {
 template <class T, class V>
 bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
     double share = m < 32 ? 0.5 : 0.6;
-    if (isa() == Isa::avx512) share = m < 128 ? 0.4 : 0.5;
+    if (isa() == Isa::avx512) share = m < 64 ? 0.4 : 0.5;
     if (multiplies_bfloat16<T, V>()) share = m < 128 ? 0.0 : 0.12;
     if (isa() == Isa::portable) share = m < 64 ? 0.9 : 0.4;
     return static_cast<double>(kept) <= share * static_cast<double>(weights);
