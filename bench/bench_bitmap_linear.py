@@ -24,13 +24,14 @@ def bench(n: int, k: int, sparsity: float, dtype: torch.dtype, why: str) -> None
     moved = n * k // 8 + kept * dtype.itemsize
     maps = rotated(lambda: bitmap(n, k, sparsity, dtype), moved)
     rows = []
-    for m in (1, 2, 4, 8, 16, 128, 512):
+    for m in (1, 2, 4, 8, 16, 64, 128, 512):
         x, x16 = torch.randn(m, k), torch.randn(m, k).bfloat16()
         functions = {
             "bitmap_linear": lambda i, x=x: bitmap_linear(x, *maps[i % len(maps)]),
             "F.linear fp32": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
         }
-        if m == 1:
+        if dtype == torch.bfloat16:
+            functions["bitmap_linear, bf16 in"] = lambda i, x=x16: bitmap_linear(x, *maps[i % len(maps)])
             functions["F.linear bf16"] = lambda i, x=x16: F.linear(x, half[i % len(half)])
         repeats = 5 if n * k * m > 1 << 29 else 15
         rows.append(Row(f"M={m} N={n} K={k}", time_interleaved(functions, repeats), moved, 2 * m * kept, "fp32"))

@@ -6,25 +6,28 @@ import torch.nn.functional as F
 from engine import ops
 from engine.bench.common import Row, print_rows, time_interleaved
 
-SHAPES = [(1, 2048, 2048), (64, 2048, 2048)]
+SHAPES = [(1, 2048, 2048), (64, 2048, 2048), (512, 1536, 384), (512, 2048, 2048)]
 
 
-def measure(m: int, n: int, k: int, sparsity: float) -> Row:
-    weight, x = torch.randn(n, k), torch.randn(m, k)
+def measure(m: int, n: int, k: int, sparsity: float, dtype: torch.dtype) -> Row:
+    weight, x = torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype)
     blocks = ops.prune_to_block(weight, keep=torch.rand(n // 32, k // 32) >= sparsity)
+    name = "fp32" if dtype == torch.float32 else "bf16"
     functions = {
         "block_linear": lambda i: ops.block_linear(x, *blocks, n),
-        "fp32": lambda i: F.linear(x, weight),
+        f"F.linear {name}": lambda i: F.linear(x, weight),
     }
     with torch.inference_mode():
         timings = time_interleaved(functions, 11)
     kept = blocks[2].numel()
-    return Row(f"M {m}, {n}x{k}, {sparsity:.0%}", timings, 4 * kept, 2 * m * kept, "fp32", "cache", sparsity)
+    case = f"M {m}, {n}x{k}, {sparsity:.0%}, {name}"
+    return Row(case, timings, dtype.itemsize * kept, 2 * m * kept, name, "cache", sparsity)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    rows = [measure(*shape, sparsity) for shape in SHAPES for sparsity in (0.5, 0.9)]
+    dtypes = (torch.float32, torch.bfloat16)
+    rows = [measure(*shape, sparsity, dtype) for shape in SHAPES for dtype in dtypes for sparsity in (0.5, 0.7, 0.9)]
     print_rows("block_linear", rows, own="block_linear", note="blocks of 32x32")
 
 

@@ -1,4 +1,4 @@
-"""int8_weight_linear against torch's fp32 linear (MKL) and its own int8 weight-only op, weights from memory."""
+"""int8_weight_linear against torch's linear in the activations' dtype and its int8 weight-only op, from memory."""
 
 import torch
 import torch.nn.functional as F
@@ -10,29 +10,31 @@ from engine.ops.int8_weight_linear import int8_weight_linear
 WEIGHTS = {(8192, 8192): "from memory", (4096, 4096): "an attention layer", (1536, 384): "MiniLM's, cached"}
 
 
-def bench(n: int, k: int, why: str) -> None:
-    dense = rotated(lambda: torch.randn(n, k), n * k * 4)
+def bench(n: int, k: int, dtype: torch.dtype, why: str) -> None:
+    dense = rotated(lambda: torch.randn(n, k).to(dtype), n * k * dtype.itemsize)
     small = rotated(lambda: torch.randint(-127, 128, (n, k), dtype=torch.int8), n * k)
     scale = torch.rand(n)
+    name = "fp32" if dtype == torch.float32 else "bf16"
     rows = []
-    for m in (1, 2, 4, 8, 16, 128, 512):
-        x, x16 = torch.randn(m, k), torch.randn(m, k).bfloat16()
+    for m in (1, 2, 4, 8, 16, 64, 128, 512):
+        x = torch.randn(m, k).to(dtype)
         functions = {
             "int8_weight_linear": lambda i, x=x: int8_weight_linear(x, small[i % len(small)], scale),
-            "F.linear fp32": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
+            f"F.linear {name}": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
         }
-        if m <= 8:
-            functions["_weight_int8pack_mm bf16"] = lambda i, x=x16: torch._weight_int8pack_mm(
+        if m <= 8 and dtype == torch.bfloat16:  # for more rows it takes seconds
+            functions["_weight_int8pack_mm bf16"] = lambda i, x=x: torch._weight_int8pack_mm(
                 x, small[i % len(small)], scale.bfloat16()
             )
         timings = time_interleaved(functions, 7 if n * m > 1 << 20 else 25)
-        rows.append(Row(f"M={m} N={n} K={k}", timings, n * k, 2 * m * n * k, "fp32"))
-    print_rows("int8_weight_linear", rows, "int8_weight_linear", why)
+        rows.append(Row(f"M={m} N={n} K={k}", timings, n * k, 2 * m * n * k, name))
+    print_rows("int8_weight_linear", rows, "int8_weight_linear", f"{name} activations, {why}")
 
 
 def main() -> None:
     for (n, k), why in WEIGHTS.items():
-        bench(n, k, why)
+        for dtype in (torch.float32, torch.bfloat16):
+            bench(n, k, dtype, why)
 
 
 if __name__ == "__main__":

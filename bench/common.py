@@ -30,7 +30,7 @@ class Row:
         timings: by name, our own among them.
         moved: bytes that have to be read and written.
         operations: multiplications and additions, 0 where only the bytes matter.
-        arithmetic: whose rate bounds them: "int8" or "fp32".
+        arithmetic: whose rate bounds them: "int8", "fp32", or "bf16" (fp32's where bfloat16 has none).
         traffic: whose bandwidth bounds the bytes: "read", "copy" (reads and writes), or "cache" (weights that
             stay in it).
         sparsity: of the weight, where the op is measured over several.
@@ -49,7 +49,8 @@ class Row:
     def floor(self, limits: Limits) -> float:
         """Seconds that this machine needs at least."""
         bandwidth = {"read": limits.read_gbps, "copy": limits.copy_gbps, "cache": limits.cache_gbps}[self.traffic]
-        rate = limits.int8_gops if self.arithmetic == "int8" else limits.fp32_gops
+        bf16 = limits.bf16_gops or limits.fp32_gops
+        rate = {"int8": limits.int8_gops, "fp32": limits.fp32_gops, "bf16": bf16}[self.arithmetic]
         return 1e-9 * max(self.moved / bandwidth, self.operations / rate if rate else 0.0)
 
 

@@ -17,6 +17,7 @@ class Limits:
         read_gbps, copy_gbps: from memory, 256 MB a thread; a copy counts bytes read and bytes written.
         cache_gbps: reading 256 KB a thread, over and over.
         fp32_gops: fused multiply-adds in float32, 10^9 operations a second, by the instruction set in use.
+        bf16_gops: products of bfloat16 added up in float32, the same way; 0 where no instruction does so.
         int8_gops: exact sums of int8 products, the same way.
         int8_by: the instructions that reached it.
     """
@@ -25,13 +26,15 @@ class Limits:
     copy_gbps: float
     cache_gbps: float
     fp32_gops: float
+    bf16_gops: float
     int8_gops: float
     int8_by: str
 
     def __str__(self) -> str:
         return (
             f"limits: {self.read_gbps:.0f} GB/s read, {self.copy_gbps:.0f} copied, {self.cache_gbps:.0f} from cache; "
-            f"{self.fp32_gops:.0f} GFLOP/s fp32, {self.int8_gops:.0f} GOP/s int8"
+            f"{self.fp32_gops:.0f} GFLOP/s fp32, {f'{self.bf16_gops:.0f} bf16, ' if self.bf16_gops else ''}"
+            f"{self.int8_gops:.0f} GOP/s int8"
         )
 
 
@@ -50,6 +53,7 @@ def _measure(threads: int, variant: str) -> Limits:
             native.copy_gbps(256 << 20, threads, 0.2),
             native.read_gbps(256 << 10, threads, 0.05),
             native.fp32_gops(variant, threads, 0.05),
+            native.bf16_gops(variant, threads, 0.05),
             *native.int8_gops(variant, threads, 0.05),
         )
         rounds.append(rates)

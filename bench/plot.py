@@ -98,7 +98,7 @@ def _roofline_panel(axis, rows: list[dict], limits: Mapping[str, float]) -> None
     ops = list(dict.fromkeys(row["op"] for row in rows))
     intensity = [row["operations"] / max(1, row["moved"]) for row in rows]
     low, high = min(intensity) / 2, max(intensity) * 2
-    rates = {kind: limits[f"{kind}_gops"] for kind in ("int8", "fp32") if limits[f"{kind}_gops"]}
+    rates = {kind: limits[f"{kind}_gops"] for kind in ("int8", "bf16", "fp32") if limits.get(f"{kind}_gops")}
     top = max([*rates.values(), high * limits["read_gbps"] if not rates else 0])
     for bandwidth, style in (("read_gbps", "-"), ("cache_gbps", "--")):
         x = [low, min(high, top / limits[bandwidth])]

@@ -17,7 +17,7 @@ from engine.bench.peers import int8_linears
 from engine.cli import app
 from engine.ops._library import REFERENCES
 
-LIMITS = Limits(read_gbps=10, copy_gbps=5, cache_gbps=100, fp32_gops=50, int8_gops=200, int8_by="vpdpbusd")
+LIMITS = Limits(read_gbps=10, copy_gbps=5, cache_gbps=100, fp32_gops=50, bf16_gops=0, int8_gops=200, int8_by="vpdpbusd")
 needs_native = pytest.mark.skipif(not backends.cpu_variants(), reason="needs the native libraries")
 
 

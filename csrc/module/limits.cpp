@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/registers_avx512.h"
 #if ENGINE_X86
 #include <immintrin.h>
 #endif
@@ -112,6 +113,18 @@ ENGINE_AVX512 double fma_avx512(int) {
     return 2.0 * 16 * kChains * kSteps;
 }
 
+ENGINE_AVX512 double pairs_avx512(int) {
+    __m512 sum[kChains];
+    const __m512i a = _mm512_set1_epi16(0x3f00), b = _mm512_set1_epi16(0x3fc0);  // 0.5, 1.5
+    for (auto& s : sum) s = _mm512_setzero_ps();
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) accumulate_pairs_avx512(sum[c], a, b);
+    }
+    for (auto& s : sum) asm volatile("" : : "v"(s));
+    return 2.0 * 32 * kChains * kSteps;
+}
+
 ENGINE_AVX512 double dot_avx512(int) {
     __m512i sum[kChains], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
     for (auto& s : sum) s = a;
@@ -210,6 +223,13 @@ double fp32_gops(const std::string& isa, int threads, double seconds) {
 #if ENGINE_X86
     if (isa == "avx512") return 1e-9 * rate(threads, seconds, fma_avx512);
     if (isa == "avx2") return 1e-9 * rate(threads, seconds, fma_avx2);
+#endif
+    return 0;
+}
+
+double bf16_gops(const std::string& isa, int threads, double seconds) {
+#if ENGINE_X86
+    if (isa == "avx512" && has_bf16()) return 1e-9 * rate(threads, seconds, pairs_avx512);
 #endif
     return 0;
 }

@@ -18,6 +18,9 @@ double copy_gbps(int64_t bytes, int threads, double seconds);
 // by the widest instructions of `isa` ("portable", "avx2", "avx512"). 0 where there is no such loop.
 double fp32_gops(const std::string& isa, int threads, double seconds);
 
+// Products of bfloat16 added up in fp32; 0 where no instruction does so.
+double bf16_gops(const std::string& isa, int threads, double seconds);
+
 // The same for exact sums of int8 products, with the sequence of instructions that reached it: vpdpbusd for avx512; for
 // avx2 the fastest of those that can't saturate.
 std::pair<double, std::string> int8_gops(const std::string& isa, int threads, double seconds);

@@ -63,6 +63,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("read_gbps", &engine::read_gbps, py::arg("bytes"), py::arg("threads"), py::arg("seconds"), nogil);
     m.def("copy_gbps", &engine::copy_gbps, py::arg("bytes"), py::arg("threads"), py::arg("seconds"), nogil);
     m.def("fp32_gops", &engine::fp32_gops, py::arg("isa"), py::arg("threads"), py::arg("seconds"), nogil);
+    m.def("bf16_gops", &engine::bf16_gops, py::arg("isa"), py::arg("threads"), py::arg("seconds"), nogil);
     m.def("int8_gops", &engine::int8_gops, py::arg("isa"), py::arg("threads"), py::arg("seconds"), nogil);
     m.def("cpu_features", &features, "Instruction sets by name, with whether the processor has them.");
     engine::bind_ring(m);
