@@ -34,7 +34,8 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
     Args:
         model: the model.
         path: the file; one that exists is replaced.
-        recipe: the Recipe that made the model, or its dict: kept in the header for whoever asks later.
+        recipe: the Recipe that made the model, or a dict (its own, or each layer's by name): kept in the header for
+            whoever asks later.
 
     Raises:
         CheckpointError: the state dict holds something that is no tensor, or a tensor that safetensors can't hold.

@@ -105,7 +105,7 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def uneven(model: torch.nn.Module, sparsity: float) -> dict[str, engine.Recipe]:
-    """A recipe for each Linear layer, by `KEPT`, so that all of them have this sparsity together; int8 for embeddings."""
+    """A recipe for each Linear layer by `KEPT`, all of them together of this sparsity; and int8 for embeddings."""
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     first, last = KEPT_BY_DEPTH

@@ -55,14 +55,14 @@ def test_another_mask_is_taken_up(by_kept):
     trained.load_state_dict(other.state_dict(), assign=True)
     assert_as_its_weight_says(trained, x)
     trained = layer(0.3)
-    trained.open(trained.weight, engine.Prune(sparsity=0.8))
+    trained.begin_pruning(trained.weight, engine.Prune(sparsity=0.8))
     for share in (0.6, 0.7):
-        trained.close(share)
+        trained.prune_on(share)
     assert_as_its_weight_says(trained, x)
     copied = copy.deepcopy(trained)
     copied.load_state_dict(layer(0.4).state_dict())
     assert_as_its_weight_says(copied, x)
-    trained.close(1.0)
+    trained.prune_on(1.0)
     assert_as_its_weight_says(trained, x)
 
 

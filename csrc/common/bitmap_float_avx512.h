@@ -227,7 +227,7 @@ template <class T, class Weights>
 bool bitmap_dot_linear(const FloatLinear<T>& call, const Weights& weights) {
     constexpr int64_t kMostPairRows = 3 * kDotRows, kMostRows = 2 * kDotRows;  // then panels are faster
     using V = typename Weights::Value;
-    if constexpr (kBFloat16Products<T, V>) {
+    if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, BFloat16>) {
         if (has_bf16()) {
             if (call.m > kMostPairRows) return false;
             bitmap_dots<PairsAvx512>(call, weights);

@@ -37,6 +37,7 @@ ENGINE_AVX512 inline int64_t kept_columns_avx512(const uint8_t* mask, int64_t kc
         for (uint8_t i = 0; i < 64; ++i) places[i] = i;
         return places;
     }();
+    static_assert(kSpmmGroup * (KeptRows::kStride - kSpmmDepth) >= 64);  // what a group's last row may write beyond
     __m512i places = _mm512_load_si512(kFirst.data());
     uint8_t* to = columns;
     for (int64_t i = 0; i < kc; i += 64) {

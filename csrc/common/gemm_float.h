@@ -12,7 +12,7 @@
 // Element is float; or BFloat16, where the provider's Value, of which its weights are, becomes that without rounding.
 //
 // It writes the weights [row, row + rows) × [k0, k0 + kc) to `panel`, rows kFloatDepth apart, and may write anything to
-// the rest of a row of the panel.
+// the rest of a row of the panel, of which the driver makes the other half of a last pair zero.
 //   rows ≤ kFloatGroup; kc ≤ kFloatDepth; k0 is a multiple of kFloatDepth, and kc is kFloatDepth unless the row ends.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 //

@@ -37,7 +37,8 @@ FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads) {
     constexpr int64_t kChunkBytes = 8 << 20;
     constexpr int64_t kMostRows = 512;  // sums of a task: up to 200 KB
     const auto whole = [](int64_t count, int64_t unit) { return divide_up(count, unit) * unit; };
-    const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, k);
+    constexpr auto kSize = static_cast<int64_t>(sizeof(typename Kernel::Element));
+    const int64_t fitting = kChunkBytes / kSize / std::max<int64_t>(1, k);
     const int64_t most = std::clamp<int64_t>(fitting, 64, kMostRows);
     FloatPlan plan;
     plan.chunk_rows = whole(divide_up(m, divide_up(m, most)), Kernel::kWidth);
@@ -115,6 +116,7 @@ void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, P
                     for (int64_t i = rows * r / whole; i < rows * (r + Kernel::kRows) / whole; ++i) {
                         const T* y = call.y + (chunk + row + i) * call.n + column;
                         for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) ask_to_write(y + j);
+                        ask_to_write(y + columns - 1);
                     }
                 }
                 for (int64_t k = 0; k == 0 || k < kc; k += Kernel::kChain) {

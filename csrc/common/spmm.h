@@ -4,7 +4,7 @@
 // Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows:
 // [k][row of the strip]. A kept weight is one broadcast and as many multiply-adds as a strip has vectors, each with its
 // activations straight from L1: nearly twice as long as a product in a dense tile, which uses what it loads for a dozen
-// weights. So it pays where two fifths of the weights are zero, or more (float_spmm_pays).
+// weights. So it pays where half of the weights are zero, or more (float_spmm_pays).
 //
 // Each thread takes a group of outputs and, stretch by stretch of K, asks the SOURCE which of their weights are kept,
 // once for all strips. A source is copied for each thread, so that it may keep a position, and has one function:
@@ -57,7 +57,7 @@ inline int64_t spmm_depth(int64_t width, int64_t chain) {
 
 // Whether so few weights V are kept, of all, that products with these alone are the faster way for activations T.
 // Measured on Zen 3 and, with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md): its tiles have twice the registers
-// to keep what they load in, and four times the products where they are bfloat16's.
+// to keep what they load in, and twice the products where they are bfloat16's.
 template <class T, class V>
 bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
     double share = m < 32 ? 0.5 : 0.6;

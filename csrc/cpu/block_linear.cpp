@@ -171,8 +171,8 @@ void strip_linear(const FloatLinear<T>& call, const Blocks& weight) {
     using W = typename Kernel::W;
     const auto [high, wide] = weight.shape;
     const int64_t stride = QuantizedRows<W>::stride_for(pieces_of(call.k, wide) * wide);
-    const int64_t chunk_rows =
-        std::min(call.m, std::max<int64_t>(48, kChunkBytes / (4 * std::max<int64_t>(1, stride))));
+    const int64_t chunk_rows = std::min(
+        call.m, std::max<int64_t>(48, kChunkBytes / static_cast<int64_t>(sizeof(W)) / std::max<int64_t>(1, stride)));
     const int64_t slices = pieces_of(high, kStripOutputs);
     using RowsScratch = Scratch<StripRowsScratch, kChunkBytes + (64 << 10)>;
     RowsScratch scratch(RowsScratch::template bytes_for<W>(chunk_rows * stride) + chunk_rows + 64);

@@ -1,7 +1,7 @@
 // semi_structured_linear: float activations times a 2:4 weight of float values, in fp32, read as it lies. For a few
 // rows of activations the two bits of each value become a permutation that fetches the activation it belongs to, once
-// for all rows; many meet the stored values only (common/spmm.h), or with AVX-512 go through the panels of
-// common/gemm_float.h, which the weights are spread to, where that is faster.
+// for all rows; many meet the stored values only (common/spmm.h). With AVX-512 the panels of common/gemm_float.h, which
+// the weights are spread to, are faster below 64 rows, and in bfloat16.
 
 #include "common/bitmap_float_avx512.h"
 #include "common/gemm_float.h"

@@ -11,6 +11,7 @@ from engine._source import WEIGHTS
 from engine._task import load_task
 from engine.cli._output import BAD_OPTION, fail, one_line_errors
 from engine.compress.recipe import Prune, Quantize, Recipe, check_recipes, describe_recipes
+from engine.compress.targets import patterns_of
 
 ModelOption = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or file.py:function that returns a dict (guide).")
@@ -69,7 +70,9 @@ def distill(
     out: FolderOption,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")],
     sparsity: Annotated[float | None, typer.Option(help="Prune this fraction of each layer, from 0 to 1.")] = None,
-    importance: Annotated[str, typer.Option(help="What decides which weights go: magnitude, wanda, obs.")] = "obs",
+    importance: Annotated[
+        str | None, typer.Option(help="What decides which weights go: magnitude, wanda, obs (the default).")
+    ] = None,
     int8: Annotated[bool, typer.Option(help="Store what is kept as int8.")] = False,
     recipes: Annotated[Path | None, typer.Option(help="A search.json of engine search: compress as it found.")] = None,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
@@ -82,26 +85,26 @@ def distill(
     ignore: IgnoreOption = None,
 ) -> None:
     """Train a compressed copy of the model to do as the model does. Ended early, it goes on when repeated."""
-    if recipes is not None and (sparsity is not None or int8 or ignore):
-        fail("--recipes says all of it: give no --sparsity, --int8 or --ignore with it", BAD_OPTION)
+    if recipes is not None and (sparsity is not None or importance is not None or int8 or ignore):
+        fail("--recipes says all of it: give no --sparsity, --importance, --int8 or --ignore with it", BAD_OPTION)
     if recipes is None and sparsity is None and not int8:
         fail("nothing to do: give --sparsity, --int8, or both, or --recipes", BAD_OPTION)
     with one_line_errors():
         task = load_task(model, texts, batch, tokens, measured)
-        skip = tuple(ignore or ())
         recipe: Recipe | dict[str, Recipe]
         if recipes is not None:
             recipe = compress.Search.load(recipes).recipes
         else:
             try:
-                prune = None if sparsity is None else Prune(sparsity=sparsity, importance=importance)
-                recipe = Recipe(prune, Quantize() if int8 else None, ignore=skip, guard="none")
+                prune = None if sparsity is None else Prune(sparsity=sparsity, importance=importance or "obs")
+                recipe = Recipe(prune, Quantize() if int8 else None, ignore=tuple(ignore or ()), guard="none")
             except ValueError as error:
                 fail(error, BAD_OPTION)
         prunes = [each.prune for each in check_recipes(recipe, "distill") if each.prune is not None]
         moments = any(prune.importance == "obs" for prune in prunes)
         out.mkdir(exist_ok=True)
-        calibration = compress.calibrate(task.model, task.batches, ignore=skip, second_moment=moments)
+        targets, skip = patterns_of(recipe)
+        calibration = compress.calibrate(task.model, task.batches, targets=targets, ignore=skip, second_moment=moments)
         teacher = copy.deepcopy(task.model) if task.loss is None else None
         done = compress.distill(
             task.model,

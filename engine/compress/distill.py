@@ -21,7 +21,7 @@ from engine.compress.calibrate import Calibration, calibrate
 from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.losses import Loss, make_loss
 from engine.compress.recipe import Recipe, check_recipes, describe_recipes
-from engine.compress.targets import targets_by_recipe
+from engine.compress.targets import patterns_of, targets_by_recipe
 from engine.compress.trainable import TrainableLinear, trainable, trainable_layers, twins
 from engine.nn import CompressedConv2d, CompressedLinear
 from engine.nn.compressed import _Compressed
@@ -205,7 +205,9 @@ def _prepare(
     groups, left = targets_by_recipe(student, recipe, "distill")
     if any(map(needs_inputs, recipes)) and calibration is None:
         moments = any(each.prune is not None and each.prune.importance == "obs" for each in recipes)
-        calibration = calibrate(student, [stream.first()], second_moment=moments, progress=False)
+        patterns, ignore = patterns_of(recipe)
+        how: dict[str, Any] = {"targets": patterns, "ignore": ignore, "second_moment": moments}
+        calibration = calibrate(student, [stream.first()], progress=False, **how)
     made: dict[str, nn.Module] = {}
     for each, targets in groups:
         candidates: dict[str, Any] = dict(make_candidates(targets, each, calibration, left))
@@ -221,7 +223,7 @@ def _prepare(
             for name in names if gradual else ():
                 layer = made[name]
                 if isinstance(layer, TrainableLinear) and each.prune is not None:
-                    layer.open(target.matrix, each.prune)
+                    layer.begin_pruning(target.matrix, each.prune)
     for name, reason in left.items():
         logger.info("%s: left alone: %s", name, reason)
     return made
@@ -386,7 +388,7 @@ class _Run:
             return
         share = 1.0 if step == last else 1 - (1 - step / self.gradual) ** 3
         for layer in self.layers.values():
-            layer.close(share)
+            layer.prune_on(share)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to go on."""

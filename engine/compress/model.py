@@ -13,7 +13,7 @@ from engine.compress.calibrate import Calibration, calibrate
 from engine.compress.candidates import Compressed, is_plain, needs_inputs, thresholds_of, weight_to_pack
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe, check_recipes, describe_recipes
 from engine.compress.report import Report
-from engine.compress.targets import find_targets, targets_by_recipe
+from engine.compress.targets import find_targets, patterns_of, targets_by_recipe
 from engine.compress.trial import guard_whole, model_bytes, try_recipe, try_unpruned
 from engine.nn.attention import why_not_unfused
 
@@ -59,8 +59,9 @@ def compress_(
     targets = [target for _, group in groups for target in group]
     if needs and calibration is None and any(target.multiplied for target in targets):
         moments = any(each.prune is not None and each.prune.importance == "obs" for each in recipes)
-        names = tuple(name for target in targets for name in target.names)
-        calibration = calibrate(model, [example_inputs], targets=names, second_moment=moments, progress=False)
+        names, ignore = patterns_of(recipe)
+        how: dict[str, Any] = {"targets": names, "ignore": ignore, "second_moment": moments}
+        calibration = calibrate(model, [example_inputs], progress=False, **how)
     report = Report(recipe=describe_recipes(recipe), layers=[], left_alone=left, bytes_before=model_bytes(model))
     attentions = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
     report.fused_attention = sum(not why_not_unfused(module) for module in attentions)

@@ -144,11 +144,11 @@ class Search:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Search":
-        """Reads a `.json` that `save` wrote. ValueError where another did."""
+        """Reads a `.json` that `save` wrote. ValueError if the file holds anything else."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"engine.Search.load: {path}: is no search.json: {error!r}") from error
+            raise ValueError(f"engine.Search.load: {path}: is no search.json: {error}") from error
 
 
 def relative_squared_error(output: Any, dense: Any, batch: Any) -> Tensor:

@@ -115,10 +115,10 @@ def find_targets(
     chosen: dict[str, nn.Module] = {}
     others: dict[str, str] = {}
     matched_by = dict.fromkeys(targets, 0)
+    expressions = [pattern for pattern in matched_by if pattern.startswith("re:")]
     for name, module in modules.items():
-        for pattern in targets:
-            if not matches(pattern, name, type(module).__name__):
-                continue
+        plain = (word for word in dict.fromkeys((name, type(module).__name__)) if word in matched_by)
+        for pattern in (*plain, *(pattern for pattern in expressions if matches(pattern, name))):
             inside = pattern if pattern.startswith("re:") else None
             matched_by[pattern] += inside is None or compressible(module)
             if compressible(module):
@@ -210,18 +210,22 @@ def _why_not(target: Target, others: set[str]) -> str | None:
     return None
 
 
+def patterns_of(recipe: Recipe | Mapping[str, Recipe]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`targets` and `ignore` for :func:`find_targets`."""
+    return (recipe.targets, recipe.ignore) if isinstance(recipe, Recipe) else (tuple(recipe), ())
+
+
 def targets_by_recipe(
     model: nn.Module, recipe: Recipe | Mapping[str, Recipe], owner: str
 ) -> tuple[list[tuple[Recipe, list[Target]]], dict[str, str]]:
-    """The targets of each recipe, in the order of the model, and what `find_targets` left out.
+    """The targets of each recipe, each recipe's in the order of the model, and what `find_targets` left out.
 
     Raises:
         ValueError: as `find_targets`; tied layers are to differ; or a name is no layer's and no block's.
     """
+    targets, left = find_targets(model, *patterns_of(recipe), owner)
     if isinstance(recipe, Recipe):
-        found, left = find_targets(model, recipe.targets, recipe.ignore, owner)
-        return [(recipe, found)], left
-    targets, left = find_targets(model, tuple(recipe), (), owner)
+        return [(recipe, targets)], left
     groups: dict[Recipe, list[Target]] = {}
     used = set()
     for target in targets:

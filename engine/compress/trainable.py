@@ -59,7 +59,7 @@ class TrainableLinear(nn.Module):
         self.register_buffer("mask", mask)
         # The mask that places were last asked of, its version then, and they.
         self._kept: tuple[Tensor, int, tuple[Tensor, Tensor, int]] | None = None
-        self._prune: Prune | None = None  # what gradual pruning ends at
+        self._prune: Prune | None = None  # what gradual pruning ends at; no state, as it is given again before a resume
         scale = getattr(format, "input_scale", None)
         self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
         self.bias = compressed.bias
@@ -118,16 +118,19 @@ class TrainableLinear(nn.Module):
         return 0.0 if self.mask is None else 1 - self.mask.float().mean().item()
 
     @torch.no_grad()
-    def open(self, weight: Tensor, prune: Prune) -> None:
-        """Begins gradual pruning, towards `prune`: all of `weight` is kept until `close`."""
+    def begin_pruning(self, weight: Tensor, prune: Prune) -> None:
+        """Begins gradual pruning towards `prune`: the mask keeps all of `weight`, until `prune_on`."""
         assert self.mask is not None
         self.mask.fill_(True)
         self.weight.copy_(weight)
         self._prune = prune
 
     @torch.no_grad()
-    def close(self, share: float) -> None:
-        """After `open`: raises the sparsity to a `share` of its end, by magnitude. What was dropped stays dropped."""
+    def prune_on(self, share: float) -> None:
+        """Raises the mask's sparsity to a `share` of what pruning began towards, by magnitude.
+
+        What was dropped stays dropped. Without `begin_pruning` before, nothing happens.
+        """
         if self._prune is None or self.mask is None or share <= 0:
             return
         assert self._prune.sparsity is not None

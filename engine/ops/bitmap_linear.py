@@ -76,8 +76,9 @@ def bitmap_linear(
 ) -> Tensor:
     """`x @ weight.T + bias` in fp32 arithmetic, read directly from the bitmap that holds `weight`.
 
-    Where `x` and `values` both are bfloat16 and the processor multiplies pairs of such (AVX512_BF16), up to 64 rows are
-    summed by that instruction, for which numbers below fp32's smallest normal one (2^-126) are zero, sums too.
+    Where `x` and `values` both are bfloat16 and the processor multiplies pairs of such (AVX512_BF16), that instruction
+    is used, for which numbers below fp32's smallest normal one (2^-126) are zero, sums too; but not for more than
+    127 rows by a weight of which at most 12 % is kept.
 
     The bitmap is checked on the way: what does not fit together is refused. A row of `x` that holds a NaN or an
     infinity makes its row of `y` NaN, and no other.

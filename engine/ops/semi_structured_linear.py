@@ -66,8 +66,8 @@ _op = define(
 def semi_structured_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` in fp32 arithmetic, read directly from a 2:4 weight.
 
-    Where `x` and `values` both are bfloat16 and the processor multiplies pairs of such (AVX512_BF16), up to 64 rows are
-    summed by that instruction, for which numbers below fp32's smallest normal one (2^-126) are zero, sums too.
+    Where `x` and `values` both are bfloat16 and the processor multiplies pairs of such (AVX512_BF16), that instruction
+    is used, for which numbers below fp32's smallest normal one (2^-126) are zero, sums too.
 
     A row of `x` that holds a NaN or an infinity makes its row of `y` NaN, and no other.
 
