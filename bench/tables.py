@@ -46,9 +46,10 @@ def machine(results: dict) -> str:
     limits = results["limits"]
     threads, torch = f"{results['threads']} threads", f"torch {results['torch']}"
     words = (results["processor"], results["instruction_set"], threads, torch)
+    bf16 = f", {limits['bf16_gops']:.0f} bf16" if limits.get("bf16_gops") else ""
     return (
         f"{', '.join(words)}, {results['date']}; measured limits: {limits['read_gbps']:.0f} GB/s read, "
-        f"{limits['int8_gops']:.0f} GOP/s int8, {limits['fp32_gops']:.0f} GFLOP/s fp32"
+        f"{limits['int8_gops']:.0f} GOP/s int8, {limits['fp32_gops']:.0f} GFLOP/s fp32{bf16}"
     )
 
 
