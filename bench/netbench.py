@@ -130,6 +130,7 @@ def wire(index: int, pid: int, rate: str) -> None:
         time.sleep(0.01)
     inside = f"nsenter -t {pid} -n"
     shape = f"root tbf rate {rate} burst 256k latency 50ms"
+    shell(f"ip link del port{index}", check=False)  # the last case's: the kernel ends a dead host's in its own time
     shell(
         f"ip link add port{index} type veth peer name eth0 netns {pid}",
         f"ip link set port{index} master hub up && tc qdisc add dev port{index} {shape}",

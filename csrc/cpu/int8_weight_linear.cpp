@@ -248,7 +248,9 @@ void dot_linear(const FloatLinear<T>& call, const int8_t* weight) {
 
 template <class T>
 void linear(const FloatLinear<T>& call, const int8_t* weight) {
-    if (call.m > kDotRows) return float_panel_linear(call, Int8Provider{weight, call.k, converter()});
+    constexpr int64_t kPairDotRows = 6;  // products of bfloat16 make panels the faster way earlier
+    const int64_t most = multiplies_bfloat16<T, int8_t>() ? kPairDotRows : kDotRows;
+    if (call.m > most) return float_panel_linear(call, Int8Provider{weight, call.k, converter()});
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
     if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
