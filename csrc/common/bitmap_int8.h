@@ -101,8 +101,16 @@ ENGINE_AVX2 inline int64_t expand_stretch_avx2(const uint8_t* mask, const int8_t
 
 ENGINE_AVX512 inline int64_t expand_stretch_avx512(const uint8_t* mask, const int8_t* values, int64_t kc, int8_t* out) {
     const int8_t* from = values;
-    for (int64_t i = 0; i < kc; i += 64) {
-        const uint64_t bits = mask_bits(mask, i, kc);
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + 64 <= kc; i += 64, mask += 8) {
+        uint64_t bits;
+        std::memcpy(&bits, mask, 8);
+        _mm512_storeu_si512(out + i, expand_lanes_avx512<int8_t>(load_mask_avx512(mask), _mm512_loadu_si512(from)));
+        from += popcount64(bits);
+    }
+    if (i < kc) {
+        const uint64_t bits = mask_bits(mask, 0, kc - i);
         _mm512_storeu_si512(out + i, expand_lanes_avx512<int8_t>(bits, _mm512_loadu_si512(from)));
         from += popcount64(bits);
     }

@@ -45,6 +45,28 @@ ENGINE_AVX512 ENGINE_INLINE __m512i add_quarters_avx512(const __m512i* a) {
     return add_halves_avx512<256>(add_halves_avx512<128>(a[0], a[1]), add_halves_avx512<128>(a[2], a[3]));
 }
 
+// The 16 lanes of each of `count` vectors added up, and to what is there if `add`.
+template <size_t count>
+ENGINE_AVX512 ENGINE_INLINE void store_sums_avx512(const __m512i (&acc)[count], bool add,
+                                                   int32_t* sums) {  // [count, rounded up to 16]
+    constexpr size_t kVectors = (count + 15) / 16;
+    __m512i four[4 * kVectors];  // four sums each, spread over four lanes; the last ones may be anything
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 4 * kVectors; ++i) {
+        constexpr size_t last = count - 1;
+        const size_t j = 4 * i;
+        const __m512i a[] = {acc[std::min(j, last)], acc[std::min(j + 1, last)], acc[std::min(j + 2, last)],
+                             acc[std::min(j + 3, last)]};
+        four[i] = j < count ? add_lanes_avx512(a) : four[0];
+    }
+#pragma GCC unroll 2
+    for (size_t i = 0; i < kVectors; ++i) {
+        __m512i sum = add_quarters_avx512(four + 4 * i);
+        if (add) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(sums + 16 * i));
+        _mm512_storeu_si512(sums + 16 * i, sum);
+    }
+}
+
 // Written as assembly (accumulate_avx512) because GCC would rather read an operand from memory four times than once,
 // and then moves sums from register to register and through memory. Each tile asks L2 for the first lines of the next
 // one, where the hardware has yet to notice ten new streams: that alone is a fifth of the time at K = 4096.
@@ -80,14 +102,6 @@ struct DotTiles {
         }
     }
 
-    // Of `count` sums, the four from `first` on.
-    template <size_t count>
-    ENGINE_AVX512 ENGINE_INLINE static __m512i add_four(const __m512i (&acc)[count], size_t first) {
-        const __m512i a[] = {acc[first], acc[std::min(first + 1, count - 1)], acc[std::min(first + 2, count - 1)],
-                             acc[std::min(first + 3, count - 1)]};
-        return add_lanes_avx512(a);
-    }
-
     // Unrolled by force, else GCC keeps the sums in memory.
     template <int R, int asked>
     ENGINE_AVX512 __attribute__((noinline)) static void tile_of(
@@ -112,16 +126,7 @@ struct DotTiles {
 #pragma GCC unroll 6
             for (int j = 0; j < columns; ++j) __builtin_prefetch(t.next_w + j * stride + 64 * line);
         }
-        constexpr int kVectors = (R * columns + 15) / 16;
-        __m512i four[4 * kVectors];  // four sums each, spread over four lanes; the last ones may be anything
-#pragma GCC unroll 8
-        for (int i = 0; i < 4 * kVectors; ++i) four[i] = 4 * i < R * columns ? add_four(acc, 4 * i) : four[0];
-#pragma GCC unroll 2
-        for (int i = 0; i < kVectors; ++i) {
-            __m512i sum = add_quarters_avx512(four + 4 * i);
-            if (t.add) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(sums + 16 * i));
-            _mm512_storeu_si512(sums + 16 * i, sum);
-        }
+        store_sums_avx512(acc, t.add, sums);
     }
 
     template <int R>

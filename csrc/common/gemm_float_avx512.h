@@ -76,6 +76,20 @@ ENGINE_AVX512 void finish_avx512(const FloatLinear<T>& call,
     finish_rest(call, sums, width, first_row, row, rows, column, 0, columns);
 }
 
+// A tile's sums, added to those that are there if `add`.
+template <int R, int V>
+ENGINE_AVX512 ENGINE_INLINE void store_tile_avx512(const __m512 (&acc)[R][V], bool add,
+                                                   float* sums) {  // [R, 16 V], 64-byte aligned
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            float* to = sums + (r * V + v) * 16;
+            _mm512_store_ps(to, add ? _mm512_add_ps(_mm512_load_ps(to), acc[r][v]) : acc[r][v]);
+        }
+    }
+}
+
 struct FloatPanelAvx512 {
     using Element = float;
     static constexpr int64_t kChain = kFloatChain;
@@ -111,14 +125,7 @@ struct FloatPanelAvx512 {
                 for (int v = 0; v < V; ++v) acc[r][v] = _mm512_fmadd_ps(weight, x[v], acc[r][v]);
             }
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) {
-                float* to = sums + (r * V + v) * 16;
-                _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), acc[r][v]) : acc[r][v]);
-            }
-        }
+        store_tile_avx512(acc, add, sums);
     }
 
     ENGINE_AVX512 static void tile(const float* w,      // [kRows, kFloatDepth], of which kc are used
@@ -195,14 +202,7 @@ struct PairPanelAvx512 {
                 for (int v = 0; v < V; ++v) accumulate_pairs_avx512(acc[r][v], weight, x[v]);
             }
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-                float* to = sums + (r * V + v) * 16;
-                _mm512_store_ps(to, add ? _mm512_add_ps(_mm512_load_ps(to), acc[r][v]) : acc[r][v]);
-            }
-        }
+        store_tile_avx512(acc, add, sums);
     }
 
     ENGINE_AVX512 static void tile(const BFloat16* w,      // [kRows, kFloatDepth], of which kc are used

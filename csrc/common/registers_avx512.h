@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace engine {
 
@@ -30,6 +31,21 @@ ENGINE_AVX512 ENGINE_INLINE uint64_t integer_bits(uint64_t bits) {
     asm("" : "+r"(bits));
 #endif
     return bits;
+}
+
+// A word of a bitmask as a mask, straight from memory: by way of an integer register, which GCC takes where the bits
+// are counted too, it would wait for one of the two ports that vpexpandb needs.
+ENGINE_AVX512 ENGINE_INLINE __mmask64 load_mask_avx512(const uint8_t* word) {
+    __mmask64 lanes;
+#if defined(ENGINE_EMULATE_AVX512)
+    std::memcpy(&lanes, word, sizeof lanes);
+#else
+    struct Word {
+        uint8_t bytes[8];
+    };
+    asm("kmovq %1, %0" : "=k"(lanes) : "m"(*reinterpret_cast<const Word*>(word)));
+#endif
+    return lanes;
 }
 
 // acc += unsigned bytes by signed ones, by fours, in the order as written. GCC copies every sum to another register

@@ -5,6 +5,7 @@
 // spread; many go through the panels of common/gemm_int8.h, or where most weights are pruned on AVX2, meet the kept
 // ones only (common/spmm.h).
 
+#include "common/bitmap_blocks_avx512.h"
 #include "common/bitmap_dot.h"
 #include "common/bitmap_dot_avx2.h"
 #include "common/bitmap_dot_avx512.h"
@@ -16,11 +17,14 @@ namespace {
 
 // Weight rows that are summed side by side, stretch by stretch, so that the activations of a stretch stay in L1.
 constexpr int64_t kGroupRows = 16;
-// Up to so many rows of activations the portable dot products are the faster way; AVX-512 has its own for more.
-constexpr int64_t kFewRows = 16, kDotRows = 64;
-// From so much of K on a single row of activations takes weight rows one by one; shorter ones side by side, as what
-// each begins and ends with costs as much as its weights.
-constexpr int64_t kLongRow = 1024;
+// Up to so many rows of activations the portable dot products are the faster way.
+constexpr int64_t kFewRows = 16;
+#if ENGINE_X86
+// Tiles of many rows of activations where these stay in L1; else of few, which read them less often.
+using TallTiles = BitmapTiles<6, 4>;
+using WideTiles = BitmapTiles<4, 6>;
+constexpr int64_t kTallRows = 10;
+#endif
 
 struct ValuesScratch;  // tag: a thread's copies of values at the tensor's end
 
@@ -53,7 +57,7 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 
     for (int64_t first = begin; first < end; first += kGroupRows) {
         const int64_t group = std::min(kGroupRows, end - first);
-        int64_t position[kGroupRows], sums[kDotRows][kGroupRows];
+        int64_t position[kGroupRows], sums[kFewRows][kGroupRows];
         std::fill_n(sums[0], call.m * kGroupRows, int64_t{0});
         std::copy_n(weight.row_offsets + first, group, position);
         for (int64_t k0 = 0; k0 < call.k; k0 += depth) {
@@ -70,7 +74,7 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
                                   weight.row_offsets[next] - weight.row_offsets[first + row],
                                   kColumns * mask_bytes(call.k)};
                 }
-                int32_t part[kDotRows * kColumns];
+                int32_t part[kFewRows * kColumns];
                 Kernel::stretch(rows.q + k0, rows.stride, call.m, columns, kc, part);
                 for (int c = 0; c < kColumns && j + c < group; ++c) {
                     const int64_t taken = columns[c].values - start[c];
@@ -102,14 +106,56 @@ void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad
                            });
 }
 
+#if ENGINE_X86
+template <class Tiles, class Total, class T>
+void block_outputs(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Int8Bitmap& weight,
+                   int64_t begin, int64_t end, BadRow& bad) {
+    using Blocks = BitmapBlocksAvx512<Tiles>;
+    Blocks blocks(weight, call.m);
+    Total totals[kBitmapBlockRows * Blocks::kGroup];
+    for (int64_t first = begin; first < end; first += Blocks::kGroup) {
+        const int64_t count = std::min(Blocks::kGroup, end - first);
+        std::fill_n(totals, call.m * Blocks::kGroup, Total{0});
+        blocks.multiply(rows, first, count, bad, totals);
+        PanelAvx512::finish(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, first, count}, totals, Blocks::kGroup);
+    }
+}
+
+// The same for few rows of activations and a short K.
+template <class T>
+void short_outputs(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Int8Bitmap& weight,
+                   int64_t begin, int64_t end, BadRow& bad) {
+    using Rows = BitmapRowsAvx512;
+    int32_t totals[Rows::kRows * Rows::kColumns];
+    for (int64_t first = begin; first < end; first += Rows::kColumns) {
+        const int64_t count = std::min(Rows::kColumns, end - first);
+        Rows::multiply_rows(call.m, rows.q, rows.stride, weight, first, count, bad, totals);
+        PanelAvx512::finish(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, first, count}, totals, Rows::kColumns);
+    }
+}
+
+template <class T>
+void linear_avx512(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
+    if (call.m == 1 && call.k > BitmapRowsAvx512::kMostDepth) return dot_linear<VectorAvx512>(call, weight, bad);
+    with_quantized_rows<int8_t>(call, call.k * (1 + call.m / 4),
+                                [&](const QuantizedRows<int8_t>& rows, int64_t begin, int64_t end) {
+                                    if (call.m <= BitmapRowsAvx512::kRows && call.k <= BitmapRowsAvx512::kMostDepth) {
+                                        return short_outputs(call, rows, weight, begin, end, bad);
+                                    }
+                                    if (call.k > kExactDepth)
+                                        return block_outputs<TallTiles, int64_t>(call, rows, weight, begin, end, bad);
+                                    if (call.m > kTallRows)
+                                        return block_outputs<WideTiles, int32_t>(call, rows, weight, begin, end, bad);
+                                    block_outputs<TallTiles, int32_t>(call, rows, weight, begin, end, bad);
+                                });
+}
+#endif
+
 template <class T>
 void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     if (call.m == 0) return;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m <= MatrixAvx512::rows(call.k)) {
-        if (call.m == 1 && call.k >= kLongRow) return dot_linear<VectorAvx512>(call, weight, bad);
-        return dot_linear<MatrixAvx512>(call, weight, bad);
-    }
+    if (isa() == Isa::avx512 && call.m <= DotTilesAvx512::rows(call.k)) return linear_avx512(call, weight, bad);
     if (isa() == Isa::avx2) {
         if (call.m == 1) return dot_linear<VectorAvx2>(call, weight, bad);
         if (call.m <= MatrixAvx2::kRows) return dot_linear<MatrixAvx2>(call, weight, bad);
