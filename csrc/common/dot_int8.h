@@ -27,43 +27,55 @@ struct DotTile {
 };
 
 #if ENGINE_X86
-// The halves of a and b added, by units of 32 bits, of 64, of 128 and of 256: after all four, 16 vectors are one.
-template <int bits>
-ENGINE_AVX512 ENGINE_INLINE __m512i add_halves_avx512(__m512i a, __m512i b) {
-    if constexpr (bits == 32) return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    if constexpr (bits == 64) return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    if constexpr (bits == 128) {
-        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
-    }
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+ENGINE_AVX512 ENGINE_INLINE __m512i add_avx512(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+ENGINE_AVX512 ENGINE_INLINE __m512 add_avx512(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+// The bits as they are, as integers; and as a vector of the type of the second argument.
+ENGINE_AVX512 ENGINE_INLINE __m512i bits_avx512(__m512i v) { return v; }
+ENGINE_AVX512 ENGINE_INLINE __m512i bits_avx512(__m512 v) { return _mm512_castps_si512(v); }
+ENGINE_AVX512 ENGINE_INLINE __m512i from_bits_avx512(__m512i bits, __m512i) { return bits; }
+ENGINE_AVX512 ENGINE_INLINE __m512 from_bits_avx512(__m512i bits, __m512) { return _mm512_castsi512_ps(bits); }
+
+// The halves of a and b added, by units of 32 bits, of 64, of 128 and of 256: after all four, 16 vectors are one. V is
+// a vector of int32 or of float.
+template <int unit, class V>
+ENGINE_AVX512 ENGINE_INLINE V add_halves_avx512(V a, V b) {
+    const __m512i x = bits_avx512(a), y = bits_avx512(b);
+    __m512i low, high;
+    if constexpr (unit == 32) low = _mm512_unpacklo_epi32(x, y), high = _mm512_unpackhi_epi32(x, y);
+    if constexpr (unit == 64) low = _mm512_unpacklo_epi64(x, y), high = _mm512_unpackhi_epi64(x, y);
+    if constexpr (unit == 128) low = _mm512_shuffle_i32x4(x, y, 0x44), high = _mm512_shuffle_i32x4(x, y, 0xee);
+    if constexpr (unit == 256) low = _mm512_shuffle_i32x4(x, y, 0x88), high = _mm512_shuffle_i32x4(x, y, 0xdd);
+    return add_avx512(from_bits_avx512(low, a), from_bits_avx512(high, a));
 }
 // Four vectors as one that has each one's sum spread over four lanes, and four of those as one that has the sums.
-ENGINE_AVX512 ENGINE_INLINE __m512i add_lanes_avx512(const __m512i* a) {
+template <class V>
+ENGINE_AVX512 ENGINE_INLINE V add_lanes_avx512(const V* a) {
     return add_halves_avx512<64>(add_halves_avx512<32>(a[0], a[1]), add_halves_avx512<32>(a[2], a[3]));
 }
-ENGINE_AVX512 ENGINE_INLINE __m512i add_quarters_avx512(const __m512i* a) {
+template <class V>
+ENGINE_AVX512 ENGINE_INLINE V add_quarters_avx512(const V* a) {
     return add_halves_avx512<256>(add_halves_avx512<128>(a[0], a[1]), add_halves_avx512<128>(a[2], a[3]));
 }
 
 // The 16 lanes of each of `count` vectors added up, and to what is there if `add`.
-template <size_t count>
-ENGINE_AVX512 ENGINE_INLINE void store_sums_avx512(const __m512i (&acc)[count], bool add,
-                                                   int32_t* sums) {  // [count, rounded up to 16]
+template <class V, class Sum, size_t count>
+ENGINE_AVX512 ENGINE_INLINE void store_sums_avx512(const V (&acc)[count], bool add,
+                                                   Sum* sums) {  // [count, rounded up to 16], int32_t or float
     constexpr size_t kVectors = (count + 15) / 16;
-    __m512i four[4 * kVectors];  // four sums each, spread over four lanes; the last ones may be anything
+    V four[4 * kVectors];  // four sums each, spread over four lanes; the last ones may be anything
 #pragma GCC unroll 8
     for (size_t i = 0; i < 4 * kVectors; ++i) {
         constexpr size_t last = count - 1;
         const size_t j = 4 * i;
-        const __m512i a[] = {acc[std::min(j, last)], acc[std::min(j + 1, last)], acc[std::min(j + 2, last)],
-                             acc[std::min(j + 3, last)]};
+        const V a[] = {acc[std::min(j, last)], acc[std::min(j + 1, last)], acc[std::min(j + 2, last)],
+                       acc[std::min(j + 3, last)]};
         four[i] = j < count ? add_lanes_avx512(a) : four[0];
     }
 #pragma GCC unroll 2
     for (size_t i = 0; i < kVectors; ++i) {
-        __m512i sum = add_quarters_avx512(four + 4 * i);
-        if (add) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(sums + 16 * i));
-        _mm512_storeu_si512(sums + 16 * i, sum);
+        V sum = add_quarters_avx512(four + 4 * i);
+        if (add) sum = add_avx512(sum, from_bits_avx512(_mm512_loadu_si512(sums + 16 * i), sum));
+        _mm512_storeu_si512(sums + 16 * i, bits_avx512(sum));
     }
 }
 

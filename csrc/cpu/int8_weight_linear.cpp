@@ -2,6 +2,8 @@
 // the panels of common/gemm_float.h; for a few, dot products straight from the weights, which memory bounds.
 
 #include "common/gemm_float.h"
+#include "common/int8_weight_dots_avx2.h"
+#include "common/int8_weight_dots_avx512.h"
 #include "common/tensor.h"
 #if ENGINE_X86
 #include <immintrin.h>
@@ -9,8 +11,6 @@
 
 namespace engine {
 namespace {
-
-constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the row being read memory is asked for
 
 // ---- panels -----------------------------------------------------------------------------------------------------
 
@@ -74,188 +74,82 @@ struct Int8Provider {
 
 // ---- dot products -----------------------------------------------------------------------------------------------
 
-// A kernel multiplies R rows of weights by M of activations, so that a weight turned into fp32 serves M products and an
-// activation R. It has kLanes weights to a step, and U steps at once, each with sums of its own: additions need not
-// wait for each other.
-struct DotPortable {
+struct WeightDotsPortable {
+    using Element = float;
+    static constexpr int64_t kMostRows = 4, kMostDepth = 2048;
     static constexpr int kLanes = 8;
 
+    template <int M>
+    static constexpr int kColumns = M == 1 ? 1 : 2;
+    template <int count>
+    static constexpr int64_t kSums = count;
+
     template <int M, int R>
-    static void dot(const int8_t* w,  // [R, k]
-                    int64_t k,
-                    const float* x,  // [M, stride]
-                    int64_t stride, const int8_t*,
-                    float* sums) {  // [M, R]
+    static void tile(const int8_t* w,  // [R, w_stride], kc of each row
+                     int64_t w_stride, int64_t kc,
+                     const float* x,  // [M, x_stride]
+                     int64_t x_stride, const int8_t*, bool add,
+                     float* sums) {  // [M, R]
         for (int m = 0; m < M; ++m) {
             for (int r = 0; r < R; ++r) {
-                const int8_t* from = w + r * k;
+                const int8_t* weights = w + r * w_stride;
+                const float* activations = x + m * x_stride;
                 float acc[kLanes] = {};
                 int64_t i = 0;
-                for (; i + kLanes <= k; i += kLanes) {
-                    for (int j = 0; j < kLanes; ++j) acc[j] += x[m * stride + i + j] * static_cast<float>(from[i + j]);
+                for (; i + kLanes <= kc; i += kLanes) {
+                    for (int j = 0; j < kLanes; ++j) acc[j] += activations[i + j] * static_cast<float>(weights[i + j]);
                 }
-                for (int j = 0; i + j < k; ++j) acc[j] += x[m * stride + i + j] * static_cast<float>(from[i + j]);
-                sums[m * R + r] = ((acc[0] + acc[4]) + (acc[2] + acc[6])) + ((acc[1] + acc[5]) + (acc[3] + acc[7]));
+                for (int j = 0; i + j < kc; ++j) acc[j] += activations[i + j] * static_cast<float>(weights[i + j]);
+                const float sum = ((acc[0] + acc[4]) + (acc[2] + acc[6])) + ((acc[1] + acc[5]) + (acc[3] + acc[7]));
+                sums[m * R + r] = add ? sums[m * R + r] + sum : sum;
             }
         }
     }
 };
-
-#if ENGINE_X86
-struct DotAvx2 {
-    static constexpr int kLanes = 8;
-
-    template <int M, int R>
-    ENGINE_AVX2 ENGINE_INLINE static void step(const int8_t* w, int64_t w_stride, const float* x, int64_t stride,
-                                               __m256 (&acc)[M][R]) {
-        __m256 weight[R];
-        for (int r = 0; r < R; ++r) {
-            const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + r * w_stride));
-            weight[r] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-        }
-        for (int m = 0; m < M; ++m) {
-            const __m256 v = _mm256_load_ps(x + m * stride);
-            for (int r = 0; r < R; ++r) acc[m][r] = _mm256_fmadd_ps(weight[r], v, acc[m][r]);
-        }
-    }
-
-    template <int M, int R>
-    ENGINE_AVX2 static void dot(const int8_t* w,  // [R, k]
-                                int64_t k,
-                                const float* x,  // [M, stride]
-                                int64_t stride,
-                                const int8_t* ahead,  // what to ask memory for, R · k bytes
-                                float* sums) {        // [M, R]
-        constexpr int U = M * R == 1 ? 4 : M * R <= 4 ? 2 : 1;
-        __m256 acc[U][M][R];
-        for (int i = 0; i < U * M * R; ++i) acc[i / (M * R)][i / R % M][i % R] = _mm256_setzero_ps();
-        int64_t i = 0;
-        for (; i + 32 <= k; i += 32) {
-            if (ahead) __builtin_prefetch(ahead + i * R);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) step<M, R>(w + i + j * kLanes, k, x + i + j * kLanes, stride, acc[j % U]);
-        }
-        for (; i + kLanes <= k; i += kLanes) step<M, R>(w + i, k, x + i, stride, acc[0]);
-        if (i < k) {
-            int8_t tail[R][kLanes] = {};
-            for (int r = 0; r < R; ++r) std::copy_n(w + r * k + i, k - i, tail[r]);
-            step<M, R>(tail[0], kLanes, x + i, stride, acc[0]);
-        }
-        for (int m = 0; m < M; ++m) {
-            for (int r = 0; r < R; ++r) {
-                for (int u = 1; u < U; ++u) acc[0][m][r] = _mm256_add_ps(acc[0][m][r], acc[u][m][r]);
-                sums[m * R + r] = sum_8_avx2(acc[0][m][r]);
-            }
-        }
-    }
-};
-
-struct DotAvx512 {
-    static constexpr int kLanes = 16;
-
-    template <int M, int R>
-    ENGINE_AVX512 ENGINE_INLINE static void step(const int8_t* w, int64_t w_stride, const float* x, int64_t stride,
-                                                 __m512 (&acc)[M][R]) {
-        __m512 weight[R];
-        for (int r = 0; r < R; ++r) {
-            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * w_stride));
-            weight[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-        }
-        for (int m = 0; m < M; ++m) {
-            const __m512 v = _mm512_loadu_ps(x + m * stride);
-            for (int r = 0; r < R; ++r) acc[m][r] = _mm512_fmadd_ps(weight[r], v, acc[m][r]);
-        }
-    }
-
-    template <int M, int R>
-    ENGINE_AVX512 static void dot(const int8_t* w,  // [R, k]
-                                  int64_t k,
-                                  const float* x,  // [M, stride]
-                                  int64_t stride,
-                                  const int8_t* ahead,  // what to ask memory for, R · k bytes
-                                  float* sums) {        // [M, R]
-        constexpr int U = M * R <= 2 ? 4 : M * R <= 4 ? 2 : 1;
-        __m512 acc[U][M][R];
-        for (int i = 0; i < U * M * R; ++i) acc[i / (M * R)][i / R % M][i % R] = _mm512_setzero_ps();
-        int64_t i = 0;
-        for (; i + 64 <= k; i += 64) {
-            if (ahead) {
-                for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + i * R + r * 64);
-            }
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) step<M, R>(w + i + j * kLanes, k, x + i + j * kLanes, stride, acc[j % U]);
-        }
-        for (; i + kLanes <= k; i += kLanes) step<M, R>(w + i, k, x + i, stride, acc[0]);
-        if (i < k) {
-            int8_t tail[R][kLanes] = {};
-            for (int r = 0; r < R; ++r) std::copy_n(w + r * k + i, k - i, tail[r]);
-            step<M, R>(tail[0], kLanes, x + i, stride, acc[0]);
-        }
-        for (int m = 0; m < M; ++m) {
-            for (int r = 0; r < R; ++r) {
-                for (int u = 1; u < U; ++u) acc[0][m][r] = _mm512_add_ps(acc[0][m][r], acc[u][m][r]);
-                sums[m * R + r] = _mm512_reduce_add_ps(acc[0][m][r]);
-            }
-        }
-    }
-};
-#endif
-
-// Rows [row, row + M) of activations by weight rows [column, column + R).
-template <class Kernel, int M, int R, class T>
-ENGINE_INLINE void dot_tile(const FloatLinear<T>& call, const FloatRows& rows, const int8_t* weight, int64_t row,
-                            int64_t column) {
-    float sums[M * R];
-    const int8_t* w = weight + column * call.k;
-    const bool more = row == 0 && (column + R) * call.k + kPrefetchBytes < call.n * call.k;
-    Kernel::template dot<M, R>(w, call.k, rows.x + row * rows.stride, rows.stride, more ? w + kPrefetchBytes : nullptr,
-                               sums);
-    for (int m = 0; m < M; ++m) {
-        T* y = call.y + (row + m) * call.n + column;
-        for (int r = 0; r < R; ++r) y[r] = float_output(sums[m * R + r], call, column + r);
-    }
-}
-
-template <class Kernel, int R, class T>
-void dot_rows(const FloatLinear<T>& call, const FloatRows& rows, const int8_t* weight, int64_t column) {
-    for (int64_t row = 0; row < call.m; row += 4) {
-        switch (std::min<int64_t>(4, call.m - row)) {
-            case 1:
-                dot_tile<Kernel, 1, R>(call, rows, weight, row, column);
-                break;
-            case 2:
-                dot_tile<Kernel, 2, R>(call, rows, weight, row, column);
-                break;
-            case 3:
-                dot_tile<Kernel, 3, R>(call, rows, weight, row, column);
-                break;
-            default:
-                dot_tile<Kernel, 4, R>(call, rows, weight, row, column);
-        }
-    }
-}
 
 template <class Kernel, class T>
 void dot_linear(const FloatLinear<T>& call, const int8_t* weight) {
     float_dot_linear(call, call.k, [&](int64_t begin, int64_t end, const FloatRows& rows) {
-        int64_t column = begin;
-        if (call.m > 1) {
-            for (; column + 2 <= end; column += 2) dot_rows<Kernel, 2>(call, rows, weight, column);
-        }
-        for (; column < end; ++column) dot_rows<Kernel, 1>(call, rows, weight, column);
+        WeightDots<Kernel>::outputs(call, weight, rows.x, rows.stride, begin, end);
     });
 }
 
+#if ENGINE_X86
+constexpr int64_t kMostPairRows = 12;  // of activations; from there on panels are as fast
+struct PairsScratch;                   // tag: the activations of a call, held by the calling thread
+
+// Products of bfloat16.
+void pairs_linear(const FloatLinear<BFloat16>& call, const int8_t* weight) {
+    if (call.m == 0 || call.n == 0) return;
+    const int64_t stride = divide_up(call.k, 64) * 64;
+    Scratch<PairsScratch> scratch(Scratch<PairsScratch>::bytes_for<BFloat16>(call.m * stride));
+    auto* const x = scratch.take<BFloat16>(call.m * stride);
+    bool finite[kMostPairRows];
+    for (int64_t row = 0; row < call.m; ++row) {
+        finite[row] = PairStepAvx512::arrange(call.x + row * call.k, call.k, x + row * stride);
+    }
+    parallel_rows(call.n, call.k * (call.m + 3) / 4, [&](int64_t begin, int64_t end) {
+        WeightDots<WeightDotsAvx512<PairStepAvx512>>::outputs(call, weight, x, stride, begin, end);
+    });
+    for (int64_t row = 0; row < call.m; ++row) {
+        if (!finite[row]) fill_nan(call, row);
+    }
+}
+#endif
+
 template <class T>
 void linear(const FloatLinear<T>& call, const int8_t* weight) {
-    constexpr int64_t kPairDotRows = 6;  // products of bfloat16 make panels the faster way earlier
-    const int64_t most = multiplies_bfloat16<T, int8_t>() ? kPairDotRows : kDotRows;
-    if (call.m > most) return float_panel_linear(call, Int8Provider{weight, call.k, converter()});
 #if ENGINE_X86
-    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
-    if (isa() == Isa::avx512) return dot_linear<DotAvx512>(call, weight);
+    if constexpr (kBFloat16Products<T, int8_t>) {
+        if (multiplies_bfloat16<T, int8_t>() && call.m <= kMostPairRows) return pairs_linear(call, weight);
+    }
 #endif
-    dot_linear<DotPortable>(call, weight);
+    if (call.m > kDotRows) return float_panel_linear(call, Int8Provider{weight, call.k, converter()});
+#if ENGINE_X86
+    if (isa() == Isa::avx2) return dot_linear<WeightDotsAvx2>(call, weight);
+    if (isa() == Isa::avx512) return dot_linear<WeightDotsAvx512<FloatStepAvx512>>(call, weight);
+#endif
+    dot_linear<WeightDotsPortable>(call, weight);
 }
 
 Tensor int8_weight_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::optional<Tensor> bias) {
