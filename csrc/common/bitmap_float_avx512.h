@@ -10,10 +10,19 @@ namespace engine {
 // Where a row of weights is read.
 template <class V>
 struct FloatColumn {
-    const uint8_t* mask;   // [ceil(k/8)]
-    const V* values;       // k + kReadAhead may be read; a kernel leaves it where it ended
-    const uint8_t* ahead;  // [ceil(k/8)], of which memory is asked at the pace of the mask
+    const uint8_t* mask;  // [ceil(k/8)]
+    const V* values;      // k + kReadAhead may be read; a kernel leaves it where it ended
+    // What memory is asked for at the pace of the mask, and how far beyond the values.
+    const uint8_t* ahead;  // [ceil(k/8)]
+    int64_t values_ahead;  // bytes
 };
+
+// How far ahead of a row that is read together with its neighbours memory is asked for: for the row after these, as
+// what comes next in memory is being read already; but no farther than L2 holds.
+ENGINE_INLINE int64_t bytes_ahead(int64_t after) {
+    constexpr int64_t kMost = 256 << 10, kNear = 8 << 10;
+    return after <= kMost ? after : kNear;
+}
 
 #if ENGINE_X86
 
@@ -127,7 +136,6 @@ struct PairsAvx512 {
 // of them. Whole rows: with stretches of K that fit L1 the many short streams of values cost more than was saved.
 template <class Step>
 struct FloatDotAvx512 {
-    static constexpr int64_t kValuesAhead = 8 << 10;  // how far ahead memory is asked for
     static constexpr int columns(int m) { return m == 1 ? 2 : m <= 4 ? 4 : 3; }
 
     // C rows of weights by M of activations, in 32 registers.
@@ -152,7 +160,7 @@ struct FloatDotAvx512 {
                 __builtin_prefetch(columns[c].ahead + i / 8);
 #pragma GCC unroll 4
                 for (size_t b = 0; b < 32 * sizeof(V); b += 64) {  // what half of 64 weights take
-                    __builtin_prefetch(reinterpret_cast<const char*>(p[c]) + kValuesAhead + b);
+                    __builtin_prefetch(reinterpret_cast<const char*>(p[c]) + columns[c].values_ahead + b);
                 }
             }
 #pragma GCC unroll 2
@@ -187,7 +195,7 @@ struct FloatDotAvx512 {
         for (int64_t first = begin; first < end; first += C) {
             FloatColumn<V> columns[C], start[C];
             for (int c = 0; c < C; ++c) {  // the last once more in place of one that is missing
-                start[c] = weights.column(std::min(first + c, end - 1), scratch[c]);
+                start[c] = weights.column(std::min(first + c, end - 1), C, scratch[c]);
             }
             for (int64_t at = 0;; at = std::min(at + M, call.m - M)) {
                 float sums[C][M];
@@ -222,7 +230,8 @@ void bitmap_dots(const FloatLinear<T>& call, const Weights& weights) {
         [&](const FloatRows& rows) { Step::template arrange<typename Weights::Value>(rows, call.m); });
 }
 // y, where dot products are the faster way. A weight is a struct: Value; Scratch, what a column needs for as long as it
-// is read; row_bytes(); column(row, scratch); and check_row(row, how many values were taken).
+// is read; row_bytes(); column(row, how many are read at once, scratch); and check_row(row, how many values were
+// taken).
 template <class T, class Weights>
 bool bitmap_dot_linear(const FloatLinear<T>& call, const Weights& weights) {
     constexpr int64_t kMostPairRows = 3 * kDotRows, kMostRows = 2 * kDotRows;  // then panels are faster

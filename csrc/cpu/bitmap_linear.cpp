@@ -15,7 +15,6 @@ namespace engine {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the value being read memory is asked for
-constexpr int64_t kMaskAhead = 512;          // and of the mask
 
 // A checked bitmap.
 template <class V>
@@ -30,8 +29,11 @@ struct Bitmap {
 
     int64_t row_bytes() const { return mask_bytes(k) + nnz / n * static_cast<int64_t>(sizeof(V)); }
     const uint8_t* mask(int64_t row) const { return bitmask + row * mask_bytes(k); }
-    FloatColumn<V> column(int64_t row, Scratch& scratch) const {
-        return {mask(row), row_values(values, row_offsets, row, k, nnz, scratch), mask(row) + kMaskAhead};
+    FloatColumn<V> column(int64_t row, int64_t together, Scratch& scratch) const {
+        const int64_t values_after = row_offsets[std::min(row + together, n)] - row_offsets[row];
+        return {mask(row), row_values(values, row_offsets, row, k, nnz, scratch),
+                mask(row) + bytes_ahead(together * mask_bytes(k)),
+                bytes_ahead(values_after * static_cast<int64_t>(sizeof(V)))};
     }
     void check_row(int64_t row, int64_t taken) const {
         if (taken != row_offsets[row + 1] - row_offsets[row] || has_padding_bits(mask(row), k)) bad->record(row);
@@ -150,10 +152,9 @@ struct RowByRow {
                         int64_t end) {
         std::vector<V> scratch;
         for (int64_t column = begin; column < end; ++column) {
-            const auto [mask, values, ahead] = weights.column(column, scratch);
-            static_cast<void>(ahead);
+            const FloatColumn<V> row = weights.column(column, 1, scratch);
             float sums[M];
-            const int64_t taken = Kernel::template dot<M>(mask, values, call.k, rows.x, rows.stride, sums);
+            const int64_t taken = Kernel::template dot<M>(row.mask, row.values, call.k, rows.x, rows.stride, sums);
             weights.check_row(column, taken);
             for (int m = 0; m < M; ++m) call.y[m * call.n + column] = float_output(sums[m], call, column);
         }

@@ -194,13 +194,14 @@ struct SemiBitmap {
     SemiStructured<V> weight;
 
     int64_t row_bytes() const { return weight.row_values() * static_cast<int64_t>(sizeof(V)) + weight.row_bytes(); }
-    FloatColumn<V> column(int64_t row, Scratch& scratch) const {
+    FloatColumn<V> column(int64_t row, int64_t together, Scratch& scratch) const {
+        const int64_t values_bytes = weight.row_values() * static_cast<int64_t>(sizeof(V));
         const int64_t bytes = weight.row_bytes();
         scratch.mask.resize((bytes + 63) / 64 * 64);
         const uint8_t* metadata = weight.metadata_at(row, 0);
         bitmap_of_row_avx512(metadata, bytes, scratch.mask.data());
         return {scratch.mask.data(), readable(row, 0, weight.row_values(), scratch.values),
-                metadata + kRowsAhead * bytes};
+                metadata + bytes_ahead(together * bytes), bytes_ahead(together * values_bytes)};
     }
     void check_row(int64_t, int64_t) const {}
 
@@ -213,9 +214,6 @@ struct SemiBitmap {
         std::copy_n(from, std::min<int64_t>(count, end - from), copy.data());
         return copy.data();
     }
-
-  private:
-    static constexpr int64_t kRowsAhead = 4;
 };
 
 template <class V>
