@@ -32,20 +32,20 @@ ENGINE_AVX512 inline void bitmap_of_row_avx512(const uint8_t* metadata, int64_t 
     }
 }
 
-// kc weights of a row spread over out[0, kc rounded up to 64). Memory is asked for what lies so much further on.
-ENGINE_AVX512 inline void spread_int8_avx512(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out,
-                                             int64_t values_ahead, int64_t metadata_ahead) {
+// kc weights of a row spread over out[0, kc rounded up to 64), shifted by 128 or as they are.
+template <bool shifted = false>
+ENGINE_AVX512 void spread_int8_avx512(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
+    const __m512i shift = _mm512_set1_epi8(shifted ? -128 : 0);
     alignas(64) uint64_t bits[8];
+    const auto* words = reinterpret_cast<const uint8_t*>(bits);
     int64_t k = 0;
     for (; k + 512 <= kc; k += 512) {
-        __builtin_prefetch(metadata + k / 8 + metadata_ahead);
         _mm512_store_si512(bits, bitmap_of_places_avx512(_mm512_loadu_si512(metadata + k / 8)));
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            const int8_t* from = values + k / 2 + 32 * i;
-            __builtin_prefetch(from + values_ahead);
-            const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-            _mm512_store_si512(out + k + 64 * i, expand_lanes_avx512<int8_t>(bits[i], packed));
+            const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + k / 2 + 32 * i));
+            const __m512i all = expand_lanes_avx512<int8_t>(words + 8 * i, _mm512_castsi256_si512(half));
+            _mm512_store_si512(out + k + 64 * i, _mm512_xor_si512(all, shift));
         }
     }
     if (k == kc) return;
@@ -54,7 +54,8 @@ ENGINE_AVX512 inline void spread_int8_avx512(const int8_t* values, const uint8_t
     for (int64_t i = 0; k + i < kc; i += 64) {
         const __mmask64 there = ~uint64_t{0} >> (64 - std::min<int64_t>(32, 2 * groups - i / 2));
         const __m512i packed = _mm512_maskz_loadu_epi8(there, values + (k + i) / 2);
-        _mm512_store_si512(out + k + i, expand_lanes_avx512<int8_t>(bits[i / 64], packed));
+        const __m512i all = expand_lanes_avx512<int8_t>(words + i / 8, packed);
+        _mm512_store_si512(out + k + i, _mm512_xor_si512(all, shift));
     }
 }
 

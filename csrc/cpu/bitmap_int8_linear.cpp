@@ -19,12 +19,6 @@ namespace {
 constexpr int64_t kGroupRows = 16;
 // Up to so many rows of activations the portable dot products are the faster way.
 constexpr int64_t kFewRows = 16;
-#if ENGINE_X86
-// Tiles of many rows of activations where these stay in L1; else of few, which read them less often.
-using TallTiles = BitmapTiles<6, 4>;
-using WideTiles = BitmapTiles<4, 6>;
-constexpr int64_t kTallRows = 10;
-#endif
 
 struct ValuesScratch;  // tag: a thread's copies of values at the tensor's end
 
@@ -107,21 +101,7 @@ void dot_linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad
 }
 
 #if ENGINE_X86
-template <class Tiles, class Total, class T>
-void block_outputs(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Int8Bitmap& weight,
-                   int64_t begin, int64_t end, BadRow& bad) {
-    using Blocks = BitmapBlocksAvx512<Tiles>;
-    Blocks blocks(weight, call.m);
-    Total totals[kBitmapBlockRows * Blocks::kGroup];
-    for (int64_t first = begin; first < end; first += Blocks::kGroup) {
-        const int64_t count = std::min(Blocks::kGroup, end - first);
-        std::fill_n(totals, call.m * Blocks::kGroup, Total{0});
-        blocks.multiply(rows, first, count, bad, totals);
-        PanelAvx512::finish(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, first, count}, totals, Blocks::kGroup);
-    }
-}
-
-// The same for few rows of activations and a short K.
+// Outputs [begin, end) of few rows of activations and a short K.
 template <class T>
 void short_outputs(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Int8Bitmap& weight,
                    int64_t begin, int64_t end, BadRow& bad) {
@@ -136,18 +116,15 @@ void short_outputs(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows,
 
 template <class T>
 void linear_avx512(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
-    if (call.m == 1 && call.k > BitmapRowsAvx512::kMostDepth) return dot_linear<VectorAvx512>(call, weight, bad);
-    with_quantized_rows<int8_t>(call, call.k * (1 + call.m / 4),
-                                [&](const QuantizedRows<int8_t>& rows, int64_t begin, int64_t end) {
-                                    if (call.m <= BitmapRowsAvx512::kRows && call.k <= BitmapRowsAvx512::kMostDepth) {
-                                        return short_outputs(call, rows, weight, begin, end, bad);
-                                    }
-                                    if (call.k > kExactDepth)
-                                        return block_outputs<TallTiles, int64_t>(call, rows, weight, begin, end, bad);
-                                    if (call.m > kTallRows)
-                                        return block_outputs<WideTiles, int32_t>(call, rows, weight, begin, end, bad);
-                                    block_outputs<TallTiles, int32_t>(call, rows, weight, begin, end, bad);
-                                });
+    constexpr int64_t kMostDepth = BitmapRowsAvx512::kMostDepth;
+    if (call.m == 1 && call.k > kMostDepth) return dot_linear<VectorAvx512>(call, weight, bad);
+    with_quantized_rows<int8_t>(
+        call, call.k * (1 + call.m / 4), [&](const QuantizedRows<int8_t>& rows, int64_t begin, int64_t end) {
+            if (call.m <= BitmapRowsAvx512::kRows && call.k <= kMostDepth) {
+                return short_outputs(call, rows, weight, begin, end, bad);
+            }
+            spread_outputs_avx512<BitmapBlocksAvx512>(call, rows, begin, end, weight, call.m, bad);
+        });
 }
 #endif
 
@@ -155,7 +132,7 @@ template <class T>
 void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     if (call.m == 0) return;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m <= DotTilesAvx512::rows(call.k)) return linear_avx512(call, weight, bad);
+    if (isa() == Isa::avx512 && call.m <= spread_block_rows(call.k)) return linear_avx512(call, weight, bad);
     if (isa() == Isa::avx2) {
         if (call.m == 1) return dot_linear<VectorAvx2>(call, weight, bad);
         if (call.m <= MatrixAvx2::kRows) return dot_linear<MatrixAvx2>(call, weight, bad);

@@ -8,6 +8,7 @@
 #include "common/huge_pages.h"
 #include "common/semi_structured.h"
 #include "common/semi_structured_avx512.h"
+#include "common/spread_blocks_avx512.h"
 #if ENGINE_X86
 #include <immintrin.h>
 #endif
@@ -32,7 +33,7 @@ ENGINE_AVX2 void spread_avx2(const int8_t* values, const uint8_t* metadata, int6
     spread_int8(values, metadata, kc, out);
 }
 void spread_avx512(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
-    spread_int8_avx512(values, metadata, kc, out, 0, 0);
+    spread_int8_avx512(values, metadata, kc, out);
 }
 #endif
 
@@ -214,10 +215,8 @@ void dot_linear(const LinearCall<T>& call, const Weight& weight) {
 // ---- dot products with AVX-512 ----------------------------------------------------------------------------------
 
 #if ENGINE_X86
-constexpr int64_t kFetchRows = 12;      // up to so many rows of activations they are fetched for the stored values
-constexpr int64_t kOutputs = 64;        // that are finished together
-constexpr int64_t kMostRows = 64;       // of activations, where weights are spread
-constexpr int64_t kSpreadDepth = 2048;  // of K, so that activations of 16 rows stay in L1
+constexpr int64_t kFetchRows = 12;  // up to so many rows of activations they are fetched for the stored values
+constexpr int64_t kOutputs = 64;    // that are finished together
 
 // How far on memory is asked for: one stream as far as it takes, several as far as the next `count` weight rows.
 struct Ahead {
@@ -227,18 +226,15 @@ struct Ahead {
           metadata(count == 1 ? kMetadataAhead : count * weight.row_bytes()) {}
 };
 
-// A kernel multiplies a stretch of weight rows [row, row + count) by all rows of activations; sums are [m, kOutputs].
-// kFactor: what they are too large by, times QuantizedRows::sum.
+// Multiplies a stretch of weight rows [row, row + count) by all rows of activations; sums are [m, kOutputs].
 template <class Total>
 struct Fetch {
-    static constexpr int kFactor = 0;
     static constexpr int64_t kTall = 6;  // rows of activations to a tile
     const QuantizedRows<int8_t>& rows;   // shifted by 128
     const Weight& weight;
 
     // As many as registers hold; for one row of activations one, so that memory is read as one stream.
     int columns() const { return rows.rows == 1 ? 1 : rows.rows <= 4 ? 4 : 3; }
-    static int64_t depth() { return kExactDepth; }
 
     template <int C, int R>
     static void tile(int64_t count, const uint8_t* q, int64_t stride, const SemiRows& w, int64_t kc, const Ahead& ahead,
@@ -271,71 +267,67 @@ struct Fetch {
     }
 };
 
-// More rows of activations: four weight rows are spread to memory once, and multiplied as if they were dense.
-template <class Total>
-struct Spread {
-    static constexpr int kFactor = 128;
-    const QuantizedRows<int8_t>& rows;
-    const Weight& weight;
+// Weights for common/spread_blocks_avx512.h.
+template <int columns>
+class SpreadSemi {
+  public:
+    static constexpr bool kInTile = false;
+    static constexpr int64_t kTallRows = 24;
 
-    static int columns() { return kDotColumns; }
-    static int64_t depth() { return kSpreadDepth; }
+    explicit SpreadSemi(const Weight& weight) : weight_(weight) {}
 
-    void multiply(int64_t row, int64_t count, int64_t k0, int64_t kc, Total* totals) const {
-        constexpr int64_t kStride = kSpreadDepth + 64;  // not a power of two: rows would drive each other out
-        alignas(64) int8_t w[kDotColumns * kStride];
-        const Ahead ahead(weight, kDotColumns);
-        for (int64_t j = 0; j < kDotColumns; ++j) {  // one that is missing is the last once more
-            const int64_t at = row + std::min(j, count - 1);
-            spread_int8_avx512(weight.values_at(at, k0), weight.metadata_at(at, k0), kc, w + j * kStride, ahead.values,
-                               ahead.metadata);
-        }
-        const int8_t* q = rows.q + k0;
-        const int64_t m = rows.rows, tiles = (m + DotTilesAvx512::kRows - 1) / DotTilesAvx512::kRows;
-        for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
-            const int64_t tall = (m - first + tiles - tile - 1) / (tiles - tile);
-            const int8_t* next = q + (first + tall) % m * rows.stride;
-            int32_t sums[(DotTilesAvx512::kRows + 3) / 4 * 4 * kDotColumns];
-            engine::dot_tile<DotTilesAvx512>(tall,
-                                             {.q = q + first * rows.stride,
-                                              .q_stride = rows.stride,
-                                              .w = w,
-                                              .stride = kStride,
-                                              .kc = kc,
-                                              .ahead = w,
-                                              .ahead_stride = 0,
-                                              .asked = 0,
-                                              .next_q = next,
-                                              .next_w = w},
-                                             sums);
-            for (int64_t r = 0; r < tall; ++r, ++first) {
-                for (int64_t c = 0; c < count; ++c) totals[first * kOutputs + c] += sums[r * kDotColumns + c];
-            }
+    void begin(int64_t first, int64_t) { first_ = first; }
+    template <class Tile>
+    void prepare(Tile& t, int64_t j, int64_t count, int64_t k, int64_t kc) {
+        k_ = k;
+        for (int64_t c = 0; c < columns; ++c) {  // one that is missing is the last once more
+            const int64_t row = first_ + j + std::min(c, count - 1);
+            spread_int8_avx512<true>(weight_.values_at(row, k), weight_.metadata_at(row, k), kc,
+                                     t.kept + c * Tile::kKeptStride);
         }
     }
+    template <class Tile>
+    const int8_t* next(const Tile&, int64_t j, int64_t c) const {
+        return weight_.values_at(first_ + j + columns + c, k_);
+    }
+    static int64_t pace(int64_t) { return 32; }
+    template <class Tile>
+    ENGINE_INLINE void ask_places(const Tile& t, int64_t j) const {
+        for (int64_t c = 0; c < columns; ++c) {
+            const uint8_t* metadata = weight_.metadata_at(first_ + j + columns + c, k_);
+            for (int64_t i = 0; i < t.words * 8; i += 64) __builtin_prefetch(metadata + i);
+        }
+    }
+    template <class Tile>
+    void done(const Tile&, int64_t, int64_t) const {}
+    void end(int64_t, int64_t) const {}
+
+  private:
+    const Weight& weight_;
+    int64_t first_ = 0, k_ = 0;
 };
 
-template <int factor, class T, class Total>
-ENGINE_AVX512 void finish(const FinishRows<T>& f, const Total* totals) {
-    finish_rows<factor>(f, totals, kOutputs);
+template <class T, class Total>
+ENGINE_AVX512 void finish_avx512(const FinishRows<T>& f, const Total* totals) {
+    finish_rows<0>(f, totals, kOutputs);
 }
 
-// Outputs [begin, end) of every row of activations.
-template <template <class> class Kernel, class Total, class T>
-void outputs_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Weight& weight, int64_t begin,
-                    int64_t end) {
-    const Kernel<Total> kernel{rows, weight};
-    Total totals[kMostRows * kOutputs];
+// Outputs [begin, end) of every row of activations, which are fetched.
+template <class Total, class T>
+void fetched_outputs(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Weight& weight, int64_t begin,
+                     int64_t end) {
+    const Fetch<Total> fetch{rows, weight};
+    Total totals[kFetchRows * kOutputs];
     for (int64_t first = begin; first < end; first += kOutputs) {
         const int64_t columns = std::min(kOutputs, end - first);
         std::fill_n(totals, call.m * kOutputs, Total{0});
-        for (int64_t j = 0; j < columns; j += kernel.columns()) {
-            const int64_t count = std::min<int64_t>(kernel.columns(), columns - j);
-            for (int64_t k0 = 0; k0 < call.k; k0 += kernel.depth()) {
-                kernel.multiply(first + j, count, k0, std::min(kernel.depth(), call.k - k0), totals + j);
+        for (int64_t j = 0; j < columns; j += fetch.columns()) {
+            const int64_t count = std::min<int64_t>(fetch.columns(), columns - j);
+            for (int64_t k0 = 0; k0 < call.k; k0 += kExactDepth) {
+                fetch.multiply(first + j, count, k0, std::min(kExactDepth, call.k - k0), totals + j);
             }
         }
-        finish<Kernel<Total>::kFactor>(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, first, columns}, totals);
+        finish_avx512(FinishRows<T>{call, rows.scale, rows.sum, 0, call.m, first, columns}, totals);
     }
 }
 
@@ -344,14 +336,14 @@ void linear_avx512(const LinearCall<T>& call, const Weight& weight) {
     using Rows = QuantizedRows<int8_t>;
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     Rows rows(scratch, call.m, call.k);
-    const bool fetch = call.m <= kFetchRows, wide = call.k > kExactDepth;
+    const bool fetch = call.m <= kFetchRows;
     if (fetch) rows.zero = -128;
     quantize_activations(call, 0, rows);
-    const auto outputs = fetch  ? wide ? outputs_avx512<Fetch, int64_t, T> : outputs_avx512<Fetch, int32_t, T>
-                         : wide ? outputs_avx512<Spread, int64_t, T>
-                                : outputs_avx512<Spread, int32_t, T>;
-    parallel_rows(call.n, call.k / 2 * (1 + call.m / 4),
-                  [&](int64_t begin, int64_t end) { outputs(call, rows, weight, begin, end); });
+    parallel_rows(call.n, call.k / 2 * (1 + call.m / 4), [&](int64_t begin, int64_t end) {
+        if (!fetch) return spread_outputs_avx512<SpreadSemi>(call, rows, begin, end, weight);
+        if (call.k > kExactDepth) return fetched_outputs<int64_t>(call, rows, weight, begin, end);
+        fetched_outputs<int32_t>(call, rows, weight, begin, end);
+    });
 }
 #endif
 
@@ -359,7 +351,7 @@ template <class T>
 void linear(const LinearCall<T>& call, const Weight& weight) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m <= std::max(kFetchRows, DotTilesAvx512::rows(call.k))) {
+    if (isa() == Isa::avx512 && call.m <= std::max(kFetchRows, spread_block_rows(call.k))) {
         return linear_avx512(call, weight);
     }
 #endif
