@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "common/block.h"
+#include "common/block_dot_avx512.h"
 #include "common/block_int8_strips.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
@@ -201,7 +202,7 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
 #if ENGINE_X86
 constexpr int64_t kLongestDot = 1 << 20;  // of K: a lane of 32 bits sums an eighth of it
 
-// A row of blocks by M rows of activations, for AVX-512 processors too: memory is what bounds it.
+// A row of blocks by M rows of activations.
 template <int M, class T>
 ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Blocks& weight,
                           int64_t line) {
@@ -245,16 +246,29 @@ ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>
 }
 
 template <class T>
+void dot_line_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Blocks& weight, int64_t line) {
+    int32_t sums[kMaxBlock][BlockDotAvx512::kMostRows];
+    BlockDotAvx512::line(call.m, rows, weight, line, sums);
+    const int64_t high = weight.shape.rows, first = line * high, columns = std::min(high, weight.n - first);
+    for (int64_t m = 0; m < call.m; ++m) {
+        T* y = call.y + m * call.n + first;
+        for (int64_t r = 0; r < columns; ++r) y[r] = linear_output(sums[r][m], rows.scale[m], call, first + r);
+    }
+}
+
+template <class T>
 void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
     using Rows = QuantizedRows<int8_t>;
-    static constexpr decltype(&dot_line<1, T>) kLines[kDotRows] = {dot_line<1, T>, dot_line<2, T>, dot_line<3, T>,
-                                                                   dot_line<4, T>};
+    using Line = decltype(&dot_line<1, T>);
+    static constexpr Line kLines[kDotRows] = {dot_line<1, T>, dot_line<2, T>, dot_line<3, T>, dot_line<4, T>};
+    const bool wide = isa() == Isa::avx512 && BlockDotAvx512::fits(weight);
+    const Line line_of = wide ? dot_line_avx512<T> : kLines[call.m - 1];
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call, 0, rows);
     const int64_t lines = weight.high();
     parallel_rows(lines, weight.values.numel() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
-        for (int64_t line = begin; line < end; ++line) kLines[call.m - 1](call, rows, weight, line);
+        for (int64_t line = begin; line < end; ++line) line_of(call, rows, weight, line);
     });
 }
 #endif
