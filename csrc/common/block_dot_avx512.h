@@ -1,145 +1,235 @@
-// block_int8_linear for up to four rows of activations on AVX-512: dot products of blocks as they lie in memory, which
-// is one stream.
+// block_linear and block_int8_linear for a few rows of activations on AVX-512: dot products of blocks as they lie in
+// memory, which is one stream. What is multiplied is said by a step:
+//
+//   Weight, X       the elements of weights and of activations
+//   Sum, Lanes      of products, and a vector of them
+//   kLanes          weights to a vector: a piece of a row of a block, or 2 or 4 rows of a narrow one
+//   load(w)         such a vector of weights; load(w, inside) the same with zeros where a bit is not set
+//   repeated<n>(x)  activations for n rows of weights
+//   multiply(sums, w, x)
+//   kShifted        whether weights are shifted by 128, so that sums are too large by 128 times the activations
 #pragma once
 
 #include "common/block.h"
 #include "common/dot_int8.h"
-#include "common/int8_activations.h"
+#include "common/gemm_float.h"
+#include "common/int8_activations_avx512.h"
 #if ENGINE_X86
 
 namespace engine {
 
-// 64 weights are a piece of a row of a block, or 2 or 4 rows of a narrow one; activations are repeated for each of
-// these. Weights are the unsigned side, shifted by 128: what sums are too large by depends on the activations only.
-struct BlockDotAvx512 {
-    static constexpr int64_t kMostRows = 4, kMostBlock = 256;
+struct Int8BlockStep {
+    using Weight = int8_t;
+    using X = int8_t;
+    using Sum = int32_t;
+    using Lanes = __m512i;
+    static constexpr int64_t kLanes = 64;
+    static constexpr bool kShifted = true;
+
+    ENGINE_AVX512 ENGINE_INLINE static __m512i load(const int8_t* w) {
+        return _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8(-128));
+    }
+    // Beyond K activations are 0.
+    ENGINE_AVX512 ENGINE_INLINE static __m512i load(const int8_t* w, uint64_t) { return load(w); }
+    template <int times>
+    ENGINE_AVX512 ENGINE_INLINE static __m512i repeated(const int8_t* x) {
+        if constexpr (times == 4) return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(x)));
+        if constexpr (times == 2) {
+            return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
+        }
+        return _mm512_load_si512(x);
+    }
+    ENGINE_AVX512 ENGINE_INLINE static void multiply(__m512i& sums, __m512i w, __m512i x) {
+        accumulate_avx512(sums, w, x);
+    }
+};
+
+template <class V>
+struct FloatBlockStep {
+    using Weight = V;
+    using X = float;
+    using Sum = float;
+    using Lanes = __m512;
+    static constexpr int64_t kLanes = 16;
+    static constexpr bool kShifted = false;
+
+    ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w) { return load_16_floats_avx512(w); }
+    ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w, uint64_t inside) {
+        return _mm512_maskz_mov_ps(static_cast<__mmask16>(inside), load_16_floats_avx512(w));
+    }
+    template <int times>
+    ENGINE_AVX512 ENGINE_INLINE static __m512 repeated(const float* x) {
+        return _mm512_load_ps(x);
+    }
+    ENGINE_AVX512 ENGINE_INLINE static void multiply(__m512& sums, __m512 w, __m512 x) {
+        sums = _mm512_fmadd_ps(w, x, sums);
+    }
+};
+
+// bfloat16 by bfloat16, on processors with AVX512_BF16.
+struct PairBlockStep {
+    using Weight = BFloat16;
+    using X = BFloat16;
+    using Sum = float;
+    using Lanes = __m512;
+    static constexpr int64_t kLanes = 32;
+    static constexpr bool kShifted = false;
+
+    ENGINE_AVX512 ENGINE_INLINE static __m512i load(const BFloat16* w) { return _mm512_loadu_si512(w); }
+    ENGINE_AVX512 ENGINE_INLINE static __m512i load(const BFloat16* w, uint64_t inside) {
+        return _mm512_maskz_mov_epi16(static_cast<__mmask32>(inside), _mm512_loadu_si512(w));
+    }
+    template <int times>
+    ENGINE_AVX512 ENGINE_INLINE static __m512i repeated(const BFloat16* x) {
+        if constexpr (times == 2) {
+            return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
+        }
+        return _mm512_load_si512(x);
+    }
+    ENGINE_AVX512 ENGINE_INLINE static void multiply(__m512& sums, __m512i w, __m512i x) {
+        accumulate_pairs_avx512(sums, w, x);
+    }
+};
+
+template <class Step>
+class BlockDotAvx512 {
+  public:
+    using Weight = typename Step::Weight;
+    using X = typename Step::X;
+    using Sum = typename Step::Sum;
+    static constexpr int64_t kMostRows = 6, kMostBlock = 256;
 
     static bool fits(const Blocks& weight) {
         const int64_t wide = weight.shape.columns;
-        return weight.k <= kExactDepth && (wide == 16 || wide == 32 || wide % 64 == 0);
+        return wide % Step::kLanes == 0 || Step::kLanes == 2 * wide || Step::kLanes == 4 * wide;
     }
 
-    // The products of a row of blocks, as many rows of activations as `m`.
-    static void line(int64_t m, const QuantizedRows<int8_t>& rows, const Blocks& weight, int64_t line,
-                     int32_t (*sums)[kMostRows]) {  // [high, m]
-        switch (m) {
-            case 1:
-                return line_of<1>(rows, weight, line, sums);
-            case 2:
-                return line_of<2>(rows, weight, line, sums);
-            case 3:
-                return line_of<3>(rows, weight, line, sums);
-            default:
-                return line_of<4>(rows, weight, line, sums);
+    // The products of a row of blocks by `m` ≤ kMostRows rows of activations.
+    template <int M = kMostRows>
+    static void line(int64_t m,
+                     const X* x,  // [m, x_stride], 64-byte aligned
+                     int64_t x_stride, const Blocks& weight, int64_t line,
+                     Sum (*sums)[kMostBlock]) {  // [m, high]
+        if constexpr (M > 1) {
+            if (m < M) return BlockDotAvx512::line<M - 1>(m, x, x_stride, weight, line, sums);
         }
+        const Line of{
+            x, x_stride, weight, data<Weight>(weight.values), weight.offsets()[line], weight.offsets()[line + 1]};
+        const int64_t together = Step::kLanes / weight.shape.columns;
+        if constexpr (Step::kLanes >= 64) {
+            if (together == 4) return blocks<M, 4>(of, sums);
+        }
+        if constexpr (Step::kLanes >= 32) {
+            if (together == 2) return blocks<M, 2>(of, sums);
+        }
+        blocks<M, 1>(of, sums);
     }
 
   private:
-    static constexpr int64_t kInCache = 1 << 20;         // weights that are read from L2 as fast in any order
+    static constexpr int64_t kInCache = 1 << 20;         // bytes of weights that L2 gives as fast in any order
     static constexpr int64_t kMostVectors = kMostBlock;  // of weights, a column of blocks' width each
+    using Lanes = typename Step::Lanes;
+
+    struct Line {
+        const X* x;
+        int64_t x_stride;
+        const Blocks& weight;
+        const Weight* values;
+        int64_t first, last;  // blocks
+    };
 
     // What vectors of weights and rows of activations come to, lane by lane.
     template <int M>
     struct Sums {
-        __m512i of[kMostVectors][M], excess[M];
+        Lanes of[kMostVectors][M], excess[M];
     };
 
-    template <int M>
-    static void line_of(const QuantizedRows<int8_t>& rows, const Blocks& weight, int64_t line,
-                        int32_t (*sums)[kMostRows]) {
-        const int64_t wide = weight.shape.columns;
-        if (wide == 16) return blocks<M, 4>(rows, weight, line, sums);
-        if (wide == 32) return blocks<M, 2>(rows, weight, line, sums);
-        blocks<M, 1>(rows, weight, line, sums);
-    }
-
-    // Where registers hold the sums of a whole block they do so from block to block. Else sums go to memory and back,
-    // so that weights are still read in one stream.
+    // As many rows of a block as registers hold sums of go from block to block, then the next. But what comes from
+    // memory had better be one stream: where that would be read in many pieces, sums go to memory and back after each
+    // block.
     template <int M, int together>
-    static void blocks(const QuantizedRows<int8_t>& rows, const Blocks& weight, int64_t line,
-                       int32_t (*sums)[kMostRows]) {
+    static void blocks(const Line& line, Sum (*sums)[kMostBlock]) {
         constexpr int kVectors = M == 1 ? 16 : M <= 3 ? 8 : 4;
-        const int64_t vectors = weight.shape.rows / together, first = weight.offsets()[line],
-                      last = weight.offsets()[line + 1];
+        const Blocks& weight = line.weight;
+        const int64_t vectors = weight.shape.rows / together, first = line.first;
+        // Of a block that reaches beyond K, the last one, what is there counts for nothing, not even if it is no
+        // number.
+        const bool partial =
+            line.last > first && (weight.columns()[line.last - 1] + 1) * weight.shape.columns > weight.k;
+        const int64_t last = line.last - partial;
+        const bool pieces = M <= 2 && vectors >= 4 * kVectors &&
+                            weight.values.numel() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
         alignas(64) Sums<M> all;
-        const bool pieces = M <= 2 && vectors >= 4 * kVectors && weight.values.numel() > kInCache;
         if (!pieces || first == last) {
-            stretch<M, together, kVectors>(rows, weight, first, last, 0, vectors, false, all);
+            stretch<M, together, false, kVectors>(line, first, last, 0, vectors, false, all);
         } else {
             for (int64_t block = first; block < last; ++block) {
-                stretch<M, together, kVectors>(rows, weight, block, block + 1, 0, vectors, block > first, all);
+                stretch<M, together, false, kVectors>(line, block, block + 1, 0, vectors, block > first, all);
             }
         }
+        if (partial) stretch<M, together, true, kVectors>(line, last, last + 1, 0, vectors, true, all);
         add_up<M, together>(all, vectors, sums);
     }
 
     // Blocks [first, last) from vector `v` of each on, as many vectors at a time as there are registers for; their
     // number is a multiple of 4.
-    template <int M, int together, int most>
-    static void stretch(const QuantizedRows<int8_t>& rows, const Blocks& weight, int64_t first, int64_t last, int64_t v,
-                        int64_t vectors, bool add, Sums<M>& all) {
-        for (; v + most <= vectors; v += most) multiply<M, together, most>(rows, weight, first, last, v, add, all);
+    template <int M, int together, bool partial, int most>
+    static void stretch(const Line& line, int64_t first, int64_t last, int64_t v, int64_t vectors, bool add,
+                        Sums<M>& all) {
+        for (; v + most <= vectors; v += most) multiply<M, together, partial, most>(line, first, last, v, add, all);
         if constexpr (most > 4) {
-            if (v < vectors) stretch<M, together, most / 2>(rows, weight, first, last, v, vectors, add, all);
+            if (v < vectors) stretch<M, together, partial, most / 2>(line, first, last, v, vectors, add, all);
         }
-    }
-
-    template <int together>
-    ENGINE_AVX512 ENGINE_INLINE static __m512i repeated(const int8_t* x) {
-        if constexpr (together == 4) return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(x)));
-        if constexpr (together == 2) {
-            return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
-        }
-        return _mm512_load_si512(x);
     }
 
     // Unrolled by force, else GCC keeps the sums in memory.
-    template <int M, int together, int vectors>
-    ENGINE_AVX512 __attribute__((noinline)) static void multiply(const QuantizedRows<int8_t>& rows,
-                                                                 const Blocks& weight, int64_t first, int64_t last,
+    template <int M, int together, bool partial, int vectors>
+    ENGINE_AVX512 __attribute__((noinline)) static void multiply(const Line& line, int64_t first, int64_t last,
                                                                  int64_t vector, bool add, Sums<M>& all) {
-        constexpr int64_t kAhead = 4 << 10;
-        const int64_t wide = weight.shape.columns, size = weight.shape.rows * wide, pieces = (wide + 63) / 64;
-        const int64_t w_stride = together * wide;
-        const __m512i shift = _mm512_set1_epi8(-128);
-        __m512i acc[M * vectors], excess[M];
-#pragma GCC unroll 4
+        constexpr int64_t kAhead = 4 << 10, kLanes = Step::kLanes;
+        const int64_t wide = line.weight.shape.columns, size = line.weight.shape.rows * wide;
+        const int64_t pieces = (wide + kLanes - 1) / kLanes, w_stride = together * wide;
+        const int32_t* columns = line.weight.columns();
+        Lanes acc[M * vectors], excess[M];
+#pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
-            excess[m] = add ? all.excess[m] : _mm512_setzero_si512();
+            excess[m] = add ? all.excess[m] : Lanes{};
 #pragma GCC unroll 16
-            for (int v = 0; v < vectors; ++v) {
-                acc[m * vectors + v] = add ? all.of[vector + v][m] : _mm512_setzero_si512();
-            }
+            for (int v = 0; v < vectors; ++v) acc[m * vectors + v] = add ? all.of[vector + v][m] : Lanes{};
         }
-        const int8_t* w = data<int8_t>(weight.values) + first * size + vector * w_stride;
-        alignas(64) int8_t tail[M][kMostBlock];  // the activations of a block that reaches beyond them
+        const Weight* w = line.values + first * size + vector * w_stride;
+        alignas(64) X tail[M][partial ? kMostBlock : 1];
         for (int64_t block = first; block < last; ++block, w += size) {
-            const int64_t column = weight.columns()[block] * wide;
-            const int8_t* x = rows.q + column;
-            int64_t x_stride = rows.stride;
-            if (__builtin_expect(column + wide > x_stride, 0)) {
-                std::memset(tail, 0, sizeof tail);
-                for (int m = 0; m < M; ++m) std::copy_n(x + m * x_stride, x_stride - column, tail[m]);
+            const int64_t column = columns[block] * wide;
+            const X* x = line.x + column;
+            int64_t x_stride = line.x_stride;
+            if constexpr (partial) {
+                for (int m = 0; m < M; ++m) {
+                    X* const end = std::copy_n(x + m * x_stride, line.weight.k - column, tail[m]);
+                    std::fill(end, tail[m] + kMostBlock, X{});
+                }
                 x = tail[0], x_stride = kMostBlock;
             }
             for (int64_t piece = 0; piece < pieces; ++piece) {
-                const int8_t* from = w + 64 * piece;
-                __m512i activations[M];
-#pragma GCC unroll 4
+                const Weight* from = w + kLanes * piece;
+                uint64_t inside = 0;
+                if constexpr (partial) inside = lanes_inside<together>(line.weight.k - column - kLanes * piece, wide);
+                decltype(Step::load(from)) activations[M];
+#pragma GCC unroll 6
                 for (int m = 0; m < M; ++m) {
-                    activations[m] = repeated<together>(x + m * x_stride + 64 * piece);
-                    accumulate_avx512(excess[m], shift, activations[m]);
+                    activations[m] = Step::template repeated<together>(x + m * x_stride + kLanes * piece);
+                    if constexpr (Step::kShifted) Step::multiply(excess[m], _mm512_set1_epi8(-128), activations[m]);
                 }
 #pragma GCC unroll 16
                 for (int v = 0; v < vectors; ++v, from += w_stride) {
-                    __builtin_prefetch(from + kAhead);
-                    const __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(from), shift);
-#pragma GCC unroll 4
-                    for (int m = 0; m < M; ++m) accumulate_avx512(acc[m * vectors + v], weights, activations[m]);
+                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+                    const auto weights = partial ? Step::load(from, inside) : Step::load(from);
+#pragma GCC unroll 6
+                    for (int m = 0; m < M; ++m) Step::multiply(acc[m * vectors + v], weights, activations[m]);
                 }
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
             if (vector == 0) all.excess[m] = excess[m];  // other vectors have met the same activations
 #pragma GCC unroll 16
@@ -147,21 +237,39 @@ struct BlockDotAvx512 {
         }
     }
 
+    // Which lanes of a vector are within K, where `left` columns are.
+    template <int together>
+    static uint64_t lanes_inside(int64_t left, int64_t wide) {
+        uint64_t lanes = left >= 64 ? ~uint64_t{0} : left <= 0 ? 0 : (uint64_t{1} << left) - 1;
+        if (together > 1) lanes &= (uint64_t{1} << wide) - 1;
+        for (int row = 1; row < together; ++row) lanes |= lanes << wide;
+        return lanes;
+    }
+
+    // The lanes of each row of weights added up, 16 rows at a time.
     template <int M, int together>
-    ENGINE_AVX512 static void add_up(const Sums<M>& all, int64_t vectors, int32_t (*sums)[kMostRows]) {
-        for (int64_t v = 0; v < vectors; v += 4) {
+    ENGINE_AVX512 static void add_up(const Sums<M>& all, int64_t vectors, Sum (*sums)[kMostBlock]) {
+        // Of vectors of 2 or 4 rows each, the first rows come first, then the second ones.
+        const __m512i pairs = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+        const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        for (int64_t v = 0; v < vectors; v += 16 / together) {
             for (int m = 0; m < M; ++m) {
-                __m512i four[4];
-                for (int i = 0; i < 4; ++i) four[i] = _mm512_sub_epi32(all.of[v + i][m], all.excess[m]);
-                alignas(64) int32_t lanes[together][4 / together][4];  // of four vectors, by the weight row they are of
-                _mm512_store_si512(lanes, add_lanes_avx512(four));
-                for (int i = 0; i < 4; ++i) {
-                    for (int t = 0; t < together; ++t) {
-                        int32_t sum = 0;
-                        for (int lane = 0; lane < 4 / together; ++lane) sum += lanes[t][lane][i];
-                        sums[(v + i) * together + t][m] = sum;
+                Lanes four[4];
+                for (int i = 0; i < 4 / together; ++i) {
+                    Lanes one[4];
+                    for (int l = 0; l < 4; ++l) {
+                        one[l] = all.of[v + 4 * i + l][m];
+                        if constexpr (Step::kShifted) one[l] = _mm512_sub_epi32(one[l], all.excess[m]);
                     }
+                    four[i] = add_lanes_avx512(one);
                 }
+                __m512i sixteen;
+                if constexpr (together == 1) sixteen = bits_avx512(add_quarters_avx512(four));
+                if constexpr (together == 2) {
+                    sixteen = _mm512_permutexvar_epi32(pairs, bits_avx512(add_halves_avx512<256>(four[0], four[1])));
+                }
+                if constexpr (together == 4) sixteen = _mm512_permutexvar_epi32(fours, bits_avx512(four[0]));
+                _mm512_storeu_si512(sums[m] + v * together, sixteen);
             }
         }
     }

@@ -245,30 +245,39 @@ ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>
     }
 }
 
-template <class T>
-void dot_line_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Blocks& weight, int64_t line) {
-    int32_t sums[kMaxBlock][BlockDotAvx512::kMostRows];
-    BlockDotAvx512::line(call.m, rows, weight, line, sums);
-    const int64_t high = weight.shape.rows, first = line * high, columns = std::min(high, weight.n - first);
-    for (int64_t m = 0; m < call.m; ++m) {
-        T* y = call.y + m * call.n + first;
-        for (int64_t r = 0; r < columns; ++r) y[r] = linear_output(sums[r][m], rows.scale[m], call, first + r);
-    }
-}
-
-template <class T>
-void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
+// y by line_of(rows, line), which gives the outputs of a row of blocks.
+template <class T, class Line>
+void dot_lines(const LinearCall<T>& call, const Blocks& weight, const Line& line_of) {
     using Rows = QuantizedRows<int8_t>;
-    using Line = decltype(&dot_line<1, T>);
-    static constexpr Line kLines[kDotRows] = {dot_line<1, T>, dot_line<2, T>, dot_line<3, T>, dot_line<4, T>};
-    const bool wide = isa() == Isa::avx512 && BlockDotAvx512::fits(weight);
-    const Line line_of = wide ? dot_line_avx512<T> : kLines[call.m - 1];
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call, 0, rows);
     const int64_t lines = weight.high();
     parallel_rows(lines, weight.values.numel() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
-        for (int64_t line = begin; line < end; ++line) line_of(call, rows, weight, line);
+        for (int64_t line = begin; line < end; ++line) line_of(rows, line);
+    });
+}
+
+template <class T>
+void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
+    static constexpr decltype(&dot_line<1, T>) kLines[kDotRows] = {dot_line<1, T>, dot_line<2, T>, dot_line<3, T>,
+                                                                   dot_line<4, T>};
+    dot_lines(call, weight,
+              [&](const QuantizedRows<int8_t>& rows, int64_t line) { kLines[call.m - 1](call, rows, weight, line); });
+}
+
+using DotAvx512 = BlockDotAvx512<Int8BlockStep>;
+
+template <class T>
+void dot_linear_avx512(const LinearCall<T>& call, const Blocks& weight) {
+    dot_lines(call, weight, [&](const QuantizedRows<int8_t>& rows, int64_t line) {
+        int32_t sums[DotAvx512::kMostRows][DotAvx512::kMostBlock];
+        DotAvx512::line(call.m, rows.q, rows.stride, weight, line, sums);
+        const int64_t high = weight.shape.rows, first = line * high, outputs = std::min(high, weight.n - first);
+        for (int64_t m = 0; m < call.m; ++m) {
+            T* y = call.y + m * call.n + first;
+            for (int64_t r = 0; r < outputs; ++r) y[r] = linear_output(sums[m][r], rows.scale[m], call, first + r);
+        }
     });
 }
 #endif
@@ -277,6 +286,11 @@ template <class T>
 void linear(const LinearCall<T>& call, const Blocks& weight) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
+    // Of high blocks registers hold the sums of fewer rows, which are read in as many more pieces.
+    const int64_t few = weight.shape.rows <= 32 ? DotAvx512::kMostRows : kDotRows;
+    if (isa() == Isa::avx512 && call.m <= few && call.k <= kExactDepth && DotAvx512::fits(weight)) {
+        return dot_linear_avx512(call, weight);
+    }
     if (isa() != Isa::portable && call.m <= kDotRows && call.k <= kLongestDot) return dot_linear(call, weight);
     if (isa() == Isa::avx512) return strip_linear(call, weight);
     if (isa() == Isa::avx2) return panel_linear<PanelAvx2>(call, weight);

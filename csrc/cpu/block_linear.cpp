@@ -1,11 +1,13 @@
 // block_linear: float activations times a weight of which only some blocks are kept, in fp32. Blocks are multiplied in
 // the order of memory, each by a few rows of activations at a time, so that a block is read once for all of them. With
-// AVX-512 blocks are packed for many rows (common/block_avx512.h).
+// AVX-512 registers hold the sums of a few rows (common/block_dot_avx512.h), and blocks are packed for many
+// (common/block_avx512.h).
 
 #include <cstring>
 
 #include "common/block.h"
 #include "common/block_avx512.h"
+#include "common/block_dot_avx512.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 
@@ -14,8 +16,6 @@ namespace {
 
 constexpr int64_t kLanes = 8;       // sums of an output, so that additions need not wait for each other
 constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
-constexpr int64_t kLineRows =
-    4;  // with AVX-512: up to so many rows of activations blocks are multiplied where they lie
 
 // One row of blocks by a few rows of activations. The body for every instruction set: it vectorises by itself where it
 // is inlined.
@@ -66,13 +66,57 @@ template <class T, class V>
 ENGINE_AVX2 void line_avx2(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
     line_body<T, V>(call, rows, weight, line);
 }
-template <class T, class V>
-ENGINE_AVX512 void line_avx512(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
-    line_body<T, V>(call, rows, weight, line);
-}
-#endif
 
-#if ENGINE_X86
+// The same on AVX-512, where registers hold sums of as many rows.
+template <class Step, class T>
+void dot_lines(const FloatLinear<T>& call, const typename Step::X* x, int64_t stride, const Blocks& weight) {
+    using Dot = BlockDotAvx512<Step>;
+    const int64_t lines = weight.high(), high = weight.shape.rows;
+    const int64_t work = 2 * call.m * weight.values.numel() / std::max<int64_t>(1, lines);
+    parallel_rows(lines, work, [&](int64_t begin, int64_t end) {
+        float sums[Dot::kMostRows][Dot::kMostBlock];
+        for (int64_t line = begin; line < end; ++line) {
+            Dot::line(call.m, x, stride, weight, line, sums);
+            const int64_t first = line * high, outputs = std::min(high, call.n - first);
+            for (int64_t m = 0; m < call.m; ++m) {
+                T* y = call.y + m * call.n + first;
+                for (int64_t r = 0; r < outputs; ++r) y[r] = float_output(sums[m][r], call, first + r);
+            }
+        }
+    });
+}
+
+template <class T, class V>
+void dot_linear(const FloatLinear<T>& call, const Blocks& weight) {
+    float_dot_linear(
+        call, 0, [](int64_t, int64_t, const FloatRows&) {},
+        [&](const FloatRows& rows) { dot_lines<FloatBlockStep<V>>(call, rows.x, rows.stride, weight); });
+}
+
+struct PairRowsScratch;  // tag: the activations of a call, held by the calling thread
+
+// Copies rows, with zeros beyond k.
+ENGINE_AVX512 void copy_rows_avx512(const FloatLinear<BFloat16>& call, int64_t stride, BFloat16* rows, bool* finite) {
+    for (int64_t row = 0; row < call.m; ++row) {
+        const BFloat16* x = call.x + row * call.k;
+        BFloat16* const end = std::copy_n(x, call.k, rows + row * stride);
+        std::fill(end, rows + (row + 1) * stride, BFloat16{});
+        finite[row] = all_finite(x, call.k);
+    }
+}
+
+void pair_dot_linear(const FloatLinear<BFloat16>& call, const Blocks& weight) {
+    const int64_t stride = FloatRows::stride_for(call.k);
+    Scratch<PairRowsScratch> scratch(Scratch<PairRowsScratch>::bytes_for<BFloat16>(call.m * stride) + 64);
+    auto* const rows = scratch.take<BFloat16>(call.m * stride);
+    bool finite[BlockDotAvx512<PairBlockStep>::kMostRows];
+    copy_rows_avx512(call, stride, rows, finite);
+    dot_lines<PairBlockStep>(call, rows, stride, weight);
+    for (int64_t row = 0; row < call.m; ++row) {
+        if (!finite[row]) fill_nan(call, row);
+    }
+}
+
 struct StripScratch;                       // tag: what a thread packs and sums in
 struct StripRowsScratch;                   // tag: the activations of a call, held by the calling thread
 constexpr int64_t kStripDepth = 256;       // of K, packed at a time
@@ -209,14 +253,19 @@ template <class T, class V>
 void linear(const FloatLinear<T>& call, const Blocks& weight) {
     auto kernel = line_portable<T, V>;
 #if ENGINE_X86
-    if (isa() == Isa::avx512 && call.m > kDotRows && call.n > 0) {
-        if constexpr (kBFloat16Products<T, V>) {
-            if (multiplies_bfloat16<T, V>()) return strip_linear<BlockPairsAvx512, T, V>(call, weight);
+    if (isa() == Isa::avx512) {
+        if (call.m == 0 || call.n == 0) return;
+        constexpr int64_t kFew = BlockDotAvx512<PairBlockStep>::kMostRows;
+        if constexpr (kBFloat16Products<T, V> && std::is_same_v<V, BFloat16>) {
+            if (multiplies_bfloat16<T, V>()) {
+                if (call.m > kFew) return strip_linear<BlockPairsAvx512, T, V>(call, weight);
+                if (BlockDotAvx512<PairBlockStep>::fits(weight)) return pair_dot_linear(call, weight);
+            }
         }
-        return strip_linear<BlockFloatAvx512, T, V>(call, weight);
+        if (call.m > kFew) return strip_linear<BlockFloatAvx512, T, V>(call, weight);
+        return dot_linear<T, V>(call, weight);
     }
     if (isa() == Isa::avx2) kernel = line_avx2<T, V>;
-    if (isa() == Isa::avx512) kernel = line_avx512<T, V>;
 #endif
     const int64_t lines = weight.high();
     // kDotRows rows of activations at a time. Threads take rows of blocks, and so outputs.
