@@ -49,6 +49,7 @@ KEPT = {
 }
 KEPT_BY_DEPTH = (0.85, 1.15)
 MOST_KEPT = 0.95
+RATES = {0.6: 5e-4, 1.0: 1.2e-3}  # of learning, up to that sparsity; found by trial too
 TEACHER_CACHE = 4 << 30  # bytes
 
 
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7])
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch")
-    parser.add_argument("--rate", type=float, default=1.2e-3)
+    parser.add_argument("--rate", type=float, help="of learning; else RATES decides")
     parser.add_argument("--even", action="store_true", help="prune every layer alike")
     parser.add_argument("--calibration", type=int, default=40, help="batches that are calibrated on")
     parser.add_argument("--seed", type=int, default=0)
@@ -259,7 +260,7 @@ def main() -> None:
             match_hidden=[f"encoder.layer.{i}" for i in range(5)],
             teacher_cache=TEACHER_CACHE,
             dtype=dtype,
-            learning_rate=arguments.rate,
+            learning_rate=arguments.rate or next(rate for most, rate in RATES.items() if sparsity <= most),
             checkpoint=folder / f"distill-{sparsity}.pt",
         )
         note(name, student, steps=arguments.steps, **{"CPU seconds": time.process_time() - begun})

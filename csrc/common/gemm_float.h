@@ -16,6 +16,10 @@
 //   rows ≤ kFloatGroup; kc ≤ kFloatDepth; k0 is a multiple of kFloatDepth, and kc is kFloatDepth unless the row ends.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 //
+// One whose weights are missing in places has spans(r), the stretches [begin, end) of K that are there of row r of what
+// it wrote last, and writes no others; they are the same for unit() rows, of which groups are made, more than
+// kFloatGroup rows where one unit has more.
+//
 // For a few rows float_dot_linear: activations as fp32 row by row, and a kernel that multiplies them by the weights
 // where they lie.
 #pragma once

@@ -157,4 +157,22 @@ struct FloatPanelAvx2 {
     }
 };
 
+// The same by tiles of 4 weight rows by 24 of activations: 12 rows would not divide those that are pruned alike.
+struct FloatSpanPanelAvx2 : FloatPanelAvx2 {
+    static constexpr int64_t kWidth = 24, kNarrow = 16, kRows = 8;
+
+    ENGINE_AVX2 static void tile(const float* w,      // [kRows, kFloatDepth], of which kc are used
+                                 const float* strip,  // [kc, width]
+                                 int64_t kc, int64_t width, bool add,
+                                 float* sums) {  // [kRows, width]
+        for (int64_t r = 0; r < kRows; r += 4) {
+            if (width == kNarrow) {
+                tile_of<4, 2>(w + r * kFloatDepth, strip, kc, add, sums + r * width);
+            } else {
+                tile_of<4, 3>(w + r * kFloatDepth, strip, kc, add, sums + r * width);
+            }
+        }
+    }
+};
+
 }  // namespace engine

@@ -33,7 +33,8 @@ struct FloatPlan {
 };
 
 template <class Kernel>
-FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads) {
+FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads,
+                     int64_t unit) {  // outputs that belong together; a multiple of kRows, or 1
     constexpr int64_t kChunkBytes = 8 << 20;
     constexpr int64_t kMostRows = 512;  // sums of a task: up to 200 KB
     const auto whole = [](int64_t count, int64_t unit) { return divide_up(count, unit) * unit; };
@@ -43,7 +44,7 @@ FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads) {
     FloatPlan plan;
     plan.chunk_rows = whole(divide_up(m, divide_up(m, most)), Kernel::kWidth);
     const int64_t groups = whole(divide_up(n, Kernel::kGroup), threads);
-    plan.columns = whole(divide_up(n, groups), Kernel::kRows);
+    plan.columns = whole(divide_up(n, groups), std::max(unit, Kernel::kRows));
     plan.groups = divide_up(n, plan.columns);
     // Where outputs are too few for all threads, cut along the rows too, though each part converts the weights again.
     const int64_t strips = plan.chunk_rows / Kernel::kWidth;
@@ -90,6 +91,9 @@ void pack_strips(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, 
     }
 }
 
+template <class Provider>
+constexpr bool kHasSpans = requires(const Provider& weights) { weights.spans(0); };
+
 // One task: strips [begin, end) by the outputs [column, column + columns).
 template <class Kernel, class T, class Provider>
 void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, Provider& weights,
@@ -100,6 +104,7 @@ void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, P
     using Element = typename Kernel::Element;
     const int64_t whole = divide_up(columns, Kernel::kRows) * Kernel::kRows;
     std::fill(panel + columns * kFloatDepth, panel + whole * kFloatDepth, Element{});
+    if constexpr (kHasSpans<Provider>) std::fill_n(sums, (end - begin) * Kernel::kWidth * whole, 0.0f);
     for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kFloatDepth) {
         const int64_t kc = std::min(kFloatDepth, call.k - k0);
         weights.block(column, columns, k0, kc, panel);
@@ -119,9 +124,16 @@ void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, P
                         ask_to_write(y + columns - 1);
                     }
                 }
-                for (int64_t k = 0; k == 0 || k < kc; k += Kernel::kChain) {
+                const auto multiply = [&](int64_t k, int64_t last_k, bool add) {
                     Kernel::tile(panel + r * kFloatDepth + k, strips.at(strip, k0 + k),
-                                 std::min(Kernel::kChain, kc - k), width, k0 + k > 0, mine + r * width);
+                                 std::min(Kernel::kChain, last_k - k), width, add, mine + r * width);
+                };
+                if constexpr (kHasSpans<Provider>) {
+                    for (const auto& span : weights.spans(r)) {
+                        for (int64_t k = span.begin; k < span.end; k += Kernel::kChain) multiply(k, span.end, true);
+                    }
+                } else {
+                    for (int64_t k = 0; k == 0 || k < kc; k += Kernel::kChain) multiply(k, kc, k0 + k > 0);
                 }
             }
             if (last) {
@@ -137,7 +149,9 @@ void float_panels(const FloatLinear<T>& call, const Provider& weights) {
     using StripsScratch = Scratch<FloatStripsScratch>;
     const bool serial = call.m * call.n * call.k < kSerialWork;
     const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
-    const FloatPlan plan = plan_float<Kernel>(call.m, call.n, call.k, threads);
+    int64_t unit = 1;
+    if constexpr (kHasSpans<Provider>) unit = weights.unit();
+    const FloatPlan plan = plan_float<Kernel>(call.m, call.n, call.k, threads, unit);
     using Element = typename Kernel::Element;
     const int64_t flags = plan.chunk_rows * divide_up(call.k, kFloatDepth);
     const int64_t k = std::is_same_v<Element, float> ? call.k : divide_up(call.k, 2) * 2;
@@ -181,12 +195,16 @@ template <class T, class Provider>
 void float_panel_linear(const FloatLinear<T>& call, const Provider& weights) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
-    using V = typename Provider::Value;
-    if constexpr (kBFloat16Products<T, V>) {
-        if (multiplies_bfloat16<T, V>()) return float_panels<PairPanelAvx512>(call, weights);
+    if constexpr (kHasSpans<Provider>) {
+        if (isa() == Isa::avx2) return float_panels<FloatSpanPanelAvx2>(call, weights);
+    } else {
+        using V = typename Provider::Value;
+        if constexpr (kBFloat16Products<T, V>) {
+            if (multiplies_bfloat16<T, V>()) return float_panels<PairPanelAvx512>(call, weights);
+        }
+        if (isa() == Isa::avx512) return float_panels<FloatPanelAvx512>(call, weights);
+        if (isa() == Isa::avx2) return float_panels<FloatPanelAvx2>(call, weights);
     }
-    if (isa() == Isa::avx512) return float_panels<FloatPanelAvx512>(call, weights);
-    if (isa() == Isa::avx2) return float_panels<FloatPanelAvx2>(call, weights);
 #endif
     float_panels<FloatPanelPortable>(call, weights);
 }

@@ -1,9 +1,10 @@
-// block_linear: float activations times a weight of which only some blocks are kept, in fp32. Blocks are multiplied in
-// the order of memory, each by a few rows of activations at a time, so that a block is read once for all of them. With
-// AVX-512 registers hold the sums of a few rows (common/block_dot_avx512.h), and blocks are packed for many
-// (common/block_avx512.h).
+// block_linear: float activations times a weight of which only some blocks are kept, in fp32. For a few rows of
+// activations blocks are multiplied in the order of memory, each by all of them, with AVX-512 in registers
+// (common/block_dot_avx512.h). For many they go through panels that leave out what was pruned (common/gemm_float.h),
+// with AVX-512 through a kernel of their own (common/block_avx512.h).
 
 #include <cstring>
+#include <span>
 
 #include "common/block.h"
 #include "common/block_avx512.h"
@@ -67,6 +68,79 @@ ENGINE_AVX2 void line_avx2(const FloatLinear<T>& call, const FloatRows& rows, co
     line_body<T, V>(call, rows, weight, line);
 }
 
+#endif
+
+// Many rows without AVX-512: panels (common/gemm_float.h) of what is kept.
+
+template <class V>
+ENGINE_INLINE void copy_body(const V* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+}
+template <class V>
+void copy_portable(const V* from, int64_t count, float* to) {
+    copy_body(from, count, to);
+}
+#if ENGINE_X86
+template <class V>
+ENGINE_AVX2 void copy_avx2(const V* from, int64_t count, float* to) {
+    copy_body(from, count, to);
+}
+#endif
+
+template <class V>
+class BlockProvider {
+  public:
+    using Value = V;
+    struct Span {
+        int64_t begin, end;
+    };
+
+    explicit BlockProvider(const Blocks& weight) : weight_(&weight) {
+#if ENGINE_X86
+        if (isa() != Isa::portable) copy_ = copy_avx2<V>;
+#endif
+    }
+    int64_t unit() const { return weight_->shape.rows; }
+    std::span<const Span> spans(int64_t r) const {
+        const int64_t line = r / unit();
+        return {spans_[line], static_cast<size_t>(count_[line])};
+    }
+
+    // `row` is a multiple of unit().
+    void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) {
+        const auto [high, wide] = weight_->shape;
+        const int32_t *offsets = weight_->offsets() + row / high, *columns = weight_->columns();
+        for (int64_t line = 0; line * high < rows; ++line) {
+            Span* const spans = spans_[line];
+            int64_t count = 0;
+            const int32_t* column = std::lower_bound(columns + offsets[line], columns + offsets[line + 1], k0 / wide);
+            for (; column < columns + offsets[line + 1] && *column * wide < k0 + kc; ++column) {
+                const int64_t first = *column * wide, begin = std::max(first, k0),
+                              end = std::min(first + wide, k0 + kc);
+                const V* from = data<V>(weight_->values) + (column - columns) * high * wide + begin - first;
+                float* to = panel + line * high * kFloatDepth + begin - k0;
+                for (int64_t r = 0; r < std::min(high, rows - line * high); ++r, from += wide, to += kFloatDepth) {
+                    copy_(from, end - begin, to);
+                }
+                if (count > 0 && spans[count - 1].end == begin - k0) {
+                    spans[count - 1].end = end - k0;
+                } else {
+                    spans[count++] = {begin - k0, end - k0};
+                }
+            }
+            count_[line] = count;
+        }
+    }
+
+  private:
+    static constexpr int64_t kLeastBlock = 16, kMostLines = kFloatGroup / kLeastBlock;
+    const Blocks* weight_;
+    void (*copy_)(const V*, int64_t, float*) = copy_portable<V>;
+    Span spans_[kMostLines][kFloatDepth / kLeastBlock + 1];
+    int64_t count_[kMostLines] = {};
+};
+
+#if ENGINE_X86
 // The same on AVX-512, where registers hold sums of as many rows.
 template <class Step, class T>
 void dot_lines(const FloatLinear<T>& call, const typename Step::X* x, int64_t stride, const Blocks& weight) {
@@ -267,22 +341,17 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
     }
     if (isa() == Isa::avx2) kernel = line_avx2<T, V>;
 #endif
+    if (call.m > kDotRows) return float_panel_linear(call, BlockProvider<V>(weight));
     const int64_t lines = weight.high();
-    // kDotRows rows of activations at a time. Threads take rows of blocks, and so outputs.
-    for (int64_t row = 0; row < call.m; row += kDotRows) {
-        FloatLinear<T> part = call;
-        part.m = std::min(kDotRows, call.m - row);
-        part.x += row * call.k;
-        part.y += row * call.n;
-        float_dot_linear(
-            part, 0, [](int64_t, int64_t, const FloatRows&) {},
-            [&](const FloatRows& rows) {
-                parallel_rows(lines, 4 * part.m * weight.values.numel() / std::max<int64_t>(1, lines),
-                              [&](int64_t begin, int64_t end) {
-                                  for (int64_t line = begin; line < end; ++line) kernel(part, rows, weight, line);
-                              });
-            });
-    }
+    // Threads take rows of blocks, and so outputs.
+    float_dot_linear(
+        call, 0, [](int64_t, int64_t, const FloatRows&) {},
+        [&](const FloatRows& rows) {
+            parallel_rows(lines, 4 * call.m * weight.values.numel() / std::max<int64_t>(1, lines),
+                          [&](int64_t begin, int64_t end) {
+                              for (int64_t line = begin; line < end; ++line) kernel(call, rows, weight, line);
+                          });
+        });
 }
 
 Tensor block_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, int64_t n,
