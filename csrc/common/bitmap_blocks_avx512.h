@@ -31,6 +31,7 @@ class BitmapBlocksAvx512 {
 
     template <class Tile>
     void prepare(Tile& t, int64_t j, int64_t count, int64_t k, int64_t kc) {
+        k_ = k;
         t.mask = masks(first_ + j, count, k, kc, &t.mask_stride);
         for (int64_t c = 0; c < columns; ++c) {
             // In the place of a row that is missing the first is read, with a mask of zeros.
@@ -46,9 +47,10 @@ class BitmapBlocksAvx512 {
     }
     int64_t pace(int64_t j) const { return pace_[j]; }
     template <class Tile>
-    ENGINE_INLINE void ask_places(const Tile& t, int64_t) const {
-        for (int64_t c = columns; c < 2 * columns; ++c) {
-            const uint8_t* mask = t.mask + c * t.mask_stride;
+    ENGINE_INLINE void ask_places(const Tile& t, int64_t j) const {
+        const int64_t row_bytes = mask_bytes(weight_.k);
+        const uint8_t* mask = weight_.row_mask(first_ + j + columns) + k_ / 8;
+        for (int64_t c = 0; c < columns; ++c, mask += row_bytes) {
             for (int64_t i = 0; i < t.words * 8; i += 64) __builtin_prefetch(mask + i);
         }
     }
@@ -89,7 +91,7 @@ class BitmapBlocksAvx512 {
 
     const Int8Bitmap weight_;
     BadRow& bad_;
-    int64_t first_ = 0, position_[4 * columns], pace_[4 * columns];
+    int64_t first_ = 0, k_ = 0, position_[4 * columns], pace_[4 * columns];
     const int8_t* start_[columns];
     Scratch<BlocksScratch> scratch_;
     int8_t* buffers_[columns];

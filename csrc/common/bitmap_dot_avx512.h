@@ -26,7 +26,7 @@ ENGINE_AVX512 ENGINE_INLINE __m512i expand_shifted_avx512(const int8_t*& values,
     uint64_t bits;
     std::memcpy(&bits, word, 8);
     values += popcount64(bits);
-    return _mm512_mask_expand_epi8(opaque_avx512(shift), load_mask_avx512<__mmask64>(word), packed);
+    return _mm512_mask_expand_epi8(opaque_avx512(shift), load_mask_avx512(word), packed);
 }
 
 // The same for a word that seldom has more than 32 bits: half a line is loaded then, and most loads of a whole one

@@ -106,7 +106,7 @@ ENGINE_AVX512 inline int64_t expand_stretch_avx512(const uint8_t* mask, const in
     for (; i + 64 <= kc; i += 64, mask += 8) {
         uint64_t bits;
         std::memcpy(&bits, mask, 8);
-        _mm512_storeu_si512(out + i, expand_lanes_avx512<int8_t>(mask, _mm512_loadu_si512(from)));
+        _mm512_storeu_si512(out + i, expand_bytes_avx512(mask, _mm512_loadu_si512(from)));
         from += popcount64(bits);
     }
     if (i < kc) {

@@ -46,15 +46,25 @@ struct Blocks {
                         ": col_indices: expected int32 [B]");
         offsets_ = data<int32_t>(crow_indices);
         columns_ = data<int32_t>(col_indices);
+        blocks_ = data<char>(values);
+        kept_ = values.numel();
         check_indices(op);
     }
 
     int64_t high() const { return pieces_of(n, shape.rows); }
     const int32_t* offsets() const { return offsets_; }
     const int32_t* columns() const { return columns_; }
+    template <class V>
+    const V* blocks() const {  // [B, R, C]
+        return reinterpret_cast<const V*>(blocks_);
+    }
+    int64_t kept() const { return kept_; }  // weights
 
   private:
-    const int32_t *offsets_ = nullptr, *columns_ = nullptr;  // asking the tensors each time would cost a call of torch
+    // Asking the tensors each time would cost a call of torch.
+    const int32_t *offsets_ = nullptr, *columns_ = nullptr;
+    const char* blocks_ = nullptr;
+    int64_t kept_ = 0;
 
     void check_indices(const char* op) const {
         const int32_t *from = offsets(), *column = columns();

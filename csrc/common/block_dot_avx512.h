@@ -55,7 +55,9 @@ struct FloatBlockStep {
 
     ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w) { return load_16_floats_avx512(w); }
     ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w, uint64_t inside) {
-        return _mm512_maskz_mov_ps(static_cast<__mmask16>(inside), load_16_floats_avx512(w));
+        const __m512i bits = _mm512_castps_si512(load_16_floats_avx512(w));
+        return _mm512_castsi512_ps(
+            _mm512_maskz_add_epi32(static_cast<__mmask16>(inside), bits, _mm512_setzero_si512()));
     }
     template <int times>
     ENGINE_AVX512 ENGINE_INLINE static __m512 repeated(const float* x) {
@@ -77,7 +79,7 @@ struct PairBlockStep {
 
     ENGINE_AVX512 ENGINE_INLINE static __m512i load(const BFloat16* w) { return _mm512_loadu_si512(w); }
     ENGINE_AVX512 ENGINE_INLINE static __m512i load(const BFloat16* w, uint64_t inside) {
-        return _mm512_maskz_mov_epi16(static_cast<__mmask32>(inside), _mm512_loadu_si512(w));
+        return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(inside), w);
     }
     template <int times>
     ENGINE_AVX512 ENGINE_INLINE static __m512i repeated(const BFloat16* x) {
@@ -114,7 +116,7 @@ class BlockDotAvx512 {
             if (m < M) return BlockDotAvx512::line<M - 1>(m, x, x_stride, weight, line, sums);
         }
         const Line of{
-            x, x_stride, weight, data<Weight>(weight.values), weight.offsets()[line], weight.offsets()[line + 1]};
+            x, x_stride, weight, weight.template blocks<Weight>(), weight.offsets()[line], weight.offsets()[line + 1]};
         const int64_t together = Step::kLanes / weight.shape.columns;
         if constexpr (Step::kLanes >= 64) {
             if (together == 4) return blocks<M, 4>(of, sums);
@@ -157,8 +159,8 @@ class BlockDotAvx512 {
         const bool partial =
             line.last > first && (weight.columns()[line.last - 1] + 1) * weight.shape.columns > weight.k;
         const int64_t last = line.last - partial;
-        const bool pieces = M <= 2 && vectors >= 4 * kVectors &&
-                            weight.values.numel() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
+        const bool pieces =
+            M <= 2 && vectors >= 4 * kVectors && weight.kept() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
         alignas(64) Sums<M> all;
         if (!pieces || first == last) {
             stretch<M, together, false, kVectors>(line, first, last, 0, vectors, false, all);
@@ -176,24 +178,31 @@ class BlockDotAvx512 {
     template <int M, int together, bool partial, int most>
     static void stretch(const Line& line, int64_t first, int64_t last, int64_t v, int64_t vectors, bool add,
                         Sums<M>& all) {
-        for (; v + most <= vectors; v += most) multiply<M, together, partial, most>(line, first, last, v, add, all);
+        for (; v + most <= vectors; v += most) {
+            if (v == 0) {
+                multiply<M, together, partial, most, true>(line, first, last, v, add, all);
+            } else {
+                multiply<M, together, partial, most, false>(line, first, last, v, add, all);
+            }
+        }
         if constexpr (most > 4) {
             if (v < vectors) stretch<M, together, partial, most / 2>(line, first, last, v, vectors, add, all);
         }
     }
 
     // Unrolled by force, else GCC keeps the sums in memory.
-    template <int M, int together, bool partial, int vectors>
+    template <int M, int together, bool partial, int vectors, bool first_vectors>
     ENGINE_AVX512 __attribute__((noinline)) static void multiply(const Line& line, int64_t first, int64_t last,
                                                                  int64_t vector, bool add, Sums<M>& all) {
         constexpr int64_t kAhead = 4 << 10, kLanes = Step::kLanes;
+        constexpr bool kExcess = Step::kShifted && first_vectors;  // the same for all
         const int64_t wide = line.weight.shape.columns, size = line.weight.shape.rows * wide;
         const int64_t pieces = (wide + kLanes - 1) / kLanes, w_stride = together * wide;
         const int32_t* columns = line.weight.columns();
         Lanes acc[M * vectors], excess[M];
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
-            excess[m] = add ? all.excess[m] : Lanes{};
+            if constexpr (kExcess) excess[m] = add ? all.excess[m] : Lanes{};
 #pragma GCC unroll 16
             for (int v = 0; v < vectors; ++v) acc[m * vectors + v] = add ? all.of[vector + v][m] : Lanes{};
         }
@@ -218,7 +227,7 @@ class BlockDotAvx512 {
 #pragma GCC unroll 6
                 for (int m = 0; m < M; ++m) {
                     activations[m] = Step::template repeated<together>(x + m * x_stride + kLanes * piece);
-                    if constexpr (Step::kShifted) Step::multiply(excess[m], _mm512_set1_epi8(-128), activations[m]);
+                    if constexpr (kExcess) Step::multiply(excess[m], _mm512_set1_epi8(-128), activations[m]);
                 }
 #pragma GCC unroll 16
                 for (int v = 0; v < vectors; ++v, from += w_stride) {
@@ -231,7 +240,7 @@ class BlockDotAvx512 {
         }
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
-            if (vector == 0) all.excess[m] = excess[m];  // other vectors have met the same activations
+            if constexpr (kExcess) all.excess[m] = excess[m];
 #pragma GCC unroll 16
             for (int v = 0; v < vectors; ++v) all.of[vector + v][m] = acc[m * vectors + v];
         }

@@ -65,7 +65,7 @@ struct StripTask {
           weight(weight),
           rows(rows),
           chunk(chunk),
-          values(data<int8_t>(weight.values)),
+          values(weight.blocks<int8_t>()),
           packed(scratch.take<int8_t>(kBytes)),
           start(scratch.take<int32_t>(kStripOutputs)),
           sums(scratch.take<int32_t>(tall * kStripOutputs)),

@@ -17,9 +17,9 @@ struct DotTile {
     int64_t q_stride;
     const int8_t* w;  // [columns, stride]
     int64_t stride, kc;
-    const int8_t* ahead;  // what to ask memory for: at each step along K, [asked, ahead_stride] lines; or w itself
+    const int8_t* ahead;  // what to ask memory for: at each step along K, [asked, ahead_stride] lines
     int64_t ahead_stride;
-    int64_t asked;            // at most kDotColumns
+    int64_t asked;            // 1 to kDotColumns
     const Q* next_q;          // what the next tile begins with, and
     const int8_t* next_w;     // lies in L2 by now
     int64_t ahead_step = 64;  // from what one step asks for to what the next does
@@ -143,7 +143,6 @@ struct DotTiles {
 
     template <int R>
     static void tile(const DotTile<int8_t>& t, int32_t* sums) {
-        if (t.asked == 0) return tile_of<R, 0>(t, sums);
         if (t.asked == 1) return tile_of<R, 1>(t, sums);
         if (t.asked == 2) return tile_of<R, 2>(t, sums);
         tile_of<R, 4>(t, sums);

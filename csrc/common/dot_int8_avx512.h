@@ -67,9 +67,7 @@ struct DotRowsAvx512 {
         }
         for (int r = 0; r < R; ++r) {
             for (int64_t j = columns; j < kColumns; ++j) column[r][j] = _mm512_setzero_si512();
-            __m512i four[4];
-            for (int i = 0; i < 4; ++i) four[i] = add_lanes_avx512(column[r] + 4 * i);
-            _mm512_storeu_si512(sums + r * kColumns, add_quarters_avx512(four));
+            store_sums_avx512(column[r], false, sums + r * kColumns);
         }
     }
 };

@@ -1,6 +1,4 @@
-// int8_weight_linear for a few rows of activations on AVX-512: dot products of weights that are turned to floats on the
-// way. A tile multiplies several rows of weights by all of activations, so that these are read that much less often,
-// and goes along K in stretches for which they stay in L1.
+// The kernels of common/int8_weight_dots.h for AVX-512.
 #pragma once
 
 #include "common/int8_weight_dots.h"
@@ -30,7 +28,7 @@ struct FloatStepAvx512 {
         for (int r = 0; r < R; ++r) {
             const int8_t* from = w + r * w_stride;
             const __m128i bytes = whole ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))
-                                        : _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << left) - 1), from);
+                                        : _mm512_castsi512_si128(_mm512_maskz_loadu_epi8((1u << left) - 1, from));
             weights[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
         }
 #pragma GCC unroll 8
@@ -78,7 +76,7 @@ struct PairStepAvx512 {
         const __m512i low = _mm512_permutex2var_epi8(t.low[0], magnitude, t.low[1]);
         __m512i high = _mm512_permutex2var_epi8(t.high[0], magnitude, t.high[1]);
         high = _mm512_ternarylogic_epi32(high, w, t.sign, 0xf8);  // high | (w & sign)
-        high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(w, t.sign), t.most);
+        high = _mm512_mask_mov_epi8(high, _mm512_cmp_epi8_mask(w, t.sign, _MM_CMPINT_EQ), t.most);
         to[0] = _mm512_unpacklo_epi8(low, high);
         to[1] = _mm512_unpackhi_epi8(low, high);
     }
@@ -87,18 +85,18 @@ struct PairStepAvx512 {
     ENGINE_AVX512 static bool arrange(const BFloat16* x,  // [k]
                                       int64_t k,
                                       BFloat16* to) {  // [k rounded up to 64], 64-byte aligned; beyond k zeros
-        const __m512i exponent = _mm512_set1_epi16(0x7f80);
-        __mmask32 infinite = 0;
+        const __m512i ones = _mm512_set1_epi8(-1);
+        __mmask64 infinite = 0;  // in the bits of high bytes: those whose exponent is all ones
         for (int64_t i = 0; i < k; i += 64) {
             const uint64_t inside = k - i >= 64 ? ~uint64_t{0} : ~uint64_t{0} >> (64 - (k - i));
             const __m512i first = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(inside), x + i);
             const __m512i second = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(inside >> 32), x + i + 32);
-            infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(first, exponent), exponent);
-            infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(second, exponent), exponent);
-            _mm512_store_si512(to + i, _mm512_shuffle_i64x2(first, second, 0x88));
-            _mm512_store_si512(to + i + 32, _mm512_shuffle_i64x2(first, second, 0xdd));
+            infinite |= _mm512_cmp_epi8_mask(_mm512_add_epi16(first, first), ones, _MM_CMPINT_EQ);
+            infinite |= _mm512_cmp_epi8_mask(_mm512_add_epi16(second, second), ones, _MM_CMPINT_EQ);
+            _mm512_store_si512(to + i, _mm512_shuffle_i32x4(first, second, 0x88));
+            _mm512_store_si512(to + i + 32, _mm512_shuffle_i32x4(first, second, 0xdd));
         }
-        return infinite == 0;
+        return (infinite & 0xaaaaaaaaaaaaaaaa) == 0;
     }
 
     template <int M, int R, bool whole>

@@ -33,21 +33,17 @@ ENGINE_AVX512 ENGINE_INLINE uint64_t integer_bits(uint64_t bits) {
     return bits;
 }
 
-// Bits in memory as a mask of so many lanes: by way of an integer register, which GCC takes where the bits are counted
-// too, it would wait for one of the two ports that vpexpand needs.
-template <class Mask>
-ENGINE_AVX512 ENGINE_INLINE Mask load_mask_avx512(const uint8_t* bits) {
-    Mask lanes;
+// A word of a bitmask as a mask: by way of an integer register, which GCC takes where the bits are counted too, it
+// would wait for one of the two ports that vpexpandb needs.
+ENGINE_AVX512 ENGINE_INLINE __mmask64 load_mask_avx512(const uint8_t* word) {
+    __mmask64 lanes;
 #if defined(ENGINE_EMULATE_AVX512)
-    std::memcpy(&lanes, bits, sizeof lanes);
+    std::memcpy(&lanes, word, sizeof lanes);
 #else
-    struct Bits {
-        uint8_t bytes[sizeof(Mask)];
+    struct Word {
+        uint8_t bytes[8];
     };
-    const Bits& from = *reinterpret_cast<const Bits*>(bits);
-    if constexpr (sizeof(Mask) == 8) asm("kmovq %1, %0" : "=k"(lanes) : "m"(from));
-    if constexpr (sizeof(Mask) == 4) asm("kmovd %1, %0" : "=k"(lanes) : "m"(from));
-    if constexpr (sizeof(Mask) == 2) asm("kmovw %1, %0" : "=k"(lanes) : "m"(from));
+    asm("kmovq %1, %0" : "=k"(lanes) : "m"(*reinterpret_cast<const Word*>(word)));
 #endif
     return lanes;
 }
@@ -99,18 +95,9 @@ ENGINE_AVX512 ENGINE_INLINE __m512i expand_lanes_avx512(uint64_t bits, __m512i p
     }
 }
 
-// The same by the bits at `bits`, one a lane.
-template <class W>
-ENGINE_AVX512 ENGINE_INLINE __m512i expand_lanes_avx512(const uint8_t* bits, __m512i packed) {
-    if constexpr (sizeof(W) == 1) {
-        return _mm512_mask_expand_epi8(zeros_avx512(), load_mask_avx512<__mmask64>(bits), packed);
-    }
-    if constexpr (sizeof(W) == 2) {
-        return _mm512_mask_expand_epi16(zeros_avx512(), load_mask_avx512<__mmask32>(bits), packed);
-    }
-    if constexpr (sizeof(W) == 4) {
-        return _mm512_mask_expand_epi32(zeros_avx512(), load_mask_avx512<__mmask16>(bits), packed);
-    }
+// The same for bytes, by the word at `word`.
+ENGINE_AVX512 ENGINE_INLINE __m512i expand_bytes_avx512(const uint8_t* word, __m512i packed) {
+    return _mm512_mask_expand_epi8(zeros_avx512(), load_mask_avx512(word), packed);
 }
 
 // The other way: lanes whose bits are set, moved together at the low end; zeros above.

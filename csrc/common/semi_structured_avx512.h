@@ -44,7 +44,7 @@ ENGINE_AVX512 void spread_int8_avx512(const int8_t* values, const uint8_t* metad
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + k / 2 + 32 * i));
-            const __m512i all = expand_lanes_avx512<int8_t>(words + 8 * i, _mm512_castsi256_si512(half));
+            const __m512i all = expand_bytes_avx512(words + 8 * i, _mm512_castsi256_si512(half));
             _mm512_store_si512(out + k + 64 * i, _mm512_xor_si512(all, shift));
         }
     }
@@ -54,7 +54,7 @@ ENGINE_AVX512 void spread_int8_avx512(const int8_t* values, const uint8_t* metad
     for (int64_t i = 0; k + i < kc; i += 64) {
         const __mmask64 there = ~uint64_t{0} >> (64 - std::min<int64_t>(32, 2 * groups - i / 2));
         const __m512i packed = _mm512_maskz_loadu_epi8(there, values + (k + i) / 2);
-        const __m512i all = expand_lanes_avx512<int8_t>(words + i / 8, packed);
+        const __m512i all = expand_bytes_avx512(words + i / 8, packed);
         _mm512_store_si512(out + k + i, _mm512_xor_si512(all, shift));
     }
 }

@@ -124,7 +124,7 @@ struct SpreadTiles {
 //
 //   kInTile                   whether a tile spreads them, else prepare() does
 //   kTallRows                 up to so many rows of activations tall tiles are the faster ones
-//   begin(first, count)       a group of rows begins, all of K to come
+//   begin(first, count)       a group of at most 4 kColumns rows begins, all of K to come
 //   prepare(t, j, count, k, kc)  a stretch of rows first + j to first + j + count, at most kColumns: what a tile
 //   spreads
 //                             them from, and where one alone finds what comes next; or, spread, t.kept

@@ -81,7 +81,7 @@ struct BlockTask {
     // Kept blocks [first, last), of which `columns` rows from `inside` on are wanted, side by side and packed.
     void pack(int64_t first, int64_t last, int64_t inside, int64_t columns) const {
         const auto [high, wide] = weight.shape;
-        const int8_t* values = data<int8_t>(weight.values);
+        const int8_t* values = weight.blocks<int8_t>();
         for (int64_t j = 0; j < columns; ++j) {
             int8_t* to = memory.weights + j * Kernel::kDepth;
             for (int64_t i = first; i < last; ++i, to += wide) {
@@ -213,7 +213,7 @@ ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>
     std::memset(x, 0, sizeof x);
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
-        const int8_t* w = data<int8_t>(weight.values) + i * high * wide;
+        const int8_t* w = weight.blocks<int8_t>() + i * high * wide;
         for (int m = 0; m < M; ++m) copy_stretch(rows, m, weight.columns()[i] * wide, wide, x[m]);
         for (int64_t r = 0; r < high; ++r, w += wide) {
             __m256i acc[M];
@@ -253,7 +253,7 @@ void dot_lines(const LinearCall<T>& call, const Blocks& weight, const Line& line
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call, 0, rows);
     const int64_t lines = weight.high();
-    parallel_rows(lines, weight.values.numel() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
+    parallel_rows(lines, weight.kept() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
         for (int64_t line = begin; line < end; ++line) line_of(rows, line);
     });
 }

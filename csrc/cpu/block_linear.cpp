@@ -27,7 +27,7 @@ ENGINE_INLINE void line_body(const FloatLinear<T>& call, const FloatRows& rows, 
     alignas(64) float w[kMaxBlock], last[kDotRows][kMaxBlock];
     for (int64_t r = 0; r < high; ++r) std::memset(sums[r], 0, call.m * sizeof sums[r][0]);
     for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
-        const V* values = data<V>(weight.values) + i * high * wide;
+        const V* values = weight.blocks<V>() + i * high * wide;
         const int64_t column = weight.columns()[i] * wide, inside = std::min(wide, weight.k - column);
         const float* x = rows.x + column;
         int64_t stride = rows.stride;
@@ -117,7 +117,7 @@ class BlockProvider {
             for (; column < columns + offsets[line + 1] && *column * wide < k0 + kc; ++column) {
                 const int64_t first = *column * wide, begin = std::max(first, k0),
                               end = std::min(first + wide, k0 + kc);
-                const V* from = data<V>(weight_->values) + (column - columns) * high * wide + begin - first;
+                const V* from = weight_->template blocks<V>() + (column - columns) * high * wide + begin - first;
                 float* to = panel + line * high * kFloatDepth + begin - k0;
                 for (int64_t r = 0; r < std::min(high, rows - line * high); ++r, from += wide, to += kFloatDepth) {
                     copy_(from, end - begin, to);
@@ -146,7 +146,7 @@ template <class Step, class T>
 void dot_lines(const FloatLinear<T>& call, const typename Step::X* x, int64_t stride, const Blocks& weight) {
     using Dot = BlockDotAvx512<Step>;
     const int64_t lines = weight.high(), high = weight.shape.rows;
-    const int64_t work = 2 * call.m * weight.values.numel() / std::max<int64_t>(1, lines);
+    const int64_t work = 2 * call.m * weight.kept() / std::max<int64_t>(1, lines);
     parallel_rows(lines, work, [&](int64_t begin, int64_t end) {
         float sums[Dot::kMostRows][Dot::kMostBlock];
         for (int64_t line = begin; line < end; ++line) {
@@ -212,7 +212,7 @@ struct StripTask {
     // Kept blocks [first, last) of outputs [inside, inside + outputs).
     ENGINE_AVX512 void pack(int64_t first, int64_t last, int64_t inside, int64_t outputs) const {
         const auto [high, wide] = weight.shape;
-        const V* values = data<V>(weight.values);
+        const V* values = weight.blocks<V>();
         alignas(64) W w[16][kMaxBlock];
         for (int64_t i = first; i < last; ++i) {
             // What lies beyond K counts for nothing, not even where it is no number.
@@ -329,7 +329,7 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
 #if ENGINE_X86
     if (isa() == Isa::avx512) {
         if (call.m == 0 || call.n == 0) return;
-        constexpr int64_t kFew = BlockDotAvx512<PairBlockStep>::kMostRows;
+        constexpr int64_t kFew = BlockDotAvx512<FloatBlockStep<V>>::kMostRows;
         if constexpr (kBFloat16Products<T, V> && std::is_same_v<V, BFloat16>) {
             if (multiplies_bfloat16<T, V>()) {
                 if (call.m > kFew) return strip_linear<BlockPairsAvx512, T, V>(call, weight);
@@ -337,7 +337,7 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
             }
         }
         if (call.m > kFew) return strip_linear<BlockFloatAvx512, T, V>(call, weight);
-        return dot_linear<T, V>(call, weight);
+        return dot_linear<T, V>(call, weight);  // which fits every width
     }
     if (isa() == Isa::avx2) kernel = line_avx2<T, V>;
 #endif
@@ -347,7 +347,7 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
     float_dot_linear(
         call, 0, [](int64_t, int64_t, const FloatRows&) {},
         [&](const FloatRows& rows) {
-            parallel_rows(lines, 4 * call.m * weight.values.numel() / std::max<int64_t>(1, lines),
+            parallel_rows(lines, 4 * call.m * weight.kept() / std::max<int64_t>(1, lines),
                           [&](int64_t begin, int64_t end) {
                               for (int64_t line = begin; line < end; ++line) kernel(call, rows, weight, line);
                           });

@@ -1,8 +1,8 @@
 // semi_structured_int8_linear: int8 activations, quantised here, times a 2:4 int8 weight as it lies.
 //
 // A few rows of activations meet the stored values alone: the two bits of each value become a shuffle that fetches the
-// activation it belongs to, once for all rows. Many go through the panels of common/gemm_int8.h, which the weights are
-// spread to.
+// activation it belongs to, once for all rows. For more of them weights are spread, with AVX-512 a few rows of weights
+// at a time (common/spread_blocks_avx512.h), for many to the panels of common/gemm_int8.h.
 
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"

@@ -77,9 +77,8 @@ def block_linear(
 ) -> Tensor:
     """`x @ weight.T + bias` in fp32 arithmetic, of which only the kept blocks are computed.
 
-    Where `x` and `values` both are bfloat16, `x` has more than 8 rows, and the processor multiplies pairs of such
-    (AVX512_BF16), that instruction is used, for which numbers below fp32's smallest normal one (2^-126) are zero, sums
-    too.
+    Where `x` and `values` both are bfloat16 and the processor multiplies pairs of such (AVX512_BF16), that instruction
+    may be used, for which numbers below fp32's smallest normal one (2^-126) are zero, sums too.
 
     A row of `x` that holds a NaN or an infinity makes its row of `y` NaN, and no other.
 

@@ -61,8 +61,8 @@ _op = define(
 def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`(x @ weight.T) * scale + bias` in fp32 arithmetic: only the weight is quantised.
 
-    Where `x` is bfloat16, has more than 6 rows, and the processor multiplies pairs of such (AVX512_BF16), that
-    instruction is used, for which numbers below fp32's smallest normal one (2^-126) are zero, sums too.
+    Where `x` is bfloat16 and the processor multiplies pairs of such (AVX512_BF16), that instruction is used, for which
+    numbers below fp32's smallest normal one (2^-126) are zero, sums too.
 
     A row of `x` that holds a NaN or an infinity makes its row of `y` NaN, and no other.
 

@@ -495,6 +495,7 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_and_si512(...) emulated::map<uint64_t>(emulated::kAnd, __VA_ARGS__)
 #define _mm512_andnot_si512(...) emulated::map<uint64_t>(emulated::kAndNot, __VA_ARGS__)
 #define _mm512_broadcast_i32x4(...) emulated::repeat<__m512i, __m128i>(__VA_ARGS__)
+#define _mm512_broadcast_i64x4(...) emulated::repeat<__m512i, __m256i>(__VA_ARGS__)
 #define _mm512_castps_si512(...) emulated::cast<__m512i>(__VA_ARGS__)
 #define _mm512_castsi128_si512(...) emulated::cast<__m512i>(__VA_ARGS__)
 #define _mm512_castsi256_si512(...) emulated::cast<__m512i>(__VA_ARGS__)

@@ -135,6 +135,7 @@ AGAINST_NUMPY = {
     "_mm512_extracti64x4_epi64(a, 1)": lambda a, b, c, m, x: a[32:],
     "_mm512_extracti32x4_epi32(a, 3)": lambda a, b, c, m, x: a[48:],
     "_mm512_broadcast_i32x4(_mm512_castsi512_si128(a))": lambda a, b, c, m, x: np.tile(a[:16], 4),
+    "_mm512_broadcast_i64x4(_mm512_castsi512_si256(a))": lambda a, b, c, m, x: np.tile(a[:32], 2),
     "_mm512_zextsi128_si512(_mm512_castsi512_si128(a))": lambda a, b, c, m, x: np.concatenate([a[:16], 0 * a[16:]]),
     "_mm512_set1_epi8(-3)": lambda a, b, c, m, x: np.full(64, -3, np.int8),
     "_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)": lambda a, b, c, m, x: np.arange(16),
