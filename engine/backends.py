@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-CPU_VARIANTS = ("portable", "avx2", "avx512")  # in the order of csrc/common/isa.h
+CPU_VARIANTS = ("portable", "avx2", "avx_vnni", "avx512")  # in the order of csrc/common/isa.h
 TRITON_KERNELS: tuple[str, ...] = (
     "block_int8_linear",
     "block_linear",
@@ -55,6 +55,10 @@ def _load(path: Path) -> ctypes.CDLL:
         raise ImportError(f"engine: the native library {path.name} is installed but does not load: {error}") from error
 
 
+def _variants(cpu: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(name for i, name in enumerate(CPU_VARIANTS) if cpu.engine_has_variant(i))
+
+
 def _start() -> tuple[list[Status], ctypes.CDLL | None]:
     found, cpu = [], None
     path = _library("_cpu")
@@ -62,7 +66,7 @@ def _start() -> tuple[list[Status], ctypes.CDLL | None]:
         found.append(Status("cpu", False, "not built: no C++ compiler was found when the package was installed"))
     else:
         cpu = _load(path)
-        best = CPU_VARIANTS[cpu.engine_best_isa()]
+        best = _variants(cpu)[-1]
         found.append(Status("cpu", True, f"{path.name}, best instruction set {best}"))
 
     gpu, path = torch.cuda.is_available(), _library("_cuda")
@@ -95,12 +99,12 @@ def status() -> list[Status]:
 
 def cpu_variants() -> tuple[str, ...]:
     """The instruction sets this processor can run the CPU kernels with, worst first; empty without the library."""
-    return CPU_VARIANTS[: _cpu.engine_best_isa() + 1] if _cpu else ()
+    return _variants(_cpu) if _cpu else ()
 
 
 def cpu_variant() -> str:
     """The instruction set in use, or "reference" without the library."""
-    return CPU_VARIANTS[_cpu.engine_active_isa()] if _cpu else "reference"
+    return CPU_VARIANTS[_cpu.engine_active_variant()] if _cpu else "reference"
 
 
 @contextlib.contextmanager
@@ -109,9 +113,9 @@ def force_cpu_variant(name: str) -> Iterator[None]:
     if name not in cpu_variants():
         raise ValueError(f"engine: CPU variant: expected one of {', '.join(cpu_variants()) or 'none'}, got {name!r}")
     assert _cpu is not None
-    before = _cpu.engine_active_isa()
-    _cpu.engine_set_isa(CPU_VARIANTS.index(name))
+    before = _cpu.engine_active_variant()
+    _cpu.engine_set_variant(CPU_VARIANTS.index(name))
     try:
         yield
     finally:
-        _cpu.engine_set_isa(before)
+        _cpu.engine_set_variant(before)

@@ -68,11 +68,11 @@ def weight_config(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, dev
         elif tokens == 64:
             config = WeightConfig(64, 64, 128, 1, 4, 3)
         elif tokens == 128:
-            config = WeightConfig(128, 128, 64, 1, 4, 4)
+            config = WeightConfig(128, 128, 64, 1, 4 if device.capability == 90 else 8, 4)  # mma takes more registers
         elif tokens == 256:
             config = WeightConfig(64, 128, 64, 1, 4, 3)
         else:
-            config = WeightConfig(64, 256, 64, 1, 4, 3)
+            config = WeightConfig(64, 256, 64, 1, 8, 3)
         room = (device.shared_memory // blocks - 2048) // (config.block_k * (config.outputs + 2 * config.tokens))
         config = dataclasses.replace(config, stages=max(2, min(config.stages, room)))
     # More parts only where multiprocessors would stay idle, and each part long enough to be worth adding.

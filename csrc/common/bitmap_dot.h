@@ -18,14 +18,16 @@ struct Column {
 
 // A kernel multiplies a stretch of kColumns weight rows by all rows of activations, in int32:
 //
-//   Q         the type of activations that it multiplies; for int8_t weights are shifted by 128, see QuantizedRows::sum
+//   Q         the type of activations that it multiplies
+//   kShift    what is added to each weight, see QuantizedRows::sum
 //   stretch   sums [m, kColumns] of one stretch
 //   depth(m)  how long a stretch may be, a multiple of 64; at most kExactDepth
 //   kReadsAhead  whether it asks memory for what comes next itself
 struct MatrixPortable {
     using Q = int16_t;
     static constexpr int kColumns = 1;
-    static constexpr bool kShifted = false, kReadsAhead = false;
+    static constexpr int kShift = 0;
+    static constexpr bool kReadsAhead = false;
     static int64_t depth(int64_t) { return 512; }
 
     static void stretch(const int16_t* q, int64_t q_stride, int64_t m, Column* columns, int64_t kc, int32_t* sums) {

@@ -49,7 +49,8 @@ ENGINE_AVX512 ENGINE_INLINE __m512i expand_shifted_sparse_avx512(const int8_t*& 
 struct VectorAvx512 {
     using Q = int8_t;
     static constexpr int kColumns = 1;
-    static constexpr bool kShifted = true, kReadsAhead = true;
+    static constexpr int kShift = 128;
+    static constexpr bool kReadsAhead = true;
     // How far ahead memory is asked for: masks are one stream, values another. A core needs much on its way.
     static constexpr int64_t kValuesAhead = 8 << 10, kMaskAhead = 2 << 10;
     static int64_t depth(int64_t) { return kExactDepth; }

@@ -5,8 +5,7 @@
 //   Sum, Lanes      of products, and a vector of them
 //   kLanes          weights to a vector: a piece of a row of a block, or 2 or 4 rows of a narrow one
 //   load(w)         such a vector of weights; load(w, inside) the same with zeros where a bit is not set
-//   repeated<n>(x)  activations for n rows of weights
-//   multiply(sums, w, x)
+//   multiply(sums, w, x)  x: the bits of a vector of activations
 //   kShifted        whether weights are shifted by 128, so that sums are too large by 128 times the activations
 #pragma once
 
@@ -17,6 +16,14 @@
 #if ENGINE_X86
 
 namespace engine {
+
+// A vector of activations for `times` rows of weights: as many times what a row of them meets.
+template <int times>
+ENGINE_AVX512 ENGINE_INLINE __m512i repeat_avx512(const void* x) {
+    if constexpr (times == 4) return _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(x)));
+    if constexpr (times == 2) return _mm512_broadcast_i64x4(_mm256_load_si256(static_cast<const __m256i*>(x)));
+    return _mm512_load_si512(x);
+}
 
 struct Int8BlockStep {
     using Weight = int8_t;
@@ -31,14 +38,6 @@ struct Int8BlockStep {
     }
     // Beyond K activations are 0.
     ENGINE_AVX512 ENGINE_INLINE static __m512i load(const int8_t* w, uint64_t) { return load(w); }
-    template <int times>
-    ENGINE_AVX512 ENGINE_INLINE static __m512i repeated(const int8_t* x) {
-        if constexpr (times == 4) return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(x)));
-        if constexpr (times == 2) {
-            return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
-        }
-        return _mm512_load_si512(x);
-    }
     ENGINE_AVX512 ENGINE_INLINE static void multiply(__m512i& sums, __m512i w, __m512i x) {
         accumulate_avx512(sums, w, x);
     }
@@ -59,12 +58,8 @@ struct FloatBlockStep {
         return _mm512_castsi512_ps(
             _mm512_maskz_add_epi32(static_cast<__mmask16>(inside), bits, _mm512_setzero_si512()));
     }
-    template <int times>
-    ENGINE_AVX512 ENGINE_INLINE static __m512 repeated(const float* x) {
-        return _mm512_load_ps(x);
-    }
-    ENGINE_AVX512 ENGINE_INLINE static void multiply(__m512& sums, __m512 w, __m512 x) {
-        sums = _mm512_fmadd_ps(w, x, sums);
+    ENGINE_AVX512 ENGINE_INLINE static void multiply(__m512& sums, __m512 w, __m512i x) {
+        sums = _mm512_fmadd_ps(w, _mm512_castsi512_ps(x), sums);
     }
 };
 
@@ -80,13 +75,6 @@ struct PairBlockStep {
     ENGINE_AVX512 ENGINE_INLINE static __m512i load(const BFloat16* w) { return _mm512_loadu_si512(w); }
     ENGINE_AVX512 ENGINE_INLINE static __m512i load(const BFloat16* w, uint64_t inside) {
         return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(inside), w);
-    }
-    template <int times>
-    ENGINE_AVX512 ENGINE_INLINE static __m512i repeated(const BFloat16* x) {
-        if constexpr (times == 2) {
-            return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
-        }
-        return _mm512_load_si512(x);
     }
     ENGINE_AVX512 ENGINE_INLINE static void multiply(__m512& sums, __m512i w, __m512i x) {
         accumulate_pairs_avx512(sums, w, x);
@@ -223,10 +211,10 @@ class BlockDotAvx512 {
                 const Weight* from = w + kLanes * piece;
                 uint64_t inside = 0;
                 if constexpr (partial) inside = lanes_inside<together>(line.weight.k - column - kLanes * piece, wide);
-                decltype(Step::load(from)) activations[M];
+                __m512i activations[M];
 #pragma GCC unroll 6
                 for (int m = 0; m < M; ++m) {
-                    activations[m] = Step::template repeated<together>(x + m * x_stride + kLanes * piece);
+                    activations[m] = repeat_avx512<together>(x + m * x_stride + kLanes * piece);
                     if constexpr (kExcess) Step::multiply(excess[m], _mm512_set1_epi8(-128), activations[m]);
                 }
 #pragma GCC unroll 16

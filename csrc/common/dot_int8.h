@@ -4,11 +4,20 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/int8_activations.h"
 #include "common/registers_avx512.h"
 
 namespace engine {
 
-constexpr int kDotColumns = 4;  // weight rows that a dot-product kernel reads side by side
+constexpr int kDotColumns = 4;     // weight rows that a dot-product kernel reads side by side
+constexpr int64_t kDotBlock = 96;  // outputs that are finished together: whole groups of 4, 6 and 16
+
+// As much of K as leaves m rows of activations in L1 for many outputs.
+template <class Q>
+int64_t depth_in_l1(int64_t m) {
+    constexpr int64_t kBytes = 20 << 10;
+    return std::clamp<int64_t>(kBytes / static_cast<int64_t>(m * sizeof(Q)) / 64 * 64, 384, kExactDepth);
+}
 
 // What a tile multiplies, R rows by a kernel's columns, and what it may ask for on the way.
 template <class Q>

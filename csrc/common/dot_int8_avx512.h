@@ -8,7 +8,6 @@
 
 namespace engine {
 
-constexpr int64_t kDotBlock = 96;  // outputs that are finished together: whole groups of 4, 6 and 16
 constexpr int64_t kDotRows = 128;  // at most so many rows of activations
 
 #if ENGINE_X86

@@ -75,12 +75,6 @@ struct DotsAvx2 {
             : [w0] "x"(w0), [w1] "x"(w1));
     }
 
-    // The sums of four vectors.
-    ENGINE_AVX2 ENGINE_INLINE static __m128i add_lanes(__m256i a, __m256i b, __m256i c, __m256i d) {
-        const __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-        return _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-    }
-
     // The sums of R rows of activations by one row of weights, and where `first` that of the weights' own products;
     // spread over the lanes of R + 1 vectors.
     template <int R, bool first>
@@ -129,8 +123,8 @@ struct DotsAvx2 {
             __m128i four[kVectors];
 #pragma GCC unroll 3
             for (int v = 0; v < kVectors; ++v) {
-                four[v] = add_lanes(acc[std::min(4 * v, R)], acc[std::min(4 * v + 1, R)], acc[std::min(4 * v + 2, R)],
-                                    acc[std::min(4 * v + 3, R)]);
+                four[v] = add_lanes_avx2(acc[std::min(4 * v, R)], acc[std::min(4 * v + 1, R)],
+                                         acc[std::min(4 * v + 2, R)], acc[std::min(4 * v + 3, R)]);
             }
             if constexpr (first) strip.products[j] = _mm_extract_epi32(four[R / 4], R % 4);
             const __m128i products = _mm_set1_epi32(strip.products[j]);

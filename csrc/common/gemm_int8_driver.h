@@ -24,6 +24,7 @@
 #if ENGINE_X86
 #include "common/gemm_int8_avx2.h"
 #include "common/gemm_int8_avx512.h"
+#include "common/gemm_int8_avx_vnni.h"
 #endif
 
 namespace engine {
@@ -253,6 +254,7 @@ void int8_panel_linear(const LinearCall<T>& call, const Provider& weights) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
     if (isa() == Isa::avx512) return panel_linear<PanelAvx512>(call, weights);
+    if (variant() == Variant::avx_vnni) return panel_linear<PanelAvxVnni>(call, weights);
     if (isa() == Isa::avx2) {
         if (call.m <= DotsAvx2::rows(call.k)) return panel_linear<DotsAvx2>(call, weights);
         return panel_linear<PanelAvx2>(call, weights);

@@ -72,6 +72,12 @@ ENGINE_AVX2 ENGINE_INLINE int64_t sum_lanes_avx2(__m256i lanes) {
     return sum[0] + sum[1] + sum[2] + sum[3];
 }
 
+// The sums of four vectors.
+ENGINE_AVX2 ENGINE_INLINE __m128i add_lanes_avx2(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    return _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+}
+
 // A row as fp32, each channel multiplied by its own factor.
 template <class T>
 ENGINE_AVX2 void scale_row_avx2(const T* x,            // [k]

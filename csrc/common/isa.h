@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels use. Chosen once when the library loads; a test may force a lesser one.
+// Which instruction set the CPU kernels use. Chosen once when the library loads; a test may force another that the
+// processor has.
 #pragma once
 
 #include <atomic>
@@ -11,12 +12,20 @@ enum class Isa : int {
     avx512 = 2,    // AVX-512 F, BW, DQ, VL with VNNI, VBMI, VBMI2
 };
 
-// The best that this processor has.
-Isa best_isa();
+// What can be chosen, worst first, as engine/backends.py numbers it. AVX-VNNI (Intel's processors without AVX-512) is
+// AVX2 with vpdpbusd on 256 bits: only products of int8 know of it.
+enum class Variant : int { portable = 0, avx2 = 1, avx_vnni = 2, avx512 = 3 };
 
-extern std::atomic<int> active_isa;
+bool has_variant(Variant variant);  // whether this processor can run it
+Variant best_variant();
 
-inline Isa isa() { return static_cast<Isa>(active_isa.load(std::memory_order_relaxed)); }
+extern std::atomic<int> active_variant;
+
+inline Isa isa_of(Variant variant) {
+    return variant == Variant::avx512 ? Isa::avx512 : variant == Variant::portable ? Isa::portable : Isa::avx2;
+}
+inline Variant variant() { return static_cast<Variant>(active_variant.load(std::memory_order_relaxed)); }
+inline Isa isa() { return isa_of(variant()); }
 
 }  // namespace engine
 
@@ -33,6 +42,10 @@ inline Isa isa() { return static_cast<Isa>(active_isa.load(std::memory_order_rel
                "popcnt,lzcnt,prefer-vector-width=512")))
 #endif
 #define ENGINE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+// Whether vpdpbusd can be written with a VEX prefix, as AVX-VNNI has it: by assemblers of these compilers' age.
+#if !defined(ENGINE_EMULATE_AVX512) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define ENGINE_AVX_VNNI 1
+#endif
 #else
 #define ENGINE_X86 0
 #endif

@@ -66,9 +66,9 @@ bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
     if (isa() == Isa::portable) share = m < 64 ? 0.9 : 0.4;
     return static_cast<double>(kept) <= share * static_cast<double>(weights);
 }
-// AVX2's int8 tiles are up to twice as fast as fp32's, most of all for a few rows; VNNI's are four times.
+// AVX2's int8 tiles are up to twice as fast as fp32's, most of all for a few rows; with VNNI four times.
 inline bool int8_spmm_pays(int64_t m, int64_t k, int64_t kept, int64_t weights) {
-    if (isa() != Isa::avx2 || m <= 24 || k > kExactDepth) return false;
+    if (variant() != Variant::avx2 || m <= 24 || k > kExactDepth) return false;
     const double share = m <= 40 ? 0.15 : m < 128 ? 0.2 : 0.3;
     return static_cast<double>(kept) <= share * static_cast<double>(weights);
 }

@@ -34,9 +34,9 @@ inline void prefetch_stretch(const Int8Bitmap& weight, const uint8_t* mask, int6
 template <class Kernel, class T>
 void finish(const FinishRows<T>& f, const int64_t* sums) {
 #if ENGINE_X86
-    if constexpr (Kernel::kShifted) return PanelAvx512::finish(f, sums, kGroupRows);
+    if constexpr (std::is_same_v<Kernel, VectorAvx512>) return PanelAvx512::finish(f, sums, kGroupRows);
 #endif
-    finish_rows<0>(f, sums, kGroupRows);
+    finish_rows<Kernel::kShift>(f, sums, kGroupRows);
 }
 
 // Outputs [begin, end) of every row of activations.
@@ -114,6 +114,18 @@ void short_outputs(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows,
     }
 }
 
+// By dot products, where they are the faster way.
+template <class Bytes, class Products, class T>
+bool dot_linear_avx2(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
+    if (call.m > Products::kRows) return false;
+    if (call.m == 1) {
+        dot_linear<VectorAvx2<Bytes>>(call, weight, bad);
+    } else {
+        dot_linear<MatrixAvx2<Products>>(call, weight, bad);
+    }
+    return true;
+}
+
 template <class T>
 void linear_avx512(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     constexpr int64_t kMostDepth = BitmapRowsAvx512::kMostDepth;
@@ -134,8 +146,11 @@ void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
 #if ENGINE_X86
     if (isa() == Isa::avx512 && call.m <= spread_block_rows(call.k)) return linear_avx512(call, weight, bad);
     if (isa() == Isa::avx2) {
-        if (call.m == 1) return dot_linear<VectorAvx2>(call, weight, bad);
-        if (call.m <= MatrixAvx2::kRows) return dot_linear<MatrixAvx2>(call, weight, bad);
+        if (variant() == Variant::avx_vnni) {
+            if (dot_linear_avx2<SignedBytesAvxVnni, BytesAvxVnni>(call, weight, bad)) return;
+        } else if (dot_linear_avx2<SignedBytesAvx2, PairsAvx2>(call, weight, bad)) {
+            return;
+        }
         if (int8_spmm_pays(call.m, call.k, weight.nnz, weight.n * weight.k)) {
             const auto [mask, row_offsets, values, n, k, nnz] = weight;
             return int8_spmm(call, BitmapSource<int8_t>(mask, row_offsets, values, k, nnz, bad));

@@ -11,6 +11,7 @@
 #include "common/block.h"
 #include "common/block_dot_avx512.h"
 #include "common/block_int8_strips.h"
+#include "common/dot_bytes_avx2.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
 #if ENGINE_X86
@@ -211,7 +212,6 @@ ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>
     alignas(64) int8_t x[M][kMaxBlock + 16];
     std::memset(sums, 0, high * sizeof sums[0]);
     std::memset(x, 0, sizeof x);
-    const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
         const int8_t* w = weight.blocks<int8_t>() + i * high * wide;
         for (int m = 0; m < M; ++m) copy_stretch(rows, m, weight.columns()[i] * wide, wide, x[m]);
@@ -226,10 +226,8 @@ ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>
                     _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(from)), second, 1);
                 const __m256i magnitude = _mm256_abs_epi8(weights);
                 for (int m = 0; m < M; ++m) {
-                    // |w| · (x with w's sign): exact, as pairs sum to at most 2 · 128 · 127.
                     const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[m] + c));
-                    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(q, weights));
-                    acc[m] = _mm256_add_epi32(acc[m], _mm256_madd_epi16(pairs, ones));
+                    SignedBytesAvx2::add(acc[m], magnitude, weights, q);
                 }
             }
             for (int m = 0; m < M; ++m) _mm256_store_si256(reinterpret_cast<__m256i*>(sums[r][m]), acc[m]);
@@ -293,6 +291,7 @@ void linear(const LinearCall<T>& call, const Blocks& weight) {
     }
     if (isa() != Isa::portable && call.m <= kDotRows && call.k <= kLongestDot) return dot_linear(call, weight);
     if (isa() == Isa::avx512) return strip_linear(call, weight);
+    if (variant() == Variant::avx_vnni) return panel_linear<PanelAvxVnni>(call, weight);
     if (isa() == Isa::avx2) return panel_linear<PanelAvx2>(call, weight);
 #endif
     panel_linear<PanelPortable>(call, weight);

@@ -6,18 +6,13 @@
 #include <cstring>
 
 #include "common/dot_int8_avx512.h"
+#include "common/dot_tiles_avx2.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
 #include "common/tensor.h"
-#if ENGINE_X86
-#include <immintrin.h>
-#endif
 
 namespace engine {
 namespace {
-
-constexpr int64_t kL1Bytes = 20 << 10;       // of L1, what activations may take
-constexpr int64_t kCachedWeights = 8 << 20;  // bytes
 
 // A dot-product kernel is a struct:
 //
@@ -25,7 +20,7 @@ constexpr int64_t kCachedWeights = 8 << 20;  // bytes
 //   kRows        how many rows of them a tile takes
 //   kTogether    outputs for which one stretch of K is done before the next
 //   rows(n, k)   up to so many rows of activations dot products are the faster way
-//   depth(m, k)  how much of K is multiplied at once, at most kExactDepth
+//   depth(m)     how much of K is multiplied at once, at most kExactDepth
 //   tile<R>(...) writes R × kDotColumns sums
 //   finish(...)  sums to outputs
 
@@ -33,11 +28,7 @@ struct DotPortable {
     using Q = int16_t;
     static constexpr int64_t kRows = 1, kTogether = 32;
     static int64_t rows(int64_t, int64_t) { return 16; }
-    // All of K for one row; else as much of the activations as stays in L1 for many outputs.
-    static int64_t depth(int64_t m, int64_t) {
-        if (m == 1) return kExactDepth;
-        return std::clamp<int64_t>(kL1Bytes / static_cast<int64_t>(m * sizeof(Q)) / 64 * 64, 384, kExactDepth);
-    }
+    static int64_t depth(int64_t m) { return m == 1 ? kExactDepth : depth_in_l1<Q>(m); }
 
     template <int R>
     static void tile(const DotTile<int16_t>& t,
@@ -58,77 +49,6 @@ struct DotPortable {
         finish_rows<0>(f, totals, kDotBlock);
     }
 };
-
-#if ENGINE_X86
-struct DotAvx2 {
-    using Q = int16_t;
-    static constexpr int64_t kRows = 3, kTogether = 32;  // 12 sums in registers
-    // Four rows of activations take two tiles: good where the weights stay in a cache.
-    static int64_t rows(int64_t n, int64_t k) { return n * k <= kCachedWeights ? kRows + 1 : kRows; }
-    static int64_t depth(int64_t, int64_t) { return kExactDepth; }
-
-    // R rows by four of weights. The products are written as assembly because GCC, which would rather read ahead, runs
-    // out of registers and keeps the sums in memory; it does so as well where this is inlined.
-    template <int R>
-    ENGINE_AVX2 __attribute__((noinline)) static void tile(const DotTile<int16_t>& t,
-                                                           int32_t* sums) {  // [R, kDotColumns]
-        const int16_t* q = t.q;
-        const int8_t *w = t.w, *ahead = t.ahead;
-        const int64_t q_stride = t.q_stride, stride = t.stride, kc = t.kc;
-        // The last weights of each row, with zeros: copied now, as a call amid the products would cost the registers.
-        const int64_t whole = kc / 64 * 64;
-        alignas(64) int8_t tail[kDotColumns][64];
-        if (whole < kc) {
-            std::memset(tail, 0, sizeof tail);
-            for (int j = 0; j < kDotColumns; ++j) std::copy_n(w + j * stride + whole, kc - whole, tail[j]);
-        }
-        __m256i acc[R][kDotColumns];
-#pragma GCC unroll 3
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-            for (int j = 0; j < kDotColumns; ++j) acc[r][j] = _mm256_setzero_si256();
-        }
-        for (int part = whole > 0 ? 0 : 1; part < (whole < kc ? 2 : 1); ++part) {
-            const int8_t* from = part == 0 ? w : tail[0];
-            const int8_t* const end = part == 0 ? w + whole : tail[1];
-            const int64_t step = part == 0 ? stride : sizeof tail[0];
-            for (; from < end; from += 64, ahead += 64, q += 64) {
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    __builtin_prefetch(ahead + i * stride, 0, 2);
-#pragma GCC unroll 4
-                    for (int j = 0; j < kDotColumns; ++j) {
-                        const auto* weights = reinterpret_cast<const __m128i*>(from + j * step + 16 * i);
-                        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(weights));
-#pragma GCC unroll 3
-                        for (int r = 0; r < R; ++r) {
-                            const auto* x = reinterpret_cast<const __m256i*>(q + r * q_stride + 16 * i);
-                            __m256i product;
-                            asm volatile(
-                                "vpmaddwd %[x], %[wide], %[product]\n\t"
-                                "vpaddd %[product], %[acc], %[acc]"
-                                : [acc] "+x"(acc[r][j]), [product] "=&x"(product)
-                                : [wide] "x"(wide), [x] "m"(*x));
-                        }
-                    }
-                }
-            }
-        }
-#pragma GCC unroll 3
-        for (int r = 0; r < R; ++r) {
-            const __m256i low = _mm256_hadd_epi32(acc[r][0], acc[r][1]), high = _mm256_hadd_epi32(acc[r][2], acc[r][3]);
-            const __m256i both = _mm256_hadd_epi32(low, high);
-            const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + r * kDotColumns), sum);
-        }
-    }
-
-    template <class T, class Total>
-    ENGINE_AVX2 static void finish(const FinishRows<T>& f, const Total* totals) {
-        finish_rows<0>(f, totals, kDotBlock);
-    }
-};
-#endif
 
 // Adds the products of [k, k + kc) for `columns` ≤ kDotColumns rows of weights and all rows of activations. Not
 // inlined: where GCC did so, in a build for one dtype alone, 16 × 1536 × 384 took a fifth longer.
@@ -167,7 +87,7 @@ template <class Kernel, class Total, class T>
 void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const int8_t* weight,
                  int64_t begin, int64_t end) {
     Total totals[kDotRows * kDotBlock];
-    const int64_t step = Kernel::depth(call.m, call.k);
+    const int64_t step = Kernel::depth(call.m);
     // Four rows of weights lie one after another, and so do their successors: one stream, asked for 8 KB ahead.
     const int64_t group = kDotColumns * std::max<int64_t>(1, call.k),
                   next_groups = ((8 << 10) + group - 1) / group * group;
@@ -249,7 +169,8 @@ bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
 template <class T>
 bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
 #if ENGINE_X86
-    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
+    if (variant() == Variant::avx_vnni) return dot_linear<DotTilesAvx2<ByteStepAvxVnni>>(call, weight);
+    if (isa() == Isa::avx2) return dot_linear<DotTilesAvx2<PairStepAvx2>>(call, weight);
     if (isa() == Isa::avx512) {
         return dot_linear<DotAvx512>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
             if (call.m <= kTallRows) {

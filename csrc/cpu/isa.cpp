@@ -1,13 +1,32 @@
 #include "common/isa.h"
 
-namespace engine {
-
-Isa best_isa() {
 #if ENGINE_X86
-    __builtin_cpu_init();
-#if defined(ENGINE_EMULATE_AVX512)
-    return Isa::avx512;
+#include <cpuid.h>
+#endif
+
+namespace engine {
+namespace {
+
+#if ENGINE_X86 && !defined(ENGINE_EMULATE_AVX512)
+bool has_avx_vnni() {
+#if ENGINE_AVX_VNNI
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
 #else
+    return false;
+#endif
+}
+#endif
+
+}  // namespace
+
+bool has_variant(Variant variant) {
+    if (variant == Variant::portable) return true;
+#if ENGINE_X86
+#if defined(ENGINE_EMULATE_AVX512)
+    return true;
+#else
+    __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                       __builtin_cpu_supports("popcnt");
@@ -15,22 +34,32 @@ Isa best_isa() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni") &&
                         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
-    if (avx2 && avx512) return Isa::avx512;
-    if (avx2) return Isa::avx2;
+    if (variant == Variant::avx_vnni) return avx2 && has_avx_vnni();
+    return avx2 && (variant == Variant::avx2 || avx512);
 #endif
 #endif
-    return Isa::portable;
+    return false;
 }
 
-std::atomic<int> active_isa{static_cast<int>(best_isa())};
+Variant best_variant() {
+    for (const Variant variant : {Variant::avx512, Variant::avx_vnni, Variant::avx2}) {
+        if (has_variant(variant)) return variant;
+    }
+    return Variant::portable;
+}
+
+std::atomic<int> active_variant{static_cast<int>(best_variant())};
 
 }  // namespace engine
 
 // For engine.backends, by ctypes: what the processor has, what is in use, and a choice among what it has.
-extern "C" __attribute__((visibility("default"))) int engine_best_isa() { return static_cast<int>(engine::best_isa()); }
-extern "C" __attribute__((visibility("default"))) int engine_active_isa() { return engine::active_isa.load(); }
-extern "C" __attribute__((visibility("default"))) int engine_set_isa(int isa) {
-    if (isa < 0 || isa > engine_best_isa()) return -1;
-    engine::active_isa.store(isa);
+extern "C" __attribute__((visibility("default"))) int engine_has_variant(int variant) {
+    return variant >= 0 && variant <= static_cast<int>(engine::Variant::avx512) &&
+           engine::has_variant(static_cast<engine::Variant>(variant));
+}
+extern "C" __attribute__((visibility("default"))) int engine_active_variant() { return engine::active_variant.load(); }
+extern "C" __attribute__((visibility("default"))) int engine_set_variant(int variant) {
+    if (!engine_has_variant(variant)) return -1;
+    engine::active_variant.store(variant);
     return 0;
 }

@@ -4,6 +4,10 @@
 // activation it belongs to, once for all rows. For more of them weights are spread, with AVX-512 a few rows of weights
 // at a time (common/spread_blocks_avx512.h), for many to the panels of common/gemm_int8.h.
 
+#include <array>
+#include <bit>
+
+#include "common/dot_bytes_avx2.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
 #include "common/semi_structured.h"
@@ -16,8 +20,9 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kDotRows = 16;  // up to so many rows of activations dot products are the faster way
-constexpr int64_t kBlock = 32;    // weight rows for which a stretch of the activations stays in L1
+constexpr int64_t kDotRows = 16;     // up to so many rows of activations dot products are the faster way,
+constexpr int64_t kDotRowsAvx2 = 8;  // and by AVX2, which spreads weights faster
+constexpr int64_t kBlock = 32;       // weight rows for which a stretch of the activations stays in L1
 constexpr int64_t kValuesAhead = 2 << 10, kMetadataAhead = 1 << 9;  // how far ahead memory is asked for
 
 using Weight = SemiStructured<int8_t>;
@@ -29,8 +34,29 @@ void spread_portable(const int8_t* values, const uint8_t* metadata, int64_t kc, 
     spread_int8(values, metadata, kc, out);
 }
 #if ENGINE_X86
+// For each byte of metadata the shuffle that takes its four values to their places among eight weights.
+constexpr std::array<uint64_t, 256> make_spread_shuffles() {
+    std::array<uint64_t, 256> shuffles{};
+    for (int places = 0; places < 256; ++places) {
+        uint8_t from[8] = {0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80};  // zeros
+        for (int value = 0; value < 4; ++value) from[value / 2 * 4 + (places >> 2 * value & 3)] = value;
+        shuffles[places] = std::bit_cast<uint64_t>(from);
+    }
+    return shuffles;
+}
+constexpr std::array<uint64_t, 256> kSpreadShuffles = make_spread_shuffles();
+
 ENGINE_AVX2 void spread_avx2(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
-    spread_int8(values, metadata, kc, out);
+    const __m128i upper = _mm_set_epi64x(0x0404040404040404, 0);  // the second byte's values are the fifth to eighth
+    int64_t k = 0;
+    for (; k + 16 <= kc; k += 16, values += 8, metadata += 2) {
+        const __m128i shuffles = _mm_set_epi64x(static_cast<int64_t>(kSpreadShuffles[metadata[1]]),
+                                                static_cast<int64_t>(kSpreadShuffles[metadata[0]]));
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+        const __m128i weights = _mm_shuffle_epi8(eight, _mm_add_epi8(shuffles, upper));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), weights);
+    }
+    spread_int8(values, metadata, kc - k, out + k);
 }
 void spread_avx512(const int8_t* values, const uint8_t* metadata, int64_t kc, int8_t* out) {
     spread_int8_avx512(values, metadata, kc, out);
@@ -82,6 +108,7 @@ struct DotPortable {
 };
 
 #if ENGINE_X86
+template <class Bytes>
 struct DotAvx2 {
     using Q = int8_t;
     static constexpr int64_t kRows = 4;
@@ -126,9 +153,7 @@ struct DotAvx2 {
             const __m256i low = _mm256_shuffle_epi8(_mm256_load_si256(x), control);
             const __m256i high = _mm256_shuffle_epi8(_mm256_load_si256(x + 1), control);
             const __m256i fetched = _mm256_blend_epi32(low, high, 0xcc);
-            // |w| · (x with w's sign): exact, as pairs sum to at most 2 · 128 · 127.
-            const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(fetched, w));
-            acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            Bytes::add(acc[r], magnitude, w, fetched);
         }
     }
 
@@ -355,9 +380,10 @@ void linear(const LinearCall<T>& call, const Weight& weight) {
         return linear_avx512(call, weight);
     }
 #endif
-    if (call.m > kDotRows) return int8_panel_linear(call, SemiProvider(weight));
+    if (call.m > (isa() == Isa::avx2 ? kDotRowsAvx2 : kDotRows)) return int8_panel_linear(call, SemiProvider(weight));
 #if ENGINE_X86
-    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
+    if (variant() == Variant::avx_vnni) return dot_linear<DotAvx2<SignedBytesAvxVnni>>(call, weight);
+    if (isa() == Isa::avx2) return dot_linear<DotAvx2<SignedBytesAvx2>>(call, weight);
 #endif
     dot_linear<DotPortable>(call, weight);
 }

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/dot_bytes_avx2.h"
 #include "common/isa.h"
 #include "common/registers_avx512.h"
 #if ENGINE_X86
@@ -144,6 +145,15 @@ ENGINE_AVX512 double dot_avx512(int) {
 #define ENGINE_INSTRUCTION(name, to, a, b) asm volatile(name " %2, %1, %0" : "=x"(to) : "x"(a), "x"(b))
 #define ENGINE_ADD_TO(sum, a) asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a))
 
+ENGINE_AVX2 double dot_avx_vnni(int) {
+    __m256i sum[kChains] = {};
+    const __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);
+    for (int i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) accumulate_avx_vnni(sum[c], a, b);
+    }
+    return 2.0 * 32 * kChains * kSteps;
+}
 // int8 widened to 16 bits beforehand: 16 products by vpmaddwd and vpaddd.
 ENGINE_AVX2 double pairs_avx2(int) {
     __m256i sum[kInt8Chains] = {}, a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
@@ -196,8 +206,9 @@ ENGINE_AVX2 double signs_avx2(int) {
 double read_gbps(int64_t bytes, int threads, double seconds) {
     auto* read = read_portable;
 #if ENGINE_X86
-    if (best_isa() == Isa::avx2) read = read_avx2;
-    if (best_isa() == Isa::avx512) read = read_avx512;
+    const Isa best = isa_of(best_variant());
+    if (best == Isa::avx2) read = read_avx2;
+    if (best == Isa::avx512) read = read_avx512;
 #endif
     const auto from = buffers(threads, bytes);
     return 1e-9 * rate(threads, seconds, [&](int thread) {
@@ -225,7 +236,7 @@ double copy_gbps(int64_t bytes, int threads, double seconds) {
 double fp32_gops(const std::string& isa, int threads, double seconds) {
 #if ENGINE_X86
     if (isa == "avx512") return 1e-9 * rate(threads, seconds, fma_avx512);
-    if (isa == "avx2") return 1e-9 * rate(threads, seconds, fma_avx2);
+    if (isa == "avx2" || isa == "avx_vnni") return 1e-9 * rate(threads, seconds, fma_avx2);
 #endif
     return 0;
 }
@@ -244,6 +255,7 @@ std::pair<double, std::string> int8_gops(const std::string& isa, int threads, do
         best = std::max(best, {1e-9 * rate(threads, seconds, loop), name});
     };
     if (isa == "avx512") consider(dot_avx512, "vpdpbusd");
+    if (isa == "avx_vnni") consider(dot_avx_vnni, "vpdpbusd on 256 bits");
     if (isa == "avx2") {
         consider(pairs_avx2, "vpmaddwd");
         consider(winograd_avx2, "vpmaddwd by Winograd's identity");

@@ -112,7 +112,7 @@ def training_pays(rows: int, kept: int, places: int) -> bool:
     `rows` of activations, times a weight of which `kept` of so many `places` are. Measured on Zen 3 and Zen 5, whose
     dense products are AVX2's in both; where they are AVX-512's, they are faster.
     """
-    most = {"avx2": 0.35, "avx512": 0.3}.get(backends.cpu_variant(), 0.0)
+    most = {"avx2": 0.35, "avx_vnni": 0.35, "avx512": 0.3}.get(backends.cpu_variant(), 0.0)
     return rows >= 64 and kept <= most * places
 
 

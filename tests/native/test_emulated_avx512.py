@@ -1,4 +1,5 @@
-"""Every op's tests of its AVX-512 variant where the processor has none: all kernels built over emulated intrinsics.
+"""Every op's tests of its AVX-512 and AVX-VNNI variants where the processor has no AVX-512: all kernels built over
+emulated intrinsics.
 
 The emulation is exact and slow (tests/native/avx512_emulation.h). Where the processor has AVX-512, the tests of the ops
 run it already and this file skips.
@@ -19,7 +20,7 @@ COMPILE = [*CXX, "-Wno-psabi", "-DENGINE_EMULATE_AVX512", "-include", HEADER, "-
 
 @pytest.fixture(scope="session")
 def emulated_library():
-    """All CPU kernels in one library whose AVX-512 variants run on AVX2."""
+    """All CPU kernels in one library whose AVX-512 and AVX-VNNI variants run on AVX2."""
     if "avx512" in engine.backends.cpu_variants():
         pytest.skip("this processor has AVX-512: the tests of the ops ran it natively")
     if "avx2" not in engine.backends.cpu_variants():
@@ -40,9 +41,10 @@ def emulated_library():
 
 
 def test_ops_with_emulated_avx512(emulated_library):
-    arguments = [ROOT / "tests/ops", "-k", "avx512", "-vv", "-rN"]
+    arguments = [ROOT / "tests/ops", "-k", "avx512 or avx_vnni", "-vv", "-rN"]
     out = run_pytest(arguments, ENGINE_CPU_LIBRARY=str(emulated_library))
-    passed = set(re.findall(r"ops/(test_\w+)\.py::\S*\[.*avx512.*\] PASSED", out))
     uses_variant = re.compile(r"def test_\w+\([^)]*\bvariant\b")
     wanted = {p.stem for p in (ROOT / "tests/ops").glob("test_*.py") if uses_variant.search(p.read_text())}
-    assert wanted and wanted == passed, f"no emulated AVX-512 test passed in {sorted(wanted - passed)}"
+    for variant in ("avx512", "avx_vnni"):
+        passed = set(re.findall(rf"ops/(test_\w+)\.py::\S*\[.*{variant}.*\] PASSED", out))
+        assert wanted and wanted == passed, f"no emulated {variant} test passed in {sorted(wanted - passed)}"
