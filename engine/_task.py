@@ -81,17 +81,23 @@ def _from_function(path: Path, name: str) -> Task:
 
 def _from_folder(folder: Path, texts: Path, batch: int, tokens: int, measured: int) -> Task:
     try:
-        from transformers import AutoModel, AutoTokenizer
+        import transformers
     except ImportError:
         raise ValueError("a Hugging Face folder needs the package transformers: pip install transformers") from None
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{folder}: is an encoder with a decoder, which needs inputs for both: use file.py:function")
+    # With the head that it was saved with, if it is one of the package's own.
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind = getattr(transformers, names[0]) if names else transformers.AutoModel
     lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     groups = [lines[i : i + batch] for i in range(0, len(lines), batch)]
     if len(groups) <= measured:
         raise ValueError(f"{texts}: {len(lines)} texts are too few: {measured} batches of {batch} are only measured on")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     how = {"padding": True, "truncation": True, "max_length": tokens, "return_tensors": "pt"}
     batches = [dict(tokenizer(group, **how)) for group in groups]
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = kind.from_pretrained(folder, local_files_only=True).eval()
     return Task(model, batches[measured:], batches[:measured], batches[0])

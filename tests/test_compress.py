@@ -591,3 +591,63 @@ def test_calibration_sees_patches():
     cut, stem = cut.reshape(-1, 27), seen.layers["stem"]
     assert stem.rows == len(cut) and torch.equal(stem.channel_amax, cut.abs().amax(0))
     torch.testing.assert_close(stem.second_moment, cut.t() @ cut / len(cut))
+
+
+def test_what_others_put_on_a_layer_is_not_lost():
+    def model():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    patched, buffered, adapted, hooked, lazy = model(), model(), model(), model(), model()
+    forward = patched[0].forward
+    patched[0].forward = lambda x: forward(x) + 5
+    buffered[0].register_buffer("seen", torch.zeros(1))
+    adapted[0].lora = nn.Linear(8, 2)
+    hooked[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    lazy[0] = nn.LazyLinear(8)
+    for spoiled, reason in (
+        (patched, "forward or parts of its own"),
+        (buffered, "forward or parts of its own"),
+        (adapted, "forward or parts of its own"),
+        (hooked, "hooks"),
+        (lazy, "lazy"),
+    ):
+        report = engine.compress_(spoiled, Recipe(quantize=Quantize(), guard="none"))
+        assert isinstance(spoiled[1], CompressedLinear) and not isinstance(spoiled[0], CompressedLinear)
+        assert reason in report.left_alone["0"]
+
+
+def test_inputs_that_were_all_zero_give_no_static_scale():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    recipe = Recipe(quantize=Quantize(activation="static"), guard="none")
+    report = engine.compress_(model, recipe, torch.zeros(2, 8))
+    assert "all zero" in report.left_alone["0"] and isinstance(model[1], CompressedLinear)
+
+
+@pytest.mark.parametrize("scope", ["layer", "row", "model"])
+@pytest.mark.parametrize(("values", "most"), [((-1.0, 1.0), 0.0), ((-2.0, -1.0, 1.0, 1.0, 2.0), 0.61)])
+def test_sparsity_of_weights_on_a_coarse_grid(scope, values, most):
+    """Where a share of equals can't be split, the nearer of all and none of them goes."""
+    model = nn.Sequential(nn.Linear(100, 50))
+    grid = torch.tensor(values)
+    model[0].weight.data = grid[torch.arange(5000).view(50, 100) % len(values)]
+    report = engine.compress_(model, Recipe(prune=Prune(sparsity=0.5, scope=scope), guard="none"))
+    assert report.layers[0].sparsity == pytest.approx(most, abs=0.02)
+
+
+def test_a_weight_that_the_model_reads_itself_is_left_alone(monkeypatch):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner = nn.Embedding(100, 16), nn.Linear(16, 16)
+
+        def forward(self, indices):
+            return self.inner(self.embedding(indices)) @ self.embedding.weight.t()
+
+    model, indices = Tied().eval(), torch.randint(100, (2, 3))
+    times = {2: (1.0, 2.0), 1: (1.0, 0.5)}  # by how many layers are replaced
+    monkeypatch.setattr(measure, "time_model", lambda model, inputs, chosen: times[len(chosen)])
+    layers = {"embedding": (1.0, 0.5), "inner": (1.0, 0.5)}
+    monkeypatch.setattr(measure, "time_layers", lambda model, inputs, timed: (layers, (2.0, 1.0)))
+    report = engine.compress_(model, Recipe(quantize=Quantize(), guard="speed"), indices)
+    assert isinstance(model.inner, CompressedLinear) and isinstance(model.embedding, nn.Embedding)
+    assert "reads its weight itself" in report.left_alone["embedding"] and report.seconds_after == 0.5

@@ -248,6 +248,12 @@ def test_a_resume_ends_in_the_same_bits(tmp_path, how):
         assert torch.equal(tensor, broken.state_dict()[name]), name
     with pytest.raises(ValueError, match="is of another run"):
         engine.distill(copy.deepcopy(start), teacher, batches, checkpoint=file, steps=18, recipe=BOTH)
+    other = copy.deepcopy(start)
+    other[0].weight.data[0, 0] += 1
+    for differing in ({"student": other}, {"teacher": other}, {"loss": "kl"}):
+        given = {"student": copy.deepcopy(start), "teacher": teacher, "loss": "mse", **differing}
+        with pytest.raises(ValueError, match="is of another run"):
+            engine.distill(batches=batches, checkpoint=file, **given, **how)
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match="is no checkpoint of a distillation"):
         train(copy.deepcopy(start), None, file)

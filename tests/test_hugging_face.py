@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import engine
 from engine import CheckpointError, Prune, Quantize, Recipe, cli
+from engine._task import load_task
 from engine.checkpoint import CheckpointFile
 from engine.formats import Bitmap
 from engine.nn import CompressedLinear
@@ -209,3 +210,21 @@ def test_names_that_transformers_changes_as_it_loads(tmp_path):
     engine.compress_(model, Recipe(quantize=Quantize(), guard="size"))
     engine.load_(fresh, small / "model.safetensors")
     assert torch.equal(fresh(x).logits, model(x).logits)
+
+
+def test_a_folder_is_trained_with_its_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = transformers.BertConfig(vocab_size=len(words), num_labels=3, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a\nb\na b\nb a\n")
+    task = load_task(str(tmp_path / "model"), texts, 1, 8, 1)
+    assert type(task.model) is transformers.BertForSequenceClassification
+    assert task.model(**task.example_inputs).logits.shape == (1, 3)
+    transformers.T5Config(vocab_size=8, d_model=8, num_layers=1).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"needs inputs for both: use file\.py:function"):
+        load_task(str(tmp_path / "t5"), texts, 1, 8, 1)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import engine
 from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
@@ -238,7 +239,7 @@ def test_a_state_dict_of_another_format_is_refused():
 
 
 def test_inputs_of_another_width_are_refused(linear):
-    with pytest.raises(ValueError, match=r"CompressedLinear: x: expected \[..., 96\], got \[2, 95\]"):
+    with pytest.raises(ValueError, match=r"CompressedLinear: input: expected \[..., 96\], got \[2, 95\]"):
         linear(torch.randn(2, 95))
     with pytest.raises(TypeError, match="x: expected a float32, float16 or bfloat16 tensor, got list"):
         linear([1.0])
@@ -261,3 +262,33 @@ def test_autocast_answers_as_for_a_dense_layer(linear, dtype):
 def test_the_weight_cannot_be_set(linear):
     with pytest.raises(AttributeError, match="CompressedLinear: weight: can't be set"):
         linear.weight = nn.Parameter(torch.zeros(40, 96))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_parameter_tells_the_dense_dtype(dtype):
+    dense = nn.Sequential(nn.Linear(8, 8)).to(dtype)
+    linear = CompressedLinear.from_dense(dense[0], DenseInt8)
+    assert next(linear.parameters()).dtype == dtype and next(linear.half().parameters()).dtype == torch.float16
+    assert set(linear.state_dict()) == {"values", "scale", "bias"}
+    fresh = CompressedLinear.from_dense(nn.Linear(8, 8), DenseInt8)
+    fresh.load_state_dict(linear.state_dict())
+
+
+def test_arguments_have_the_names_of_the_dense_layers():
+    x = torch.randn(2, 8)
+    linear = CompressedLinear.from_dense(nn.Linear(8, 8), DenseInt8)
+    assert torch.equal(linear(input=x), linear(x))
+    embedding = CompressedEmbedding.from_dense(nn.Embedding(8, 4))
+    assert torch.equal(embedding(input=torch.tensor([3])), embedding(torch.tensor([3])))
+
+
+@pytest.mark.parametrize("scale", [None, 0.1, torch.full((8,), 0.1)])
+def test_checkpointing_without_reentry(scale):
+    x = torch.randn(3, 8, requires_grad=True)
+    linear = CompressedLinear.from_dense(
+        nn.Linear(8, 8), DenseInt8, activation="dynamic" if scale is None else "static", input_scale=scale
+    )
+    checkpoint(linear, x, use_reentrant=False).sum().backward()
+    got, x.grad = x.grad, None
+    linear(x).sum().backward()
+    assert torch.equal(got, x.grad)

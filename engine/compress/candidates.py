@@ -16,6 +16,7 @@ from engine.nn._replace import is_conv1d
 from engine.ops._block import block_norms
 
 Compressed = CompressedLinear | CompressedEmbedding | CompressedConv2d
+TIED = 0.01  # a share of weights beyond the one wanted that tells of ties
 
 
 def needs_inputs(recipe: Recipe) -> str | None:
@@ -48,6 +49,9 @@ def make_candidates(
         static = quantize is not None and quantize.activation == "static" and target.multiplied
         if needs and seen is None and (static or target.name in prunes):
             left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
+            continue
+        if static and seen is not None and seen.amax == 0:
+            left |= dict.fromkeys(target.names, "its inputs were all zero, so that no static scale can be told")
             continue
         with torch.no_grad():
             input_scale = _input_scale(target, quantize, seen) if static else None
@@ -89,13 +93,32 @@ def thresholds_of(targets: list[Target], prune: Prune) -> dict[str, Tensor | flo
     if prune.pattern == "block":
         weights = [block_norms(weight) for weight in weights]
     if prune.scope == "model":
-        shared = ops.magnitude_threshold(weights, prune.sparsity)
+        shared = _beside_ties(weights, ops.magnitude_threshold(weights, prune.sparsity), prune.sparsity)
         return dict.fromkeys((target.name for target in targets), shared)
     scope = "row" if prune.scope == "row" else "tensor"
     return {
-        target.name: ops.magnitude_threshold(weight, prune.sparsity, scope)
+        target.name: _beside_ties([weight], ops.magnitude_threshold(weight, prune.sparsity, scope), prune.sparsity)
         for target, weight in zip(targets, weights, strict=True)
     }
+
+
+def _beside_ties(weights: list[Tensor], threshold: Tensor, sparsity: float) -> Tensor:
+    """The threshold, or one just below where so many magnitudes equal it that this drops a share nearer to what is
+    wanted: of weights on a coarse grid (quantised before, signs alone) the threshold itself may drop all.
+    """
+    by_row = threshold.dim() > 0
+    count = weights[0].shape[1] if by_row else sum(weight.numel() for weight in weights)
+
+    def dropped(limit: Tensor) -> Tensor:
+        each = [(weight.detach().float().abs() <= limit).sum(1) for weight in weights]
+        return (each[0] if by_row else torch.stack([rows.sum() for rows in each]).sum()).double() / max(1, count)
+
+    above = dropped(threshold) - sparsity
+    if not bool((above > TIED).any()):
+        return threshold
+    lower = torch.nextafter(threshold.float(), torch.zeros_like(threshold, dtype=torch.float32))
+    nearer = (above > TIED) & (above >= sparsity - dropped(lower))
+    return torch.where(nearer.reshape(threshold.shape), lower, threshold.float())
 
 
 def is_plain(prune: Prune) -> bool:

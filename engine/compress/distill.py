@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine.compress import measure
 from engine.compress.calibrate import Calibration, calibrate
 from engine.compress.candidates import make_candidates, needs_inputs
+from engine.compress.fingerprint import fingerprint
 from engine.compress.losses import Loss, make_loss
 from engine.compress.recipe import Recipe, check_recipes, describe_recipes
 from engine.compress.targets import patterns_of, targets_by_recipe
@@ -27,7 +28,7 @@ from engine.nn import CompressedConv2d, CompressedLinear
 from engine.nn.compressed import _Compressed
 
 MASK_UPDATES = 50  # that gradual pruning takes, at most
-FORMAT = 1
+FORMAT = 2
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +139,19 @@ def distill(
     begun = time.perf_counter()
     stream = _Stream(batches)
     before = {id(t): (t, t.detach().clone()) for t in (*student.parameters(), *student.buffers())}
+    models = [] if checkpoint is None else [fingerprint(model) for model in (student, teacher) if model is not None]
     undo = None
     try:
         replacements = _prepare(student, recipe, recipes, calibration, stream, gradual)
         undo = measure.replace_(student, replacements)
         layers = trainable_layers(student)
-        compute = make_loss(student, teacher, loss, temperature, match_hidden, teacher_cache)
+        hidden = match_hidden if isinstance(match_hidden, Mapping) else list(match_hidden)
+        compute = make_loss(student, teacher, loss, temperature, hidden, teacher_cache)
         described = None if recipe is None else describe_recipes(recipe)
-        run = _Run(student, compute, stream, layers, described, steps, accumulate, dtype, gradual, clip_norm, warmup)
+        pairs = dict(hidden) if isinstance(hidden, Mapping) else hidden
+        aim = [loss if isinstance(loss, str) else _name_of(loss), temperature, pairs]
+        origin = {"recipe": described, "models": models, "loss": aim}
+        run = _Run(student, compute, stream, layers, origin, steps, accumulate, dtype, gradual, clip_norm, warmup)
         run.start(wrap, optimizer, learning_rate)
         resumed = run.resume(checkpoint)
         with _teaching(teacher), compute:
@@ -163,6 +169,11 @@ def distill(
             parameter.grad = None
     sparsity = {name: layer.sparsity for name, layer in layers.items()}
     return Distillation(run.losses, sparsity, resumed, time.perf_counter() - begun)
+
+
+def _name_of(function: Any) -> str:
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _check(
@@ -312,7 +323,7 @@ class _Run:
     compute: Any
     stream: _Stream
     layers: dict[str, TrainableLinear]
-    recipe: dict[str, Any] | None
+    origin: dict[str, Any]  # what it began with: must be the same for a checkpoint to go on
     steps: int
     accumulate: int
     dtype: torch.dtype | None
@@ -395,7 +406,7 @@ class _Run:
         shapes = {name: list(p.shape) for name, p in self.student.named_parameters()}
         settings = [self.steps, self.accumulate, str(self.dtype), self.gradual, self.clip_norm, self.warmup]
         rates = [*self.rates, type(self.optimizer).__name__]
-        return {"format": FORMAT, "recipe": self.recipe, "settings": settings, "rates": rates, "shapes": shapes}
+        return {"format": FORMAT, **self.origin, "settings": settings, "rates": rates, "shapes": shapes}
 
     def _save(self, path: Path) -> None:
         state = {
@@ -422,7 +433,9 @@ class _Run:
         except (RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
             raise ValueError(f"engine.distill: {path}: is no checkpoint of a distillation: {error}") from error
         if not same:
-            raise ValueError(f"engine.distill: {path}: is of another run (recipe, steps, settings or model): remove it")
+            raise ValueError(
+                f"engine.distill: {path}: is of another run (recipe, steps, settings, loss or models): remove it"
+            )
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses = list(state["losses"])

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from engine.compress.recipe import DEFAULT_TARGETS, Recipe
-from engine.nn._replace import has_hooks, is_conv1d
+from engine.nn._replace import has_hooks, is_as_made, is_conv1d
 from engine.nn.compressed import _Compressed
 from engine.nn.conv2d import as_matrix, as_weight, why_not
 from engine.ops._check import FLOAT_DTYPES
@@ -117,11 +118,15 @@ def find_targets(
     matched_by = dict.fromkeys(targets, 0)
     expressions = [pattern for pattern in matched_by if pattern.startswith("re:")]
     for name, module in modules.items():
-        plain = (word for word in dict.fromkeys((name, type(module).__name__)) if word in matched_by)
+        lazy = isinstance(module, LazyModuleMixin) and module.cls_to_become is not None
+        kind = module.cls_to_become if lazy else type(module)
+        plain = (word for word in dict.fromkeys((name, kind.__name__)) if word in matched_by)
         for pattern in (*plain, *(pattern for pattern in expressions if matches(pattern, name))):
             inside = pattern if pattern.startswith("re:") else None
             matched_by[pattern] += inside is None or compressible(module)
-            if compressible(module):
+            if lazy:
+                others[name] = "it is lazy: run the model once before"
+            elif compressible(module):
                 chosen[name] = module
             elif pattern in DEFAULT_TARGETS and type(module).__name__ == pattern:
                 if any(compressible(child) for child in module.modules()):
@@ -205,6 +210,8 @@ def _why_not(target: Target, others: set[str]) -> str | None:
         return reason
     if len({is_conv1d(module) for module in target.modules}) > 1:
         return "its weight is shared between a Conv1D and others, which multiply by its transpose"
+    if not all(is_as_made(module) for module in target.modules):
+        return "it has a forward or parts of its own, which a replacement would lose"
     if any(has_hooks(module) for module in target.modules):
         return "it has hooks, which a replacement would lose"
     return None

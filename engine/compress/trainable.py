@@ -66,9 +66,9 @@ class TrainableLinear(nn.Module):
         self.transposed = isinstance(compressed, CompressedLinear) and compressed.transposed
         self.train(compressed.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., K]` to `[..., N]`."""
-        dtype = x.dtype
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` `[..., K]` to `[..., N]`."""
+        x, dtype = input, input.dtype
         weight = self.weight if self.mask is None else self.weight * self.mask
         scale = self.input_scale
         if scale is not None and scale.dim():  # one for each channel: x in units of them, and the weight times them
@@ -178,8 +178,9 @@ class TrainableConv2d(TrainableLinear):
         for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
             setattr(self, name, getattr(compressed, name))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `[B, C, H, W]` or `[C, H, W]` as nn.Conv2d takes it."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` `[B, C, H, W]` or `[C, H, W]` as nn.Conv2d takes it."""
+        x = input
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         y = super().forward(patches(x, self).flatten(3)).permute(0, 3, 1, 2)

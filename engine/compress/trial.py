@@ -12,6 +12,7 @@ from engine.compress.candidates import Compressed, make_candidates
 from engine.compress.recipe import Recipe
 from engine.compress.report import Layer, Report
 from engine.compress.targets import Target
+from engine.nn.compressed import weights_read
 
 # A layer that costs this share of a forward pass more than before, or less, can't be told from one that costs the same:
 # then its bytes decide. Without it an embedding, whose look-up takes microseconds, would never be compressed.
@@ -110,6 +111,8 @@ def _guard(
 def guard_whole(model: nn.Module, guard: str, inputs: Any, chosen: dict[str, Compressed], report: Report) -> None:
     """Times the model with all that is chosen; under the speed guard, gives everything up where that isn't faster."""
     report.seconds_before, report.seconds_after = measure.time_model(model, inputs, chosen)
+    if guard == "speed":
+        _leave_what_is_read(model, inputs, chosen, report)
     if guard == "speed" and report.seconds_after > report.seconds_before:
         before, after = report.seconds_before * 1e3, report.seconds_after * 1e3
         reason = f"faster alone, but the whole model is not: {before:.2f} → {after:.2f} ms"
@@ -117,6 +120,30 @@ def guard_whole(model: nn.Module, guard: str, inputs: Any, chosen: dict[str, Com
         report.seconds_before = report.seconds_after = None
         report.layers.clear()
         chosen.clear()
+
+
+def _leave_what_is_read(model: nn.Module, inputs: Any, chosen: dict[str, Compressed], report: Report) -> None:
+    """Leaves alone the layers whose weight the model reads itself, in place of calling them or besides, if it is the
+    faster without them: that weight is made anew at each pass, outside of any call that was timed.
+    """
+    with measure.replaced(model, chosen), measure.evaluating(model), weights_read() as seen:
+        measure.run(model, inputs)
+    read = [row for row in report.layers if any(id(chosen[name]) in seen for name in row.names)]
+    if not read or len(read) == len(report.layers):
+        return
+    names = {name for row in read for name in row.names}
+    rest = {name: module for name, module in chosen.items() if name not in names}
+    before, after = measure.time_model(model, inputs, rest)
+    assert report.seconds_before is not None and report.seconds_after is not None
+    if after / before >= report.seconds_after / report.seconds_before:
+        return
+    report.seconds_before, report.seconds_after = before, after
+    report.left_alone |= dict.fromkeys(
+        names, "the model reads its weight itself, which would be made anew at each pass"
+    )
+    report.layers[:] = [row for row in report.layers if row not in read]
+    for name in names:
+        del chosen[name]
 
 
 def describe(target: Target, module: Compressed) -> Layer:

@@ -96,7 +96,8 @@ class _C10dWork(dist._Work):
         super().__init__()
         self._work = work
         if work is not None:
-            self._future = work.get_future()
+            # To C++ an error that Python set is a value, which DDP takes for the result; one that `then` raises isn't.
+            self._future = work.get_future().then(lambda done: done.value())
         else:
             self._future = torch.futures.Future()
             self._future.set_result([t])

@@ -45,4 +45,16 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether hooks hang on `module` or its weight, which a replacement would lose."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     weight = module._parameters.get("weight")
-    return any(getattr(module, name) for name in hooks) or bool(weight is not None and weight._backward_hooks)
+    return any(getattr(module, name) for name in hooks) or (weight is not None and has_tensor_hooks(weight))
+
+
+def has_tensor_hooks(parameter: Tensor) -> bool:
+    """Whether hooks hang on a parameter."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def is_as_made(module: nn.Module) -> bool:
+    """Whether a layer computes with a weight and a bias as its class does: no other forward, no parts of its own."""
+    return "forward" not in vars(module) and not (
+        module._modules or module._buffers or set(module._parameters) - {"weight", "bias"}
+    )

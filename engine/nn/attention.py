@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from engine.nn._replace import has_hooks, switches_of_fused_paths
+from engine.nn._replace import has_hooks, has_tensor_hooks, is_as_made, switches_of_fused_paths
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 PARAMETERS = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", *SEPARATE_WEIGHTS}
@@ -238,16 +238,12 @@ def why_not_unfused(attention: nn.MultiheadAttention) -> str | None:
         return "add_bias_kv and add_zero_attn are not supported"
     out = attention.out_proj
     parts = set(attention._modules) == {"out_proj"} and set(attention._parameters) <= PARAMETERS
-    parts = parts and type(out) in (NonDynamicallyQuantizableLinear, nn.Linear) and "forward" not in vars(out)
-    if not parts or set(out._parameters) != {"weight", "bias"} or attention._buffers or out._buffers:
+    parts = parts and type(out) in (NonDynamicallyQuantizableLinear, nn.Linear) and is_as_made(out)
+    if not parts or attention._buffers:
         return "it has parts that PyTorch did not make"
-    if has_hooks(attention) or has_hooks(out) or any(map(_has_tensor_hooks, attention.parameters())):
+    if has_hooks(attention) or has_hooks(out) or any(map(has_tensor_hooks, attention.parameters())):
         return "it has hooks, which a replacement would lose"
     return None
-
-
-def _has_tensor_hooks(parameter: nn.Parameter) -> bool:
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _twin(attention: nn.MultiheadAttention, split: dict[Tensor, list[nn.Parameter]]) -> MultiheadAttention:

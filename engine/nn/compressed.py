@@ -1,5 +1,7 @@
 """CompressedLinear and CompressedEmbedding: the compressed twins of nn.Linear and nn.Embedding."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,20 @@ from engine.nn._replace import in_autocast, is_conv1d
 
 RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights or blocks
 ALWAYS_FLOAT32 = ("scale", "input_scale")
+MARKER = "_dtype_marker"  # a parameter that no file holds
+
+_watched: list[set[int]] = []  # by weights_read
+
+
+@contextlib.contextmanager
+def weights_read() -> Iterator[set[int]]:
+    """Gathers the ids of the compressed modules whose dense `weight` is made while it lasts."""
+    seen: set[int] = set()
+    _watched.append(seen)
+    try:
+        yield seen
+    finally:
+        _watched.remove(seen)
 
 
 class _Compressed(nn.Module):
@@ -23,10 +39,15 @@ class _Compressed(nn.Module):
     values: nn.Parameter
     scale: nn.Parameter
     input_scale: nn.Parameter | None
-    _dtype_marker: Tensor
+    _dtype_marker: nn.Parameter
 
     def __init__(self, format: Format, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        if dtype is None:
+            dtype = format.values.dtype if format.values.is_floating_point() else torch.float32
+        # Without elements: it follows .to(dtype) as any float parameter does, so that the dtype of the dense weight is
+        # known, and stands first, so that whoever asks a model's first parameter for a dtype is told that one.
+        self.register_parameter(MARKER, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
         self._format_type: type[Format] = type(format)
         fields = dict(vars(format))
         for name in format.TENSORS:
@@ -35,10 +56,6 @@ class _Compressed(nn.Module):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, tensor)
         self._settings: dict[str, Any] = fields
-        if dtype is None:
-            dtype = format.values.dtype if format.values.is_floating_point() else torch.float32
-        # Follows .to(dtype) as any float tensor does, and so tells the dtype that the dense weight would have by now.
-        self.register_buffer("_dtype_marker", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def format(self) -> Format:
@@ -57,6 +74,8 @@ class _Compressed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight that this module computes with, in the dense layer's shape; made anew at each access."""
+        for seen in _watched:
+            seen.add(id(self))
         return self._as_weight(self.format.to_dense(self._dtype_marker.dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -73,6 +92,7 @@ class _Compressed(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + MARKER, None)
         versions = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if versions is not None:  # what the tensors alone don't tell
             versions["format"] = (self._format_type.__name__, dict(self._settings))
@@ -105,6 +125,8 @@ class _Compressed(nn.Module):
                 fresh = torch.empty(tensor.shape, dtype=torch.float32, device=self.values.device)
                 self._parameters[name] = nn.Parameter(fresh, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if prefix + MARKER in missing:
+            missing.remove(prefix + MARKER)
         if not errors and not missing:
             try:
                 self.format.check()
@@ -161,14 +183,15 @@ class CompressedLinear(_Compressed):
             module.values.requires_grad_(linear.weight.requires_grad)
         return module.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., in_features]` to `[..., out_features]`, in `x`'s dtype (under autocast, in autocast's)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` `[..., in_features]` to `[..., out_features]`, in its dtype (under autocast, in autocast's)."""
+        x = input
         # Of a bitmap's columns an op knows only how many bytes they are. What is no tensor may be torch.fx's stand-in.
         if isinstance(x, Tensor):
             shape = x.shape
             if not shape or shape[-1] != self.in_features:
                 expected = f"[..., {self.in_features}]"
-                raise ValueError(f"engine.nn.CompressedLinear: x: expected {expected}, got {list(shape)}")
+                raise ValueError(f"engine.nn.CompressedLinear: input: expected {expected}, got {list(shape)}")
         if torch._C._is_any_autocast_enabled():
             x = in_autocast(x)
         # The bias as an attribute would cost 0.5 µs more.
@@ -208,13 +231,13 @@ class CompressedEmbedding(_Compressed):
         format = format_type.from_dense(embedding.weight)
         return cls(format, embedding.padding_idx, embedding.weight.dtype).train(embedding.training)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """`indices` `[...]` to rows `[..., embedding_dim]`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices `[...]` to rows `[..., embedding_dim]`."""
         dtype, input_scale = self._dtype_marker.dtype, self.input_scale
         if input_scale is None or input_scale.dim() == 0:
-            return ops.int8_embedding(indices, self.values, self.scale, dtype)
+            return ops.int8_embedding(input, self.values, self.scale, dtype)
         # Tied to a smoothed linear layer: the values have taken over its channels' scales.
-        return (ops.int8_embedding(indices, self.values, self.scale, torch.float32) / input_scale).to(dtype)
+        return (ops.int8_embedding(input, self.values, self.scale, torch.float32) / input_scale).to(dtype)
 
     def extra_repr(self) -> str:
         """What `repr` shows between the parentheses."""

@@ -185,11 +185,12 @@ class CompressedConv2d(_Compressed):
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return as_weight(matrix, self.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `[B, C, H, W]` or `[C, H, W]` to `[B, O, Ho, Wo]` or `[O, Ho, Wo]`, in `x`'s dtype."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` `[B, C, H, W]` or `[C, H, W]` to `[B, O, Ho, Wo]` or `[O, Ho, Wo]`, in its dtype."""
+        x = input
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             expected = f"[B, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"
-            raise ValueError(f"engine.nn.CompressedConv2d: x: expected {expected}, got {list(x.shape)}")
+            raise ValueError(f"engine.nn.CompressedConv2d: input: expected {expected}, got {list(x.shape)}")
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         x = in_autocast(x)

@@ -112,7 +112,11 @@ def block_norms(weight: Tensor, block_shape: tuple[int, int] = BLOCK_SHAPE) -> T
     """
     rows, columns = weight.shape
     block_rows, block_columns = block_shape
-    norms = torch.linalg.vector_norm(as_blocks(weight, *block_shape), dim=(2, 3), dtype=torch.float32)
+    blocks = as_blocks(weight, *block_shape)
+    kind = torch.float32
+    if weight.numel() and not torch.compiler.is_compiling() and not 1e-12 < weight.abs().amax().item() < 1e12:
+        kind = torch.float64  # their squares would leave float32's range
+    norms = torch.linalg.vector_norm(blocks, dim=(2, 3), dtype=kind).float()
     high, wide = norms.shape
     tall = (rows - block_rows * torch.arange(high, device=weight.device)).clamp(max=block_rows)
     broad = (columns - block_columns * torch.arange(wide, device=weight.device)).clamp(max=block_columns)

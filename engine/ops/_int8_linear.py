@@ -78,7 +78,8 @@ def define_int8_linear(
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through the quantisation: as if `x` had been multiplied by the dequantised weight."""
-        stored, (scale, *channels) = ctx.saved_tensors[:stored_count], ctx.saved_tensors[stored_count:]
+        saved = ctx.saved_tensors  # once: a checkpoint recomputes for one look only
+        stored, (scale, *channels) = saved[:stored_count], saved[stored_count:]
         grad, grad_x = grad.float(), None
         if ctx.needs_input_grad[0]:
             weight = (to_dense_quickly or to_dense)(*stored, scale.shape[0], ctx.columns)

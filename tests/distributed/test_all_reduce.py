@@ -97,6 +97,11 @@ def test_among_ranks(world_size, backend, name, launched):
         assert f"passed {name}\n" in text, text
 
 
+def test_a_lost_rank_ends_a_backward_pass(tmp_path):
+    texts, codes = launch(["lost_in_backward"], 2, tmp_path, "engine")
+    assert codes == [0] and "passed lost_in_backward" in texts[0], texts
+
+
 @pytest.mark.parametrize("how", ["waiting", "daemon", "early"])
 def test_ends_without_being_destroyed(how, tmp_path):
     texts, codes = launch([f"leave:{how}"], 2, tmp_path)

@@ -199,6 +199,20 @@ def lost(how, numel):
     refuses_further_use(text.removeprefix("all_reduce: "), group)
 
 
+def lost_in_backward():
+    """The last rank dies where DDP averages gradients by the backend itself: C++ takes the future's result."""
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    ddp(torch.ones(2, 64)).sum().backward()
+    if rank == world_size - 1:
+        os._exit(0)
+    try:
+        ddp(torch.ones(2, 64)).sum().backward()
+    except RuntimeError as error:
+        assert f"PeerError: all_reduce: rank {world_size - 1}" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
 def slow():
     """The last rank comes after eleven seconds: a line of the log says so to the others, and nobody fails."""
     records = []
@@ -615,7 +629,7 @@ if __name__ == "__main__":
         name, *rest = call.split(":")
         globals()[name](*(int(word) if word.isdigit() else word for word in rest))
         print("passed", call, flush=True)
-    if name not in ("lost", "leave"):
+    if name not in ("lost", "lost_in_backward", "leave"):
         dist.destroy_process_group()
-    elif name == "lost":
+    elif name != "leave":
         os._exit(0)  # gloo's own shutdown would wait for the lost rank
