@@ -83,7 +83,20 @@ def compress_file(
         OSError: reading or writing failed.
     """
     chosen, left = choose(source, recipe)
-    journal = Journal(journal_path(out) if resume else None, _identity(source, recipe), "engine.compress")
+    with Journal(journal_path(out) if resume else None, _identity(source, recipe), "engine.compress") as journal:
+        return _compress_all(source, out, recipe, tick, resume, chosen, left, journal)
+
+
+def _compress_all(
+    source: Source,
+    out: Path,
+    recipe: Recipe,
+    tick: Tick,
+    resume: bool,
+    chosen: dict[str, str],
+    left: dict[str, str],
+    journal: Journal,
+) -> Result:
     threshold = journal.get("threshold of the model", lambda: _plain(_model_threshold(source, chosen, recipe)))
     threshold = _tensor(threshold)
     plans: dict[str, _Plan] = {}

@@ -1,14 +1,17 @@
 """What long work has found out so far, in a file, so that it can be ended and go on."""
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 class Journal:
     """Values by key, one JSON object a line, each written when it is known. A line that was cut off doesn't count.
+
+    While it is open nobody else can open it: two that work on the same would spoil each other's results.
 
     Args:
         path: the file; None keeps nothing.
@@ -16,26 +19,46 @@ class Journal:
         what: begins an error's message, "engine.search" say.
 
     Raises:
-        ValueError: the file is no journal, or has another identity.
+        ValueError: the file is no journal, has another identity, or is in use.
     """
 
     def __init__(self, path: str | os.PathLike | None, identity: str, what: str) -> None:
         self.path = None if path is None else Path(path)
         self._found: dict[str, Any] = {}
+        self._file: BinaryIO | None = None
         if self.path is None:
             return
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        self._file = self.path.open("a+b")
+        try:
+            self._read(identity, what)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, identity: str, what: str) -> None:
+        assert self._file is not None
+        path, taken = self.path, False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            pass  # a file system without locks
+        if taken or os.fstat(self._file.fileno()).st_nlink == 0:  # or another run ended meanwhile and removed it
+            raise ValueError(f"{what}: {path}: another run works on this")
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")
         whole = lines[:-1]  # after the last line's end there is nothing, or what was cut off
         try:
             entries = [json.loads(line) for line in whole]
             head = entries[0]["identity"] if entries else identity
             self._found = {entry["key"]: entry["value"] for entry in entries[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}: {path}: can't be read as what an earlier run left: {error}") from None
         if head != identity:
             raise ValueError(f"{what}: {path}: was left by a run on something else, or with other settings: remove it")
         if lines and lines[-1]:
-            os.truncate(self.path, sum(len(line) + 1 for line in whole))
+            self._file.truncate(sum(len(line) + 1 for line in whole))
         if not entries:
             self._append({"identity": identity})
 
@@ -58,10 +81,21 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Lets others open the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _append(self, entry: dict[str, Any]) -> None:
-        if self.path is None:
+        if self._file is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())

@@ -148,6 +148,14 @@ class TensorFile:
                 self._file, self._bytes_read = None, 0
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The elements of a tensor that has some, row by row; without a copy where they lie so on the CPU."""
+    data = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    if data.stride(0) != 1:  # a single element may have any
+        data = torch.empty(1, dtype=data.dtype).copy_(data)
+    return memoryview(data.view(torch.uint8).numpy().data)
+
+
 class TensorWriter:
     """Writes a safetensors file whose tensors are known by type and shape, each written when its data is there.
 
@@ -157,14 +165,15 @@ class TensorWriter:
     for another try.
 
     Args:
-        path: the target, replaced if it exists.
+        path: the target, replaced if it exists, with the permissions that it had; of a link what it points to.
         entries: type and shape of every tensor, by name.
         metadata: strings for the header.
         resume: names that an earlier try wrote to the temporary file, if it is there; None: nothing is kept.
 
     Raises:
         CheckpointError: with `resume`, the temporary file is of something else.
-        CheckpointError: a data type that safetensors doesn't have, or more names than a header holds.
+        CheckpointError: a data type that safetensors doesn't have, more names than a header holds, or the target is
+            there and no file.
         OSError: the file can't be written; a full disk is noticed before the first tensor.
     """
 
@@ -176,6 +185,8 @@ class TensorWriter:
         resume: Collection[str] | None = None,
     ) -> None:
         self.path = Path(path)
+        if self.path.is_symlink():
+            self.path = self.path.resolve()
         self._entries = dict(entries)
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         self._offsets: dict[str, int] = {}
@@ -207,6 +218,8 @@ class TensorWriter:
     def __enter__(self) -> "TensorWriter":
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder")
+        if self.path.exists() and not self.path.is_file():
+            raise CheckpointError(f"{self.path}: not a file")
         if self._goes_on:
             self._open_partial()
             return self
@@ -244,9 +257,8 @@ class TensorWriter:
         """Writes a tensor's data in its place. ValueError unless type and shape are those that were announced."""
         if Entry.of(tensor) != self._entries[name]:
             raise ValueError(f"{name}: announced as {self._entries[name]}, got {Entry.of(tensor)}")
-        data = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        if data.numel():
-            self._write_at(len(self._header) + self._offsets[name], memoryview(data.view(torch.uint8).numpy().data))
+        if tensor.numel():
+            self._write_at(len(self._header) + self._offsets[name], bytes_of(tensor))
         self._missing.discard(name)
 
     def _write_at(self, offset: int, data: memoryview) -> None:
@@ -263,6 +275,8 @@ class TensorWriter:
                 if self._missing:
                     raise ValueError(f"{min(self._missing)}: announced, but never written")
                 os.fsync(self._fd)
+                if self.path.exists():
+                    os.chmod(self._fd, stat.S_IMODE(self.path.stat().st_mode))
                 os.close(self._fd)
                 self._fd = -1
                 os.replace(self._temporary, self.path)
@@ -280,7 +294,7 @@ class TensorWriter:
 
 def partial_path(path: Path) -> Path:
     """Where a file is written that an interrupted run may go on with."""
-    return _beside(path, "partial")
+    return _beside(path.resolve() if path.is_symlink() else path, "partial")
 
 
 def _beside(path: Path, ending: str) -> Path:

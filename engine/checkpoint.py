@@ -65,7 +65,8 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(f"{name}: only dense tensors with data can be saved, got {type(tensor).__name__}")
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        lazy = tensor.is_neg(), tensor.is_conj()
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), lazy)
         if tensor.numel() and seen.setdefault(memory, name) != name:
             aliases[name] = seen[memory]
         else:

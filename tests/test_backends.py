@@ -153,3 +153,17 @@ def test_reference_mode_covers_every_op():
     assert calls == ["int8_quantize", "threshold_prune"]
     engine.ops.int8_quantize(torch.randn(3, 4))
     assert len(calls) == 2
+
+
+def test_references_answer_row_by_row():
+    """As the fakes promise, whatever the strides of what is given."""
+    x = torch.randn(8, 12).t()
+    for name, arguments in (
+        ("magnitude_threshold", (x, 0.5, "row")),
+        ("int8_quantize", (x,)),
+        ("int8_fake_quantize", (x,)),
+        ("int8_dequantize", (x.to(torch.int8), torch.ones(12), torch.float32)),
+        ("threshold_prune", (x, torch.tensor(0.1))),
+    ):
+        results = REFERENCES[name](*arguments)
+        assert all(t.is_contiguous() for t in (results if isinstance(results, tuple) else (results,))), name

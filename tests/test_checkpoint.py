@@ -720,3 +720,36 @@ def test_with_and_without_a_head(path):
     save(untied, path)
     with pytest.raises(CheckpointError, match=r"unexpected: base.embed.weight"):
         load_(Head().base, path)
+
+
+def test_what_is_saved_over(tmp_path):
+    """A link's target takes the place, permissions stay, and what is no file is refused."""
+    model = Mlp()
+    real, link, fifo = tmp_path / "real.safetensors", tmp_path / "latest.safetensors", tmp_path / "fifo.safetensors"
+    save(model, real)
+    real.chmod(0o600)
+    link.symlink_to(real.name)
+    before = real.stat().st_ino
+    save(model, link)
+    assert link.is_symlink() and real.stat().st_ino != before and real.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(fifo)
+    with pytest.raises(CheckpointError, match="not a file"):
+        save(model, fifo)
+    assert fifo.is_fifo()
+
+
+def test_single_elements_and_lazy_views(path):
+    """A single element may have any stride; a conjugate is another tensor than the one whose memory it shares."""
+    model = nn.Linear(2, 2)
+    complex_ones = torch.randn(3, dtype=torch.complex64)
+    buffers = {"one": torch.arange(10.0)[3::2][:1], "plain": complex_ones, "conjugate": complex_ones.conj()}
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
+    model = nn.Sequential(model)
+    save(model, path)
+    fresh = nn.Sequential(nn.Linear(2, 2))
+    for name, buffer in buffers.items():
+        fresh[0].register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    load_(fresh, path)
+    for name, buffer in buffers.items():
+        assert torch.equal(fresh[0].get_buffer(name), buffer), name

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from engine import backends, cli
+from engine._compress_file import journal_path
+from engine._journal import Journal
 from engine._source import Source
 from engine.checkpoint import CheckpointFile, load_, save
 from engine.compress import Prune, Quantize, Recipe, Search, compress_, measure
@@ -163,6 +165,7 @@ def test_a_folder(shards, options, tmp_path):
         (["--sparsity", "0.5", "--scope", "all"], "scope: expected one of"),
         (["--sparsity", "0.5", "--pattern", "4:8"], "pattern: expected one of"),
         (["--sparsity", "0.6", "--pattern", "2:4"], "pattern '2:4' has sparsity 0.5, got 0.6"),
+        (["--int8", "--pattern", "2:4"], "give --threshold or --sparsity with them"),
         (["--int8", "--ignore", "re:("], r"'re:\(' is no regular expression"),
         (["--int8", "--target", "nothing"], "target 'nothing' matches no weight"),
     ],
@@ -380,6 +383,12 @@ def test_what_another_run_left_is_not_gone_on_with(model, out):
     assert out.exists()
 
 
+def test_two_runs_do_not_resume_the_same(model, out):
+    with Journal(journal_path(out), "theirs", "engine.compress"):
+        error = run("compress", model, "-o", out, "--int8", "--resume", code=1)
+    assert "another run works on this" in error and not out.exists()
+
+
 def test_resuming_a_folder(tmp_path, monkeypatch):
     folder, out, whole = hugging_face_folder(tmp_path / "m", 2), tmp_path / "small", tmp_path / "whole"
     options = ("--sparsity", "0.5", "--int8", "--resume")
@@ -453,6 +462,7 @@ def test_distill(task, tmp_path):
         (("search", "FOLDER", "--loss-budget", 1), 1, "needs --texts"),
         (("distill", "TASK", "--steps", 5), 2, "nothing to do"),
         (("distill", "TASK", "--steps", 5, "--sparsity", 2), 2, "sparsity"),
+        (("distill", "TASK", "--steps", 5, "--int8", "--importance", "obs"), 2, "give --sparsity with it"),
         (("distill", "TASK", "--steps", 5, "--int8", "--recipes", "x.json"), 2, "--recipes says all of it"),
         (("distill", "TASK", "--steps", 5, "--recipes", "x.json"), 1, "x.json: no such file"),
         (("distill", "TASK", "--steps", 5, "--recipes", "BAD"), 1, "bad.json: is no search.json"),

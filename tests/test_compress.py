@@ -651,3 +651,28 @@ def test_a_weight_that_the_model_reads_itself_is_left_alone(monkeypatch):
     report = engine.compress_(model, Recipe(quantize=Quantize(), guard="speed"), indices)
     assert isinstance(model.inner, CompressedLinear) and isinstance(model.embedding, nn.Embedding)
     assert "reads its weight itself" in report.left_alone["embedding"] and report.seconds_after == 0.5
+
+
+def test_an_interrupt_at_the_very_end_changes_nothing():
+    class Interrupting(Mlp):
+        def named_buffers(self, *args, **kwargs):
+            if isinstance(self.first, CompressedLinear):
+                raise KeyboardInterrupt
+            return super().named_buffers(*args, **kwargs)
+
+    model = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        engine.compress_(model, Recipe(**BOTH))
+    assert isinstance(model.first, nn.Linear)
+
+
+def test_a_threshold_beyond_float32_drops_all():
+    assert set(engine.prune_(Mlp(), threshold=1e300).values()) == {1.0}
+
+
+@pytest.mark.parametrize("scale", [1e20, 1.0, 1e-24])
+def test_blocks_of_any_magnitude(scale):
+    model = nn.Sequential(nn.Linear(128, 128))
+    model[0].weight.data *= scale
+    report = engine.compress_(model, Recipe(prune=Prune(sparsity=0.5, pattern="block"), guard="none"))
+    assert report.layers[0].sparsity == 0.5

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from engine._compress_file import Result, compress_file, journal_path
+from engine._files import write_text
 from engine._safetensors import partial_path
 from engine._source import WEIGHTS, Source, choose, copy_companions, remove_stale_weights
 from engine.cli._output import BAD_OPTION, fail, one_line_errors, output_console, plain, plain_table, shape_text
@@ -72,6 +73,8 @@ def _recipe(
         fail("nothing to do: give --threshold or --sparsity, --int8, or both", BAD_OPTION)
     if threshold is not None and sparsity is not None:
         fail("give --threshold or --sparsity, not both", BAD_OPTION)
+    if threshold is None and sparsity is None and (scope, pattern) != ("layer", "unstructured"):
+        fail("--scope and --pattern say how to prune: give --threshold or --sparsity with them", BAD_OPTION)
     if guard == "speed":
         fail(
             "--guard speed measures layers as they run, which needs the model's code and inputs: "
@@ -122,7 +125,7 @@ def _compress_folder(source: Source, out: Path, recipe: Recipe, resume: bool) ->
         remove_stale_weights(out)
         copy_companions(source.path, out)
         text = json.dumps({"recipe": recipe.to_dict(), **result.to_dict()}, indent=2, ensure_ascii=False)
-        (out / "compression.json").write_text(text + "\n", encoding="utf-8")
+        write_text(out / "compression.json", text + "\n")
     except BaseException:
         if fresh and not resume:
             shutil.rmtree(out, ignore_errors=True)

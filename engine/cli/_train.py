@@ -87,6 +87,8 @@ def distill(
     """Train a compressed copy of the model to do as the model does. Ended early, it goes on when repeated."""
     if recipes is not None and (sparsity is not None or importance is not None or int8 or ignore):
         fail("--recipes says all of it: give no --sparsity, --importance, --int8 or --ignore with it", BAD_OPTION)
+    if importance is not None and recipes is None and sparsity is None:
+        fail("--importance says which weights go: give --sparsity with it", BAD_OPTION)
     if recipes is None and sparsity is None and not int8:
         fail("nothing to do: give --sparsity, --int8, or both, or --recipes", BAD_OPTION)
     with one_line_errors():

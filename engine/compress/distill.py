@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from engine._files import replacing, write_text
 from engine.compress import measure
 from engine.compress.calibrate import Calibration, calibrate
 from engine.compress.candidates import make_candidates, needs_inputs
@@ -53,7 +55,7 @@ class Distillation:
         """Writes `.json`, or the loss curve as `.png`."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         elif path.suffix == ".png":
             from matplotlib.figure import Figure  # takes a second to import, and only this needs it
 
@@ -417,9 +419,11 @@ class _Run:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "losses": self.losses,
         }
-        temporary = path.with_name(f"{path.name}.tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # what PyTorch makes of a full disk
+                raise OSError(errno.EIO, "can't be written", str(path)) from error
         self.saved = f"{path}, of step {len(self.losses)}"
 
     def resume(self, checkpoint: Any) -> int:

@@ -2,8 +2,9 @@
 
 import hashlib
 
-import torch
 from torch import nn
+
+from engine._safetensors import bytes_of
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -11,6 +12,6 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        if tensor.numel():
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()

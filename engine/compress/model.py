@@ -78,8 +78,12 @@ def compress_(
     if chosen and example_inputs is not None:
         guard = "speed" if all(each.guard == "speed" for each in recipes) else "none"
         guard_whole(model, guard, example_inputs, chosen, report)
-    measure.replace_(model, chosen)
-    report.bytes_after = model_bytes(model)
+    restore = measure.replace_(model, chosen)
+    try:
+        report.bytes_after = model_bytes(model)
+    except BaseException:
+        restore()
+        raise
     return report
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from engine._files import write_bytes, write_text
+
 OTHERS_NAMED = 3
 LONG_NAME = 44
 MOST_BARS = 60  # a picture of thousands of layers is too tall to be drawn or read
@@ -119,13 +121,11 @@ class Report:
         """
         path = Path(path)
         if path.suffix.lower() == ".json":
-            path.write_text(
-                json.dumps(_without_nan(self.to_dict()), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            write_text(path, json.dumps(_without_nan(self.to_dict()), indent=2, ensure_ascii=False) + "\n")
         elif path.suffix.lower() == ".png":
-            path.write_bytes(self._chart())
+            write_bytes(path, self._chart())
         elif path.suffix.lower() == ".html":
-            path.write_text(self._page(), encoding="utf-8")
+            write_text(path, self._page())
         else:
             raise ValueError(f"engine.Report.save: expected a name ending in .json, .png or .html, got {path.name!r}")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engine._files import write_bytes, write_text
 from engine._journal import Journal
 from engine.compress import measure
 from engine.compress.allocate import Frontier
@@ -132,14 +133,14 @@ class Search:
         """Writes `.json` (with the recipes), the frontier as `.png`, or a page with all of it as `.html`."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
             return
         from engine.compress import page  # which draws, and takes a second to import
 
         if path.suffix == ".png":
-            path.write_bytes(page.frontier(self))
+            write_bytes(path, page.frontier(self))
         elif path.suffix == ".html":
-            path.write_text(page.page(search=self), encoding="utf-8")
+            write_text(path, page.page(search=self))
         else:
             raise ValueError(f"engine.Search.save: expected a name ending in .json, .png or .html, got {path.name!r}")
 
@@ -148,7 +149,7 @@ class Search:
         """Reads a `.json` that `save` wrote. ValueError if the file holds anything else."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"engine.Search.load: {path}: is no search.json: {error}") from error
 
 
@@ -214,7 +215,23 @@ def search(
         moments = any(r.prune is not None and r.prune.importance == "obs" for r in candidates.values())
         how: dict[str, Any] = {"targets": targets, "ignore": ignore, "second_moment": moments}
         calibration = calibrate(model, batches, progress=progress, **how)
-    notes = Journal(checkpoint, _identity(model, found, candidates, batches, example_inputs), "engine.search")
+    identity = _identity(model, found, candidates, batches, example_inputs)
+    with Journal(checkpoint, identity, "engine.search") as notes:
+        return _search(model, batches, example_inputs, loss, found, candidates, calibration, budget, notes, progress)
+
+
+def _search(
+    model: nn.Module,
+    batches: list[Any],
+    example_inputs: Any,
+    loss: Loss,
+    found: list[Target],
+    candidates: dict[str, Recipe],
+    calibration: Calibration | None,
+    budget: dict[str, float],
+    notes: Journal,
+    progress: bool,
+) -> Search:
     made = {name: make_candidates(found, recipe, calibration, {}) for name, recipe in candidates.items()}
     found = [target for target in found if any(target.name in modules for modules in made.values())]
     bench = _Bench(model, batches, example_inputs, loss, found, made, notes, progress)

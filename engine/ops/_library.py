@@ -36,6 +36,7 @@ def define(
     """
     name = schema[: schema.index("(")]
     qualified = f"engine::{name}"
+    reference = _contiguous(reference)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
@@ -57,6 +58,17 @@ def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Call
     REFERENCES[name] = reference
     torch.library.register_fake(f"engine::{name}", _all_or_none_meta(f"engine::{name}", fake), lib=LIBRARY)
     return getattr(torch.ops.engine, name).default
+
+
+def _contiguous(reference: Callable) -> Callable:
+    """What elementwise PyTorch makes of a transposed input is transposed too; fakes and kernels answer row by row."""
+
+    @functools.wraps(reference)
+    def contiguous(*args, **kwargs):
+        result = reference(*args, **kwargs)
+        return tuple(t.contiguous() for t in result) if isinstance(result, tuple) else result.contiguous()
+
+    return contiguous
 
 
 def _all_or_none_meta(qualified: str, fake: Callable) -> Callable:

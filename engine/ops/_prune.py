@@ -25,7 +25,8 @@ def as_threshold(op: str, weight: Tensor, threshold: float | Tensor) -> Tensor:
     check_threshold(op, weight, threshold)
     if isinstance(threshold, Tensor):
         return threshold.detach().to(device=weight.device, dtype=torch.float32)
-    return torch.full((), threshold, dtype=torch.float32, device=weight.device)
+    # One beyond float32's range becomes infinity.
+    return torch.full((), threshold, dtype=torch.float64, device=weight.device).float()
 
 
 def keep_mask(weight: Tensor, threshold: Tensor) -> Tensor:
