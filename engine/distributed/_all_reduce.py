@@ -133,10 +133,10 @@ def _through_memory(
 ) -> torch.Tensor:
     communicator = member.communicator
     assert communicator is not None
-    flat = t.detach().contiguous()  # the same memory where it is contiguous already
+    flat = flattened(t)
     if codec is not None:
         if residual is not None:
-            flat = flat.float().add_(residual.view(flat.shape))
+            flat = flat.float().add_(residual.view(-1))
         communicator.all_reduce(flat, op, codec, density)
         if residual is not None:
             residual.zero_()
@@ -149,7 +149,7 @@ def _through_memory(
         else:
             reduce_by_torch(flat, op, group, communicator)
     if flat.data_ptr() != t.data_ptr():
-        t.detach().copy_(flat)
+        t.detach().copy_(flat.view(t.shape))
     return t
 
 
@@ -166,7 +166,7 @@ def _by_network(
     assert network is not None
 
     def reduce() -> torch.Tensor:
-        flat = t.detach().contiguous().view(-1)
+        flat = flattened(t)
         wide = flat if codec is None else flat.float()
         network.all_reduce(wide, op, codec, left, density)
         if wide.data_ptr() != t.data_ptr():
@@ -187,11 +187,11 @@ def bytes_sent(group: dist.ProcessGroup | None = None) -> int:
 
 
 def _by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup, async_op: bool) -> Work | None:
-    flat = t.detach().contiguous()
+    flat = flattened(t)
     if group.size() > 1:
         reduce_by_torch(flat, op, group, None)
     if flat.data_ptr() != t.data_ptr():
-        t.detach().copy_(flat)
+        t.detach().copy_(flat.view(t.shape))
     return member_of(group).worker.submit(lambda: t) if async_op else None
 
 
@@ -227,6 +227,12 @@ def _check_arguments(
         if not fits or residual.device != t.device:
             raise ValueError(f"all_reduce: residual: expected {t.numel()} contiguous float32 elements on {t.device}")
     return check_group("all_reduce", group)
+
+
+def flattened(t: torch.Tensor) -> torch.Tensor:
+    """The elements in one dimension as they lie in memory: in that of `t` where they are so already, else in a copy."""
+    dense = t.detach().resolve_neg().contiguous()
+    return dense.as_strided((t.numel(),), (1,))  # a single element may have kept any stride
 
 
 def check_tensor(name: str, t: torch.Tensor, op: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

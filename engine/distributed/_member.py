@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import os
 import threading
 import time
 import weakref
@@ -36,7 +37,7 @@ class Member:
             logger.warning("collectives go through torch.distributed: %s", reason)
         apart = self.communicator is None and group.size() > 1 and dist.is_gloo_available()
         self.network = Network(group) if apart else None
-        self.worker = Worker()
+        self.worker, self.process = Worker(), os.getpid()
         self._faster: dict[int, bool] = {}  # by size class: whether shared memory is
         # It must not keep the member, and so neither `self`.
         self._finalizer = weakref.finalize(self, _close, self._ways(), self.worker, "this rank left the group")
@@ -129,14 +130,17 @@ _connecting = threading.Lock()
 
 def member_of(group: dist.ProcessGroup) -> Member:
     """This process's member of `group`, which every rank makes with its first call."""
-    try:
-        return _members[group]
-    except KeyError:
-        pass
-    with _connecting:
-        if group not in _members:
-            _members[group] = Member(group)
-        return _members[group]
+    member = _members.get(group)
+    if member is None:
+        with _connecting:
+            if group not in _members:
+                _members[group] = Member(group)
+            member = _members[group]
+    if member.process != os.getpid():  # a forked child's answers would be taken for its parent's
+        raise RuntimeError(
+            f"engine.distributed: this group belongs to process {member.process}, which made it: make a new one"
+        )
+    return member
 
 
 def _close(ways: list[Communicator | Network], worker: Worker, reason: str) -> None:

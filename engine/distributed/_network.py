@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from engine.distributed._exchange import Exchange, Place
+from engine.distributed._exchange import GATHER, Exchange, Place
 from engine.distributed._shared_memory import (
     DTYPES,
+    KINDS,
     OPS,
     Communicator,
     PeerError,
@@ -31,10 +32,11 @@ from engine.ops.ring_codec import CODECS
 
 logger = logging.getLogger("engine.distributed")
 
-HEADER = struct.Struct("<qqiiid")  # operation's number, numel, dtype, op, codec, density
+HEADER = struct.Struct("<qqiiiid")  # operation's number, numel, kind, dtype, op, codec, density
 HEADER_TAG = 0
 WARN_AFTER = 10.0  # seconds
 GRACE = 0.4  # seconds in which every survivor of a failure reports itself
+UNKNOWN = "unknown"  # what a survivor reports that was not the cause
 
 
 class Network:
@@ -42,6 +44,7 @@ class Network:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(group), group.size()
+        self._others = [rank for rank in range(self.size) if rank != self.rank]
         self.timeout = _timeout_seconds(group)
         self.bytes_sent = 0  # to other hosts, by all operations
         self._store = dist.PrefixStore("engine.network", c10d._get_process_group_store(group))
@@ -86,26 +89,76 @@ class Network:
         self, t: Tensor, op: str, codec: str | None = None, residual: Tensor | None = None, density: float = 0.01
     ) -> None:
         """Reduces a flat contiguous tensor in place; with a codec it is float32, and so is `residual`, of its shape."""
+        self._run("all_reduce", t, op, lambda: self._reduce(t, op, codec, residual, density), codec, density)
+
+    def reduce_scatter(self, t: Tensor, result: Tensor, op: str) -> None:
+        """Reduces a flat contiguous tensor, and leaves this rank's part in `result`: all_reduce's, to the bit."""
+
+        def reduce() -> None:
+            whole, n = t.clone(), result.numel()
+            self._reduce(whole, op)
+            result.copy_(whole[self.rank * n : (self.rank + 1) * n].view_as(result))
+
+        self._run("reduce_scatter", result, op, reduce)
+
+    def all_gather(self, t: Tensor, result: Tensor) -> None:
+        """Puts every rank's flat contiguous `t` into the contiguous `result`, one after the other."""
+
+        def gather() -> None:
+            parts = result.view(self.size, t.numel())
+            parts[self.rank].copy_(t)
+            works = [self._receive(parts[rank], rank, GATHER) for rank in self._others]
+            works += [self._send(t, rank, GATHER) for rank in self._others]
+            for work in works:
+                work()
+            self.bytes_sent += t.nbytes * len(self._others)
+
+        self._run("all_gather", t, "sum", gather)
+
+    def _run(
+        self,
+        kind: str,
+        t: Tensor,
+        op: str,
+        function: Callable[[], None],
+        codec: str | None = None,
+        density: float = 0.0,
+    ) -> None:
+        """Runs an operation once all ranks are known to call the same, of as many elements as `t` has."""
         with self._lock:
             if self._error:
-                raise PeerError(f"all_reduce: this group failed before: {self._error}")
-            self._number += 1
-            self._waiting_since = time.monotonic()
+                raise PeerError(f"{kind}: this group failed before: {self._error}")
             try:
-                self._compare(t, op, codec, density)
-                if codec is None and self._local is None and t.dtype not in (torch.float16, torch.bfloat16):
-                    self._by_gloo(t, op)
-                else:
-                    exchange = Exchange(
-                        t, op, codec, residual, density, self._place, self._local, self._send, self._receive
-                    )
-                    exchange.run()
-                    self.bytes_sent += exchange.bytes_sent
-            except Exception as error:
-                self._error = self._explain(error)
-                raise PeerError(f"all_reduce: {self._error}") from None
+                self._number += 1
+                self._waiting_since = time.monotonic()
+                try:
+                    self._compare(kind, t, op, codec, density)
+                    function()
+                except Exception as error:
+                    self._error = self._explain(error)
+                    raise PeerError(f"{kind}: {self._error}") from None
+            except PeerError:
+                raise
+            except BaseException:  # an interrupt, be it while an error was explained
+                self._error = f"{self._names[self.rank]} was interrupted in operation {self._number}"
+                self._leave(self._error, self._error)
+                raise
             finally:
                 self._waiting_since = 0.0
+
+    def _reduce(
+        self, t: Tensor, op: str, codec: str | None = None, residual: Tensor | None = None, density: float = 0.0
+    ) -> None:
+        if op == "avg" and t.dtype == torch.int32:
+            wide = t.long()  # the sum may not fit where the average does
+            self._reduce(wide, op)
+            t.copy_(wide)
+        elif codec is None and self._local is None and t.dtype not in (torch.float16, torch.bfloat16):
+            self._by_gloo(t, op)
+        else:
+            exchange = Exchange(t, op, codec, residual, density, self._place, self._local, self._send, self._receive)
+            exchange.run()
+            self.bytes_sent += exchange.bytes_sent
 
     def _by_gloo(self, t: Tensor, op: str) -> None:
         """gloo's own ring: it uses all of the wire, and is quicker than ours for small tensors."""
@@ -133,16 +186,16 @@ class Network:
 
         return wait
 
-    def _compare(self, t: Tensor, op: str, codec: str | None, density: float) -> None:
+    def _compare(self, kind: str, t: Tensor, op: str, codec: str | None, density: float) -> None:
         """Every rank compares itself with all others before any data goes out: all find a difference, or none."""
-        what = (t.numel(), DTYPES.index(t.dtype), OPS.index(op), CODECS.index(codec) if codec else -1, density)
+        coded = CODECS.index(codec) if codec else -1
+        what = (t.numel(), KINDS.index(kind), DTYPES.index(t.dtype), OPS.index(op), coded, density)
         own = torch.frombuffer(bytearray(HEADER.pack(self._number, *what)), dtype=torch.uint8)
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        receives = [self._receive(self._headers[rank], rank, HEADER_TAG) for rank in others]
-        sends = [self._send(own, rank, HEADER_TAG) for rank in others]
+        receives = [self._receive(self._headers[rank], rank, HEADER_TAG) for rank in self._others]
+        sends = [self._send(own, rank, HEADER_TAG) for rank in self._others]
         for work in receives + sends:
             work()
-        for rank in others:
+        for rank in self._others:
             number, *theirs = HEADER.unpack(self._headers[rank].numpy().tobytes())
             if (number, *theirs) != (self._number, *what):
                 raise PeerError(
@@ -155,15 +208,23 @@ class Network:
         text = str(error).removeprefix("all_reduce: ")
         if isinstance(error, PeerError) and text.startswith("operation "):
             return text  # a difference, which every rank sees by itself
-        self._store_bounded(lambda: self._store.set(f"failed/{self.rank}", "1"))
-        self._close_connections(text)
-        lost = self._lost()
+        self._leave(text, UNKNOWN)
+        reports = self._reports()
+        cause = next((report for report in reports.values() if report != UNKNOWN), "")
+        if cause:
+            return cause
+        lost = [rank for rank in self._others if rank not in reports]
         if not lost:
             return f"{text} in operation {self._number}"
         names = " and ".join(self._names[rank] for rank in lost)
         if "timed out" in text.lower() or "did not answer" in text:
             return f"{names} did not answer within {self.timeout} s in operation {self._number}"
         return f"{names} died in operation {self._number}"
+
+    def _leave(self, reason: str, report: str) -> None:
+        """Wakes whoever waits for this rank, with a report of why."""
+        self._store_bounded(lambda: self._store.set(f"failed/{self.rank}", report))
+        self._close_connections(reason)
 
     def _close_connections(self, reason: str) -> None:
         gloo, local, self._gloo, self._local = self._gloo, self._local, None, None
@@ -177,19 +238,29 @@ class Network:
         self._error = self._error or reason
         self._close_connections(reason)
 
-    def _lost(self) -> list[int]:
-        """The ranks that don't report a failure: every survivor does, as a closed connection wakes the next."""
-        missing = [rank for rank in range(self.size) if rank != self.rank]
+    def _reports(self) -> dict[int, str]:
+        """What others report, until one knows the cause; every survivor does, as a closed connection wakes the next."""
+        reports: dict[int, str] = {}
         deadline = time.monotonic() + GRACE
-        while missing and time.monotonic() < deadline:
-            missing = [rank for rank in missing if not self._has_reported(rank)]
+        while len(reports) < len(self._others) and time.monotonic() < deadline:
+            for rank in self._others:
+                if rank not in reports and (report := self._report(rank)):
+                    reports[rank] = report
+            if any(report != UNKNOWN for report in reports.values()):
+                break
             time.sleep(0.02)
-        return missing
+        return reports
 
-    def _has_reported(self, rank: int) -> bool:
-        found: list[bool] = []
-        self._store_bounded(lambda: found.append(self._store.check([f"failed/{rank}"])))
-        return found == [True]
+    def _report(self, rank: int) -> str:
+        """Empty where there is none yet."""
+        found: list[str] = []
+
+        def look() -> None:
+            if self._store.check([f"failed/{rank}"]):
+                found.append(self._store.get(f"failed/{rank}").decode())
+
+        self._store_bounded(look)
+        return "".join(found)
 
     def _store_bounded(self, call: Callable[[], object]) -> None:
         """The store may be held by the very process that is lost."""
@@ -217,9 +288,10 @@ def _warn_when_slow(network: "weakref.ref[Network]") -> None:
         time.sleep(0.5)
 
 
-def _words(numel: int, dtype: int, op: int, codec: int, density: float) -> str:
-    name = str(DTYPES[dtype]).removeprefix("torch.")
-    words = f"{OPS[op]} of {numel} {name}"
-    if codec < 0:
-        return words
-    return f"{words} by {CODECS[codec]}" + (f" with density {density}" if CODECS[codec] == "bitmap" else "")
+def _words(numel: int, kind: int, dtype: int, op: int, codec: int, density: float) -> str:
+    words = f"{numel} {str(DTYPES[dtype]).removeprefix('torch.')}"
+    if KINDS[kind] != "all_gather":
+        words = f"{OPS[op]} of {words}"
+    if codec >= 0:
+        words += f" by {CODECS[codec]}" + (f" with density {density}" if CODECS[codec] == "bitmap" else "")
+    return f"{KINDS[kind]} ({words})"

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from engine.distributed._all_reduce import check_group, check_tensor
+from engine.distributed._all_reduce import check_group, check_tensor, flattened
 from engine.distributed._member import REDUCE_OPS, member_of
+from engine.distributed._network import Network
+from engine.distributed._shared_memory import Communicator
 from engine.distributed._work import Work
 
 # torch 2.13 has new names for them and warns of the old ones.
@@ -19,8 +21,8 @@ def reduce_scatter(
 ) -> torch.Tensor | Work:
     """Reduces `t` over all ranks of `group`, and gives every rank its part of the result.
 
-    It is the part of :func:`all_reduce`'s result that belongs to this rank, to the bit, and moves half as much. Errors,
-    order and transport are those of :func:`all_reduce`.
+    It is the part of :func:`all_reduce`'s result that belongs to this rank, to the bit. Inside one host it moves half as
+    much, between hosts as much. Errors, order and transport are those of :func:`all_reduce`.
 
     Args:
         t: `[p * n, ...]` for p ranks, contiguous or not; the dtypes of :func:`all_reduce`.
@@ -75,15 +77,15 @@ def all_gather(t: torch.Tensor, group: dist.ProcessGroup | None = None, async_op
 
 def scatter(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
     """reduce_scatter, of checked arguments, in this thread."""
-    size, whole = group.size(), t.contiguous()
+    size, whole = group.size(), flattened(t)
     result = t.new_empty(t.shape[0] // size, *t.shape[1:])
-    communicator = member_of(group).communicator if t.device.type == "cpu" else None
+    way = _way(t, group)
     if size == 1:
         result.copy_(t)
-    elif communicator is not None:
-        communicator.reduce_scatter(whole, result, op)
+    elif way is not None:
+        way.reduce_scatter(whole, result, op)
     else:
-        _reduce_scatter_by_torch(result, whole, REDUCE_OPS[op], group=group)
+        _reduce_scatter_by_torch(result.view(-1), whole, REDUCE_OPS[op], group=group)
         if op == "avg":
             result.div_(size, rounding_mode=None if t.is_floating_point() else "trunc")
     return result
@@ -91,21 +93,27 @@ def scatter(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
 
 def gather(t: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """all_gather, of checked arguments, in this thread."""
-    size, part = group.size(), t.contiguous()
+    size, part = group.size(), flattened(t)
     result = t.new_empty(size * t.shape[0], *t.shape[1:]) if t.dim() else t.new_empty(size)
-    communicator = member_of(group).communicator if t.device.type == "cpu" else None
+    way = _way(t, group)
     if size == 1:
         result.copy_(t)
-    elif communicator is not None:
-        communicator.all_gather(part, result)
+    elif way is not None:
+        way.all_gather(part, result)
     else:
-        _all_gather_by_torch(result, part.view(-1, *t.shape[1:]), group=group)
+        _all_gather_by_torch(result.view(-1), part, group=group)
     return result
 
 
+def _way(t: torch.Tensor, group: dist.ProcessGroup) -> Communicator | Network | None:
+    """None: through torch.distributed."""
+    member = member_of(group) if t.device.type == "cpu" else None
+    return None if member is None else member.communicator or member.network
+
+
 def _later(function: Callable[[], torch.Tensor], group: dist.ProcessGroup, t: torch.Tensor) -> Work:
-    member = member_of(group)
-    if t.device.type == "cpu" and member.communicator is not None:
-        return member.worker.submit(function)
+    worker = member_of(group).worker
+    if _way(t, group) is not None:
+        return worker.submit(function)
     result = function()  # torch.distributed is called in the caller's thread, in the order of its calls
-    return member.worker.submit(lambda: result)
+    return worker.submit(lambda: result)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 OPS = ("sum", "avg", "max", "min")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 
@@ -31,7 +32,7 @@ class Communicator:
 
     def __init__(self, native: Any, memory: Any, timeout: float) -> None:
         self._memory, self._timeout, self._failure = memory, timeout, native.PeerFailure
-        self._kinds = {kind: getattr(native.RingKind, kind) for kind in ("all_reduce", "reduce_scatter", "all_gather")}
+        self._kinds = {kind: getattr(native.RingKind, kind) for kind in KINDS}
         self._ops = {op: getattr(native.RingOp, op) for op in OPS}
         self._dtypes = {dtype: getattr(native.RingDtype, str(dtype).removeprefix("torch.")) for dtype in DTYPES}
         self._codecs = {codec: getattr(native.RingCodec, codec or "none") for codec in (None, "bf16", "int8", "bitmap")}

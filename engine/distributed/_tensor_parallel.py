@@ -140,6 +140,8 @@ def _targets(model: nn.Module, plan: Mapping[str, str], group: dist.ProcessGroup
 
 def _styles(modules: Mapping[str, nn.Module], plan: Mapping[str, str]) -> dict[str, str]:
     """The style of each module that a pattern matches."""
+    if not isinstance(plan, Mapping) or not all(isinstance(pattern, str) for pattern in plan):
+        raise ValueError(f"{WHERE}: plan: expected styles by name, got {plan!r}")
     if not plan:
         raise ValueError(f"{WHERE}: plan: is empty")
     found: dict[str, tuple[str, str]] = {}
