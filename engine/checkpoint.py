@@ -236,7 +236,7 @@ def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
         module = CompressedConv2d.over(format, dense, dtype)
     else:
         module = CompressedLinear(format, dense.bias, dtype, _is_transposed(dense))
-    module._dtype_marker = module._dtype_marker.to(module.values.device)
+    module.to(module.values.device)  # the marker of the dtype
     if module.values.is_floating_point():
         module.values.requires_grad_(before.requires_grad)
     return module.train(dense.training)

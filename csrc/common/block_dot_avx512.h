@@ -116,7 +116,7 @@ class BlockDotAvx512 {
     }
 
   private:
-    static constexpr int64_t kInCache = 1 << 20;         // bytes of weights that L2 gives as fast in any order
+    static constexpr int64_t kChunkBytes = 128 << 10;    // of weights
     static constexpr int64_t kMostVectors = kMostBlock;  // of weights, a column of blocks' width each
     using Lanes = typename Step::Lanes;
 
@@ -134,9 +134,8 @@ class BlockDotAvx512 {
         Lanes of[kMostVectors][M], excess[M];
     };
 
-    // As many rows of a block as registers hold sums of go from block to block, then the next. But what comes from
-    // memory had better be one stream: where that would be read in many pieces, sums go to memory and back after each
-    // block.
+    // As many rows of a block as registers hold sums of go from block to block, then the next. So many blocks at a time
+    // that L2 holds them meanwhile.
     template <int M, int together>
     static void blocks(const Line& line, Sum (*sums)[kMostBlock]) {
         constexpr int kVectors = M == 1 ? 16 : M <= 3 ? 8 : 4;
@@ -147,16 +146,15 @@ class BlockDotAvx512 {
         const bool partial =
             line.last > first && (weight.columns()[line.last - 1] + 1) * weight.shape.columns > weight.k;
         const int64_t last = line.last - partial;
-        const bool pieces =
-            M <= 2 && vectors >= 4 * kVectors && weight.kept() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
+        const int64_t size = weight.shape.rows * weight.shape.columns * static_cast<int64_t>(sizeof(Weight));
+        const int64_t step = std::max<int64_t>(1, kChunkBytes / size);
         alignas(64) Sums<M> all;
-        if (!pieces || first == last) {
-            stretch<M, together, false, kVectors>(line, first, last, 0, vectors, false, all);
-        } else {
-            for (int64_t block = first; block < last; ++block) {
-                stretch<M, together, false, kVectors>(line, block, block + 1, 0, vectors, block > first, all);
-            }
-        }
+        int64_t block = first;
+        do {
+            const int64_t end = std::min(last, block + step);
+            stretch<M, together, false, kVectors>(line, block, end, 0, vectors, block > first, all);
+            block = end;
+        } while (block < last);
         if (partial) stretch<M, together, true, kVectors>(line, last, last + 1, 0, vectors, true, all);
         add_up<M, together>(all, vectors, sums);
     }
@@ -182,7 +180,7 @@ class BlockDotAvx512 {
     template <int M, int together, bool partial, int vectors, bool first_vectors>
     ENGINE_AVX512 __attribute__((noinline)) static void multiply(const Line& line, int64_t first, int64_t last,
                                                                  int64_t vector, bool add, Sums<M>& all) {
-        constexpr int64_t kAhead = 4 << 10, kLanes = Step::kLanes;
+        constexpr int64_t kLanes = Step::kLanes;
         constexpr bool kExcess = Step::kShifted && first_vectors;  // the same for all
         const int64_t wide = line.weight.shape.columns, size = line.weight.shape.rows * wide;
         const int64_t pieces = (wide + kLanes - 1) / kLanes, w_stride = together * wide;
@@ -219,7 +217,7 @@ class BlockDotAvx512 {
                 }
 #pragma GCC unroll 16
                 for (int v = 0; v < vectors; ++v, from += w_stride) {
-                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kChunkBytes, 0, 2);
                     const auto weights = partial ? Step::load(from, inside) : Step::load(from);
 #pragma GCC unroll 6
                     for (int m = 0; m < M; ++m) Step::multiply(acc[m * vectors + v], weights, activations[m]);

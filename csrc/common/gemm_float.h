@@ -143,11 +143,9 @@ struct AsTheyCome {
     void operator()(const FloatRows&) const {}
 };
 
-// Runs dots(begin, end, rows) over all weight rows, on torch's threads; it writes y[:, begin:end).
-// m ≤ kMostDotRows. Before, arrange(rows) may put the activations into the order that it reads them in.
-template <class T, class Dots, class Arrange = AsTheyCome>
-void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, const Dots& dots,
-                      const Arrange& arrange = {}) {
+// Calls f(rows), which writes all of y. m ≤ kMostDotRows.
+template <class T, class F>
+void with_float_rows(const FloatLinear<T>& call, const F& f) {
     if (call.m == 0 || call.n == 0) return;
     const int64_t stride = FloatRows::stride_for(call.k);
     Scratch<FloatRowsScratch> scratch(Scratch<FloatRowsScratch>::template bytes_for<float>(call.m * stride) + 64);
@@ -159,12 +157,22 @@ void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, cons
     if (isa() == Isa::avx512) convert = float_rows_avx512<T>;
 #endif
     convert(call, rows, finite);
-    arrange(rows);
-    parallel_rows(call.n, weight_row_bytes * (call.m + 3) / 4,
-                  [&](int64_t begin, int64_t end) { dots(begin, end, rows); });
+    f(rows);
     for (int64_t row = 0; row < call.m; ++row) {
         if (!finite[row]) fill_nan(call, row);
     }
+}
+
+// Runs dots(begin, end, rows) over all weight rows, on torch's threads; it writes y[:, begin:end). Before,
+// arrange(rows) may put the activations into the order that it reads them in.
+template <class T, class Dots, class Arrange = AsTheyCome>
+void float_dot_linear(const FloatLinear<T>& call, int64_t weight_row_bytes, const Dots& dots,
+                      const Arrange& arrange = {}) {
+    with_float_rows(call, [&](const FloatRows& rows) {
+        arrange(rows);
+        parallel_rows(call.n, weight_row_bytes * (call.m + 3) / 4,
+                      [&](int64_t begin, int64_t end) { dots(begin, end, rows); });
+    });
 }
 
 }  // namespace engine

@@ -4,14 +4,14 @@
 // activations where they lie (common/block_avx512.h). Elsewhere the microkernels of common/gemm_int8.h, which know
 // nothing of blocks, do: the activations that kept blocks meet are gathered, tile by tile in L1, to lie side by side.
 // What a gathered activation costs is shared by as many outputs as a block has rows. For a few rows of activations,
-// blocks are multiplied where they lie, in the order of memory.
+// blocks are multiplied where they lie (common/block_dot_avx2.h, common/block_dot_avx512.h).
 
 #include <cstring>
 
 #include "common/block.h"
+#include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
 #include "common/block_int8_strips.h"
-#include "common/dot_bytes_avx2.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
 #if ENGINE_X86
@@ -20,9 +20,6 @@
 
 namespace engine {
 namespace {
-
-constexpr int64_t kDotRows = 4;     // up to so many rows of activations dot products are the faster way
-constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
 
 // Copies of activations [column, column + count) of a row, zeros where they lie beyond its stride.
 template <class Q>
@@ -203,95 +200,51 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
 #if ENGINE_X86
 constexpr int64_t kLongestDot = 1 << 20;  // of K: a lane of 32 bits sums an eighth of it
 
-// A row of blocks by M rows of activations.
-template <int M, class T>
-ENGINE_AVX2 void dot_line(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const Blocks& weight,
-                          int64_t line) {
-    const auto [high, wide] = weight.shape;
-    alignas(64) int32_t sums[kMaxBlock][M][8];
-    alignas(64) int8_t x[M][kMaxBlock + 16];
-    std::memset(sums, 0, high * sizeof sums[0]);
-    std::memset(x, 0, sizeof x);
-    for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
-        const int8_t* w = weight.blocks<int8_t>() + i * high * wide;
-        for (int m = 0; m < M; ++m) copy_stretch(rows, m, weight.columns()[i] * wide, wide, x[m]);
-        for (int64_t r = 0; r < high; ++r, w += wide) {
-            __m256i acc[M];
-            for (int m = 0; m < M; ++m) acc[m] = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums[r][m]));
-            for (int64_t c = 0; c < wide; c += 32) {
-                const auto* from = reinterpret_cast<const __m128i*>(w + c);
-                // The last 16 of a block whose columns are an odd multiple of 16; the activations end in zeros.
-                const __m128i second = c + 16 < wide ? _mm_loadu_si128(from + 1) : _mm_setzero_si128();
-                const __m256i weights =
-                    _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(from)), second, 1);
-                const __m256i magnitude = _mm256_abs_epi8(weights);
-                for (int m = 0; m < M; ++m) {
-                    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[m] + c));
-                    SignedBytesAvx2::add(acc[m], magnitude, weights, q);
-                }
-            }
-            for (int m = 0; m < M; ++m) _mm256_store_si256(reinterpret_cast<__m256i*>(sums[r][m]), acc[m]);
-        }
-    }
-    for (int64_t r = 0; r < high && line * high + r < weight.n; ++r) {
-        const int64_t column = line * high + r;
-        for (int m = 0; m < M; ++m) {
-            int64_t total = 0;
-            for (const int32_t lane : sums[r][m]) total += lane;
-            call.y[m * call.n + column] = linear_output(total, rows.scale[m], call, column);
-        }
-    }
-}
-
-// y by line_of(rows, line), which gives the outputs of a row of blocks.
-template <class T, class Line>
-void dot_lines(const LinearCall<T>& call, const Blocks& weight, const Line& line_of) {
+// A few rows of activations by Dot, whose registers hold the sums.
+template <class Dot, class T>
+void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
     using Rows = QuantizedRows<int8_t>;
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call, 0, rows);
-    const int64_t lines = weight.high();
+    const int64_t lines = weight.high(), high = weight.shape.rows;
     parallel_rows(lines, weight.kept() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
-        for (int64_t line = begin; line < end; ++line) line_of(rows, line);
-    });
-}
-
-template <class T>
-void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
-    static constexpr decltype(&dot_line<1, T>) kLines[kDotRows] = {dot_line<1, T>, dot_line<2, T>, dot_line<3, T>,
-                                                                   dot_line<4, T>};
-    dot_lines(call, weight,
-              [&](const QuantizedRows<int8_t>& rows, int64_t line) { kLines[call.m - 1](call, rows, weight, line); });
-}
-
-using DotAvx512 = BlockDotAvx512<Int8BlockStep>;
-
-template <class T>
-void dot_linear_avx512(const LinearCall<T>& call, const Blocks& weight) {
-    dot_lines(call, weight, [&](const QuantizedRows<int8_t>& rows, int64_t line) {
-        int32_t sums[DotAvx512::kMostRows][DotAvx512::kMostBlock];
-        DotAvx512::line(call.m, rows.q, rows.stride, weight, line, sums);
-        const int64_t high = weight.shape.rows, first = line * high, outputs = std::min(high, weight.n - first);
-        for (int64_t m = 0; m < call.m; ++m) {
-            T* y = call.y + m * call.n + first;
-            for (int64_t r = 0; r < outputs; ++r) y[r] = linear_output(sums[m][r], rows.scale[m], call, first + r);
+        typename Dot::Sum sums[Dot::kMostRows][Dot::kMostBlock];
+        for (int64_t line = begin; line < end; ++line) {
+            Dot::line(call.m, rows.q, rows.stride, weight, line, sums);
+            const int64_t first = line * high, outputs = std::min(high, weight.n - first);
+            for (int64_t m = 0; m < call.m; ++m) {
+                T* y = call.y + m * call.n + first;
+                for (int64_t r = 0; r < outputs; ++r) y[r] = linear_output(sums[m][r], rows.scale[m], call, first + r);
+            }
         }
     });
 }
+
+using DotAvx512 = BlockDotAvx512<Int8BlockStep>;
+template <class Bytes>
+using DotAvx2 = BlockDotAvx2<Int8BlockStepAvx2<Bytes>>;
 #endif
 
 template <class T>
 void linear(const LinearCall<T>& call, const Blocks& weight) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
-    // Of high blocks registers hold the sums of fewer rows, which are read in as many more pieces.
-    const int64_t few = weight.shape.rows <= 32 ? DotAvx512::kMostRows : kDotRows;
-    if (isa() == Isa::avx512 && call.m <= few && call.k <= kExactDepth && DotAvx512::fits(weight)) {
-        return dot_linear_avx512(call, weight);
+    // Up to so many rows of activations dot products are the faster way. Of high blocks registers hold the sums of
+    // fewer rows, which are read in as many more pieces; where blocks don't fit AVX-512's vectors, AVX2's products
+    // remain.
+    const bool vnni = variant() == Variant::avx_vnni;
+    const int64_t few_avx512 = weight.shape.rows <= 32 ? DotAvx512::kMostRows : 4;
+    const int64_t few_avx2 = isa() == Isa::avx512 ? 2 : vnni ? 6 : DotAvx2<SignedBytesAvx2>::kMostRows;
+    if (isa() == Isa::avx512 && call.m <= few_avx512 && call.k <= kExactDepth && DotAvx512::fits(weight)) {
+        return dot_linear<DotAvx512>(call, weight);
     }
-    if (isa() != Isa::portable && call.m <= kDotRows && call.k <= kLongestDot) return dot_linear(call, weight);
+    if (isa() != Isa::portable && call.m <= few_avx2 && call.k <= kLongestDot) {
+        if (vnni) return dot_linear<DotAvx2<SignedBytesAvxVnni>>(call, weight);
+        return dot_linear<DotAvx2<SignedBytesAvx2>>(call, weight);
+    }
     if (isa() == Isa::avx512) return strip_linear(call, weight);
-    if (variant() == Variant::avx_vnni) return panel_linear<PanelAvxVnni>(call, weight);
+    if (vnni) return panel_linear<PanelAvxVnni>(call, weight);
     if (isa() == Isa::avx2) return panel_linear<PanelAvx2>(call, weight);
 #endif
     panel_linear<PanelPortable>(call, weight);

@@ -1,13 +1,14 @@
 // block_linear: float activations times a weight of which only some blocks are kept, in fp32. For a few rows of
-// activations blocks are multiplied in the order of memory, each by all of them, with AVX-512 in registers
-// (common/block_dot_avx512.h). For many they go through panels that leave out what was pruned (common/gemm_float.h),
-// with AVX-512 through a kernel of their own (common/block_avx512.h).
+// activations blocks are multiplied by dot products (common/block_dot_avx2.h, common/block_dot_avx512.h). For many they
+// go through panels that leave out what was pruned (common/gemm_float.h), with AVX-512 through a kernel of their own
+// (common/block_avx512.h).
 
 #include <cstring>
 #include <span>
 
 #include "common/block.h"
 #include "common/block_avx512.h"
+#include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
@@ -18,10 +19,9 @@ namespace {
 constexpr int64_t kLanes = 8;       // sums of an output, so that additions need not wait for each other
 constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
 
-// One row of blocks by a few rows of activations. The body for every instruction set: it vectorises by itself where it
-// is inlined.
+// One row of blocks by a few rows of activations.
 template <class T, class V>
-ENGINE_INLINE void line_body(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
+void line_portable(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
     const auto [high, wide] = weight.shape;
     alignas(64) float sums[kMaxBlock][kDotRows][kLanes];
     alignas(64) float w[kMaxBlock], last[kDotRows][kMaxBlock];
@@ -57,18 +57,6 @@ ENGINE_INLINE void line_body(const FloatLinear<T>& call, const FloatRows& rows, 
         }
     }
 }
-
-template <class T, class V>
-void line_portable(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
-    line_body<T, V>(call, rows, weight, line);
-}
-#if ENGINE_X86
-template <class T, class V>
-ENGINE_AVX2 void line_avx2(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
-    line_body<T, V>(call, rows, weight, line);
-}
-
-#endif
 
 // Many rows without AVX-512: panels (common/gemm_float.h) of what is kept.
 
@@ -141,10 +129,9 @@ class BlockProvider {
 };
 
 #if ENGINE_X86
-// The same on AVX-512, where registers hold sums of as many rows.
-template <class Step, class T>
-void dot_lines(const FloatLinear<T>& call, const typename Step::X* x, int64_t stride, const Blocks& weight) {
-    using Dot = BlockDotAvx512<Step>;
+// A few rows of activations [m, stride] by Dot, whose registers hold the sums.
+template <class Dot, class T>
+void dot_lines(const FloatLinear<T>& call, const typename Dot::X* x, int64_t stride, const Blocks& weight) {
     const int64_t lines = weight.high(), high = weight.shape.rows;
     const int64_t work = 2 * call.m * weight.kept() / std::max<int64_t>(1, lines);
     parallel_rows(lines, work, [&](int64_t begin, int64_t end) {
@@ -160,11 +147,9 @@ void dot_lines(const FloatLinear<T>& call, const typename Step::X* x, int64_t st
     });
 }
 
-template <class T, class V>
+template <class Dot, class T>
 void dot_linear(const FloatLinear<T>& call, const Blocks& weight) {
-    float_dot_linear(
-        call, 0, [](int64_t, int64_t, const FloatRows&) {},
-        [&](const FloatRows& rows) { dot_lines<FloatBlockStep<V>>(call, rows.x, rows.stride, weight); });
+    with_float_rows(call, [&](const FloatRows& rows) { dot_lines<Dot>(call, rows.x, rows.stride, weight); });
 }
 
 struct PairRowsScratch;  // tag: the activations of a call, held by the calling thread
@@ -185,7 +170,7 @@ void pair_dot_linear(const FloatLinear<BFloat16>& call, const Blocks& weight) {
     auto* const rows = scratch.take<BFloat16>(call.m * stride);
     bool finite[BlockDotAvx512<PairBlockStep>::kMostRows];
     copy_rows_avx512(call, stride, rows, finite);
-    dot_lines<PairBlockStep>(call, rows, stride, weight);
+    dot_lines<BlockDotAvx512<PairBlockStep>>(call, rows, stride, weight);
     for (int64_t row = 0; row < call.m; ++row) {
         if (!finite[row]) fill_nan(call, row);
     }
@@ -325,11 +310,11 @@ void strip_linear(const FloatLinear<T>& call, const Blocks& weight) {
 
 template <class T, class V>
 void linear(const FloatLinear<T>& call, const Blocks& weight) {
-    auto kernel = line_portable<T, V>;
 #if ENGINE_X86
     if (isa() == Isa::avx512) {
         if (call.m == 0 || call.n == 0) return;
-        constexpr int64_t kFew = BlockDotAvx512<FloatBlockStep<V>>::kMostRows;
+        using Dot = BlockDotAvx512<FloatBlockStep<V>>;
+        constexpr int64_t kFew = Dot::kMostRows;
         if constexpr (kBFloat16Products<T, V> && std::is_same_v<V, BFloat16>) {
             if (multiplies_bfloat16<T, V>()) {
                 if (call.m > kFew) return strip_linear<BlockPairsAvx512, T, V>(call, weight);
@@ -337,21 +322,19 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
             }
         }
         if (call.m > kFew) return strip_linear<BlockFloatAvx512, T, V>(call, weight);
-        return dot_linear<T, V>(call, weight);  // which fits every width
+        return dot_linear<Dot>(call, weight);  // which fits every width
     }
-    if (isa() == Isa::avx2) kernel = line_avx2<T, V>;
 #endif
     if (call.m > kDotRows) return float_panel_linear(call, BlockProvider<V>(weight));
+#if ENGINE_X86
+    if (isa() == Isa::avx2) return dot_linear<BlockDotAvx2<FloatBlockStepAvx2<V>>>(call, weight);
+#endif
     const int64_t lines = weight.high();
-    // Threads take rows of blocks, and so outputs.
-    float_dot_linear(
-        call, 0, [](int64_t, int64_t, const FloatRows&) {},
-        [&](const FloatRows& rows) {
-            parallel_rows(lines, 4 * call.m * weight.kept() / std::max<int64_t>(1, lines),
-                          [&](int64_t begin, int64_t end) {
-                              for (int64_t line = begin; line < end; ++line) kernel(call, rows, weight, line);
-                          });
+    with_float_rows(call, [&](const FloatRows& rows) {
+        parallel_rows(lines, 4 * call.m * weight.kept() / std::max<int64_t>(1, lines), [&](int64_t begin, int64_t end) {
+            for (int64_t line = begin; line < end; ++line) line_portable<T, V>(call, rows, weight, line);
         });
+    });
 }
 
 Tensor block_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, int64_t n,

@@ -118,9 +118,9 @@ def find_targets(
     matched_by = dict.fromkeys(targets, 0)
     expressions = [pattern for pattern in matched_by if pattern.startswith("re:")]
     for name, module in modules.items():
-        lazy = isinstance(module, LazyModuleMixin) and module.cls_to_become is not None
-        kind = module.cls_to_become if lazy else type(module)
-        plain = (word for word in dict.fromkeys((name, kind.__name__)) if word in matched_by)
+        lazy = isinstance(module, LazyModuleMixin)
+        own = (module.cls_to_become or type(module)) if isinstance(module, LazyModuleMixin) else type(module)
+        plain = (word for word in dict.fromkeys((name, own.__name__)) if word in matched_by)
         for pattern in (*plain, *(pattern for pattern in expressions if matches(pattern, name))):
             inside = pattern if pattern.startswith("re:") else None
             matched_by[pattern] += inside is None or compressible(module)

@@ -67,6 +67,7 @@ def all_reduce(
     Raises:
         PeerError: another rank died, did not answer within the group's timeout, or called something else. With
             `async_op` it is `Work.wait` that raises it.
+        RuntimeError: this process was forked from the one that made `group`.
         TypeError: another dtype, or a codec for what is not on the CPU.
         ValueError: another op, codec or density, a residual without a codec or of another size, or this process is not
             in `group`.
@@ -133,10 +134,10 @@ def _through_memory(
 ) -> torch.Tensor:
     communicator = member.communicator
     assert communicator is not None
-    flat = flattened(t)
+    flat = plain(t)
     if codec is not None:
         if residual is not None:
-            flat = flat.float().add_(residual.view(-1))
+            flat = flat.float().add_(residual.view(flat.shape))
         communicator.all_reduce(flat, op, codec, density)
         if residual is not None:
             residual.zero_()
@@ -149,7 +150,7 @@ def _through_memory(
         else:
             reduce_by_torch(flat, op, group, communicator)
     if flat.data_ptr() != t.data_ptr():
-        t.detach().copy_(flat.view(t.shape))
+        t.detach().copy_(flat)
     return t
 
 
@@ -162,15 +163,14 @@ def _by_network(
     residual: torch.Tensor | None,
     density: float,
 ) -> Work | None:
-    network, left = member.network, None if residual is None else residual.view(-1)
+    network = member.network
     assert network is not None
 
     def reduce() -> torch.Tensor:
-        flat = flattened(t)
-        wide = flat if codec is None else flat.float()
-        network.all_reduce(wide, op, codec, left, density)
+        wide = plain(t) if codec is None else plain(t).float()
+        network.all_reduce(wide, op, codec, residual, density)
         if wide.data_ptr() != t.data_ptr():
-            t.detach().copy_(wide.view(t.shape))
+            t.detach().copy_(wide)
         return t
 
     if async_op:
@@ -187,11 +187,11 @@ def bytes_sent(group: dist.ProcessGroup | None = None) -> int:
 
 
 def _by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup, async_op: bool) -> Work | None:
-    flat = flattened(t)
+    flat = plain(t)
     if group.size() > 1:
         reduce_by_torch(flat, op, group, None)
     if flat.data_ptr() != t.data_ptr():
-        t.detach().copy_(flat.view(t.shape))
+        t.detach().copy_(flat)
     return member_of(group).worker.submit(lambda: t) if async_op else None
 
 
@@ -229,10 +229,9 @@ def _check_arguments(
     return check_group("all_reduce", group)
 
 
-def flattened(t: torch.Tensor) -> torch.Tensor:
-    """The elements in one dimension as they lie in memory: in that of `t` where they are so already, else in a copy."""
-    dense = t.detach().resolve_neg().contiguous()
-    return dense.as_strided((t.numel(),), (1,))  # a single element may have kept any stride
+def plain(t: torch.Tensor) -> torch.Tensor:
+    """The elements of `t` in order in memory: in its own, or in a copy where it is strided or lazily negated."""
+    return t.detach().resolve_neg().contiguous()
 
 
 def check_tensor(name: str, t: torch.Tensor, op: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

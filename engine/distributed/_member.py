@@ -40,7 +40,7 @@ class Member:
         self.worker, self.process = Worker(), os.getpid()
         self._faster: dict[int, bool] = {}  # by size class: whether shared memory is
         # It must not keep the member, and so neither `self`.
-        self._finalizer = weakref.finalize(self, _close, self._ways(), self.worker, "this rank left the group")
+        self._finalizer = weakref.finalize(self, _close, *self._held(), "this rank left the group")
         self._finalizer.atexit = False  # `_close_all` does that
 
     def shared_memory_is_faster(self, communicator: Communicator, group: dist.ProcessGroup, t: torch.Tensor) -> bool:
@@ -69,10 +69,10 @@ class Member:
     def close(self, reason: str) -> None:
         """Ends what is under way with an error, and gives memory and thread back."""
         self._finalizer.detach()
-        _close(self._ways(), self.worker, reason)
+        _close(*self._held(), reason)
 
-    def _ways(self) -> list[Communicator | Network]:
-        return [way for way in (self.communicator, self.network) if way is not None]
+    def _held(self) -> tuple[list[Communicator | Network], Worker, int]:
+        return [way for way in (self.communicator, self.network) if way is not None], self.worker, self.process
 
 
 def same_bits_by_torch(dtype: torch.dtype, op: str, size: int) -> bool:
@@ -138,12 +138,15 @@ def member_of(group: dist.ProcessGroup) -> Member:
             member = _members[group]
     if member.process != os.getpid():  # a forked child's answers would be taken for its parent's
         raise RuntimeError(
-            f"engine.distributed: this group belongs to process {member.process}, which made it: make a new one"
+            f"engine.distributed: this group belongs to process {member.process}, which made it: "
+            "a forked child needs one of its own"
         )
     return member
 
 
-def _close(ways: list[Communicator | Network], worker: Worker, reason: str) -> None:
+def _close(ways: list[Communicator | Network], worker: Worker, process: int, reason: str) -> None:
+    if process != os.getpid():  # a forked child, which would close its parent's connections
+        return
     for way in ways:
         way.close(reason)
     worker.stop()

@@ -88,30 +88,31 @@ class Network:
     def all_reduce(
         self, t: Tensor, op: str, codec: str | None = None, residual: Tensor | None = None, density: float = 0.01
     ) -> None:
-        """Reduces a flat contiguous tensor in place; with a codec it is float32, and so is `residual`, of its shape."""
-        self._run("all_reduce", t, op, lambda: self._reduce(t, op, codec, residual, density), codec, density)
+        """Reduces a contiguous tensor in place; with a codec it and `residual`, of as many elements, are float32."""
+        flat, left = _flat(t), None if residual is None else _flat(residual)
+        self._run("all_reduce", t, op, lambda: self._reduce(flat, op, codec, left, density), codec, density)
 
     def reduce_scatter(self, t: Tensor, result: Tensor, op: str) -> None:
-        """Reduces a flat contiguous tensor, and leaves this rank's part in `result`: all_reduce's, to the bit."""
+        """Reduces a contiguous tensor, and leaves this rank's part in `result`: all_reduce's, to the bit."""
 
         def reduce() -> None:
-            whole, n = t.clone(), result.numel()
+            whole, n = _flat(t).clone(), result.numel()
             self._reduce(whole, op)
             result.copy_(whole[self.rank * n : (self.rank + 1) * n].view_as(result))
 
         self._run("reduce_scatter", result, op, reduce)
 
     def all_gather(self, t: Tensor, result: Tensor) -> None:
-        """Puts every rank's flat contiguous `t` into the contiguous `result`, one after the other."""
+        """Puts every rank's `t` into `result`, one after the other; both are contiguous."""
 
         def gather() -> None:
-            parts = result.view(self.size, t.numel())
-            parts[self.rank].copy_(t)
+            flat, parts = _flat(t), result.view(self.size, t.numel())
+            parts[self.rank].copy_(flat)
             works = [self._receive(parts[rank], rank, GATHER) for rank in self._others]
-            works += [self._send(t, rank, GATHER) for rank in self._others]
+            works += [self._send(flat, rank, GATHER) for rank in self._others]
             for work in works:
                 work()
-            self.bytes_sent += t.nbytes * len(self._others)
+            self.bytes_sent += t.nbytes * (self.size - self._place.local_size)
 
         self._run("all_gather", t, "sum", gather)
 
@@ -274,6 +275,11 @@ class Network:
         thread = threading.Thread(target=quietly, daemon=True)
         thread.start()
         thread.join(GRACE / 4)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """A contiguous tensor in one dimension; `view` would keep what stride a single element came with."""
+    return t.as_strided((t.numel(),), (1,))
 
 
 def _warn_when_slow(network: "weakref.ref[Network]") -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from engine.distributed._all_reduce import check_group, check_tensor, flattened
+from engine.distributed._all_reduce import check_group, check_tensor, plain
 from engine.distributed._member import REDUCE_OPS, member_of
 from engine.distributed._network import Network
 from engine.distributed._shared_memory import Communicator
@@ -21,8 +21,8 @@ def reduce_scatter(
 ) -> torch.Tensor | Work:
     """Reduces `t` over all ranks of `group`, and gives every rank its part of the result.
 
-    It is the part of :func:`all_reduce`'s result that belongs to this rank, to the bit. Inside one host it moves half as
-    much, between hosts as much. Errors, order and transport are those of :func:`all_reduce`.
+    It is the part of :func:`all_reduce`'s result that belongs to this rank, to the bit. Inside one host it moves half
+    as much, between hosts as much. Errors, order and transport are those of :func:`all_reduce`.
 
     Args:
         t: `[p * n, ...]` for p ranks, contiguous or not; the dtypes of :func:`all_reduce`.
@@ -77,7 +77,7 @@ def all_gather(t: torch.Tensor, group: dist.ProcessGroup | None = None, async_op
 
 def scatter(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
     """reduce_scatter, of checked arguments, in this thread."""
-    size, whole = group.size(), flattened(t)
+    size, whole = group.size(), plain(t)
     result = t.new_empty(t.shape[0] // size, *t.shape[1:])
     way = _way(t, group)
     if size == 1:
@@ -85,7 +85,7 @@ def scatter(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
     elif way is not None:
         way.reduce_scatter(whole, result, op)
     else:
-        _reduce_scatter_by_torch(result.view(-1), whole, REDUCE_OPS[op], group=group)
+        _reduce_scatter_by_torch(result, whole, REDUCE_OPS[op], group=group)
         if op == "avg":
             result.div_(size, rounding_mode=None if t.is_floating_point() else "trunc")
     return result
@@ -93,7 +93,7 @@ def scatter(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
 
 def gather(t: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """all_gather, of checked arguments, in this thread."""
-    size, part = group.size(), flattened(t)
+    size, part = group.size(), plain(t)
     result = t.new_empty(size * t.shape[0], *t.shape[1:]) if t.dim() else t.new_empty(size)
     way = _way(t, group)
     if size == 1:
@@ -101,7 +101,7 @@ def gather(t: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     elif way is not None:
         way.all_gather(part, result)
     else:
-        _all_gather_by_torch(result.view(-1), part, group=group)
+        _all_gather_by_torch(result.view(-1), part.view(-1), group=group)
     return result
 
 

@@ -12,9 +12,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from worker import data, rank, refuses_further_use, same_on_every_rank, truth, uses_shared_memory, world_size
+from worker import (  # some of them run between hosts too
+    data,
+    forked,  # noqa: F401
+    rank,
+    refuses_further_use,
+    same_on_every_rank,
+    scatter_and_gather,  # noqa: F401
+    truth,
+    unusual,  # noqa: F401
+    uses_shared_memory,
+    world_size,
+)
 
-from engine.distributed import HookState, PeerError, _member, all_reduce, ring_hook
+from engine.distributed import HookState, PeerError, _member, all_gather, all_reduce, reduce_scatter, ring_hook
 from engine.distributed._shared_memory import DTYPES, OPS
 
 
@@ -106,45 +117,85 @@ def network_arguments():
 
 
 def network_mismatches():
-    t = torch.ones(20000)
-    for wrong, how in [
-        (torch.ones(20001), {}),
-        (t, {"codec": "bf16"}),
-        (t, {"codec": "bitmap", "density": 0.5}),
-        (t, {"op": "avg"}),
-        (t.half(), {"codec": None}),
+    """The last rank calls something else, in a new group each time."""
+    t = torch.ones(21000)
+    usual = (all_reduce, t, {})
+    for right, wrong in [
+        (usual, (all_reduce, torch.ones(21001), {})),
+        (usual, (all_reduce, t, {"codec": "bf16"})),
+        ((all_reduce, t, {"codec": "bitmap"}), (all_reduce, t, {"codec": "bitmap", "density": 0.5})),
+        (usual, (all_reduce, t, {"op": "avg"})),
+        (usual, (all_reduce, t.half(), {})),
+        (usual, (all_gather, t, {})),
+        (usual, (reduce_scatter, t.repeat(world_size), {})),
+        ((all_gather, t, {}), (all_gather, t[1:], {})),
+        ((all_gather, t, {}), (all_gather, t.int(), {})),
+        ((reduce_scatter, t, {}), (reduce_scatter, t, {"op": "max"})),
+        ((reduce_scatter, t, {}), (all_gather, t[: 21000 // world_size], {"async_op": True})),
     ]:
         group = dist.new_group()
         all_reduce(torch.ones(10), group=group)
-        right = {"codec": "bitmap"} if how.get("codec") == "bitmap" else {"codec": None}
-        call, keywords = (wrong, how) if rank == world_size - 1 else (t, right)
+        kind, of, keywords = wrong if rank == world_size - 1 else right
         try:
-            all_reduce(call.clone(), group=group, **keywords)
+            work = kind(of.clone(), group=group, **keywords)
+            if "async_op" in keywords:
+                work.wait()
         except PeerError as error:
             text = str(error)
         else:
             raise AssertionError("no error")
-        assert "operation 2" in text and "called" in text and "rank " in text, text
-        refuses_further_use(text.removeprefix("all_reduce: "), group)
+        assert text.startswith(f"{kind.__name__}: operation 2: ") and "called" in text, text
+        refuses_further_use(text.partition(": ")[2], group)
+
+
+def network_interrupted():
+    """An interrupt stays what it is; the group is refused from then on, here and by the others, who learn why."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    all_reduce(torch.ones(10), group=(group := dist.new_group()))
+    signal.signal(signal.SIGALRM, interrupt)
+    if rank == 0:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+    elif rank == world_size - 1:
+        time.sleep(0.5)  # rank 0 is told of the signal once it need not wait
+    start, raised = time.monotonic(), KeyboardInterrupt if rank == 0 else PeerError
+    try:
+        all_reduce(torch.ones(1_000_000), group=group)
+    except raised as error:
+        text = str(error)
+    else:
+        raise AssertionError("no error")
+    expected = f"rank 0 on {os.uname().nodename} was interrupted in operation 2"
+    assert rank == 0 or text == f"all_reduce: {expected}", text
+    refuses_further_use(expected, group)
+    assert time.monotonic() - start < 1.5
 
 
 def network_lost(how, codec):
-    codec = None if codec == "none" else codec
-    t, group = torch.ones(1_000_000), dist.new_group(timeout=timedelta(seconds=2))
-    all_reduce(t, group=group, codec=codec)
+    """The last rank is killed or stopped; its groups learn of it one after the other."""
+    codec, t = None if codec == "none" else codec, torch.ones(1_200_000)
+    calls = [lambda group: all_reduce(t, group=group, codec=codec), lambda group: all_gather(t, group)]
+    if how == "killed":
+        calls.append(lambda group: reduce_scatter(t, group=group))
+    groups = [dist.new_group(timeout=timedelta(seconds=2)) for _ in calls]
+    for call, group in zip(calls, groups, strict=True):
+        call(group)
     if rank == world_size - 1:
         os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
-    start = time.monotonic()
-    try:
-        all_reduce(t, group=group, codec=codec)
-    except PeerError as error:
-        text, seconds = str(error), time.monotonic() - start
-    else:
-        raise AssertionError("no error")
     words = {"killed": "died", "stopped": "did not answer within"}[how]
-    assert f"rank {world_size - 1} on {os.uname().nodename} {words}" in text and "operation 2" in text, text
-    assert seconds < 1 if how == "killed" else 1.9 <= seconds < 2.5, seconds
-    refuses_further_use(text.removeprefix("all_reduce: "), group)
+    for call, group in zip(calls, groups, strict=True):
+        start = time.monotonic()
+        try:
+            call(group)
+        except PeerError as error:
+            text, seconds = str(error), time.monotonic() - start
+        else:
+            raise AssertionError("no error")
+        assert f"rank {world_size - 1} on {os.uname().nodename} {words}" in text and "operation 2" in text, text
+        assert seconds < 1 if how == "killed" else 1.9 <= seconds < 2.5, seconds
+        refuses_further_use(text.partition(": ")[2], group)
 
 
 def network_hierarchical():

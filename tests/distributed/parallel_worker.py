@@ -338,6 +338,7 @@ def refusals():
 
     for plan, text in [
         ({}, "plan: is empty"),
+        ({3: "colwise"}, "plan: expected styles by name"),
         ({"first": "diagonal"}, "'first': expected one of colwise"),
         ({"first": "colwise", "second": "rowwise"}, "'second' matches no module"),
         ({"re:(": "colwise"}, "is no regular expression"),
@@ -361,6 +362,8 @@ def refusals():
     # one rank refuses, or has something else
     plan = {"first": "colwise"} if rank != 1 else {"nothing": "colwise"}
     refused(ValueError, "matches no module" if rank == 1 else "rank 1 refused: ", call, plan)
+    plan = {"first": "colwise"} if rank != 1 else ["first"]
+    refused(ValueError, "plan: expected styles by name" if rank == 1 else "rank 1 refused: ", call, plan)
     plan = {"first": "colwise" if rank != 2 else "rowwise"}
     refused(ValueError, "rank 2 has another plan", call, plan)
     assert dict(mlp.named_modules(remove_duplicate=False)) == before

@@ -23,9 +23,19 @@ pytestmark = [
 
 # By world size and backend. What loses a rank comes last.
 SHARED = {
-    (1, "gloo"): ["arguments", "values", "scatter_and_gather", "asynchronous", "kill_cycles:25", "survivor_leaves"],
+    (1, "gloo"): [
+        "arguments",
+        "values",
+        "scatter_and_gather",
+        "unusual",
+        "asynchronous",
+        "kill_cycles:25",
+        "survivor_leaves",
+    ],
     (2, "engine"): [
         "values",
+        "unusual",
+        "forked",
         "choice",
         "backend",
         "compiled",
@@ -36,7 +46,17 @@ SHARED = {
         "lost:stopped:100000",
     ],
     (3, "gloo"): [
-        *["values", "shapes", "scatter_and_gather", "codecs", "asynchronous", "choice", "mismatches"],
+        *[
+            "values",
+            "shapes",
+            "scatter_and_gather",
+            "unusual",
+            "forked",
+            "codecs",
+            "asynchronous",
+            "choice",
+            "mismatches",
+        ],
         *["refused_memory", "on_one_core", "lost:killed:100"],
     ],
 }

@@ -66,10 +66,15 @@ def test_pieces_cover_a_tensor_once(n, hosts, local_size, codec):
     [
         (
             2,
-            "network_residuals,network_not_finite,network_arguments,hook_trains,hook_survives,network_lost:stopped:int8",
+            "network_residuals,network_not_finite,network_arguments,forked,hook_trains,hook_survives,"
+            "network_interrupted,network_lost:stopped:int8",
         ),
-        (3, "network_values,network_codecs,network_mismatches,network_lost:killed:int8"),
-        (2, "network_values,network_lost:killed:none"),
+        (
+            3,
+            "network_values,network_codecs,scatter_and_gather,unusual,network_mismatches,network_interrupted,"
+            "network_lost:killed:int8",
+        ),
+        (2, "network_values,unusual,network_lost:killed:none"),
     ],
 )
 def test_among_ranks(world_size, names, tmp_path):
@@ -122,7 +127,7 @@ def test_two_ranks_on_each_of_two_hosts(tmp_path, monkeypatch):
     probe = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
     if probe.returncode:
         pytest.skip("process namespaces are refused here")
-    worker = f"{sys.executable} {WORKER} network_hierarchical"
+    worker = f"{sys.executable} {WORKER} unusual,network_hierarchical"
     enter = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
     hosts = [
         subprocess.Popen(

@@ -203,10 +203,11 @@ def lost_in_backward():
     """The last rank dies where DDP averages gradients by the backend itself: C++ takes the future's result."""
     ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
     ddp(torch.ones(2, 64)).sum().backward()
+    loss = ddp(torch.ones(2, 64)).sum()
     if rank == world_size - 1:
         os._exit(0)
     try:
-        ddp(torch.ones(2, 64)).sum().backward()
+        loss.backward()
     except RuntimeError as error:
         assert f"PeerError: all_reduce: rank {world_size - 1}" in str(error), error
     else:
@@ -351,12 +352,59 @@ def scatter_and_gather():
     turned = t.view(4, 3 * world_size).t()
     part = reduce_scatter(turned)
     assert part.shape == (3, 4) and part.is_contiguous()
-    all_reduce(t)
-    assert torch.equal(part, t.view(4, 3 * world_size).t()[3 * rank : 3 * rank + 3])
+    whole = turned.contiguous()
+    all_reduce(whole)
+    assert torch.equal(part, whole[3 * rank : 3 * rank + 3])
     assert torch.equal(all_gather(torch.tensor(float(rank))), torch.arange(float(world_size)))
     works = [all_gather(part.t(), async_op=True), reduce_scatter(t, async_op=True)]
     assert torch.equal(works[0].result()[0], all_gather(part.t()))
     assert torch.equal(works[1].result()[0], reduce_scatter(t))
+
+
+def unusual():
+    """Tensors as views leave them, tensors without elements, and averages whose sums need more bits than they have."""
+    for dtype in DTYPES:
+        t = torch.full((4, 4), rank + 1).to(dtype)[:1, ::2][:, :1]  # a single element, with strides of more
+        all_reduce(t)
+        assert t.item() == sum(of + 1 for of in RANKS), dtype
+
+    def negated():  # what `.imag` of a conjugate is
+        return torch._neg_view(torch.full((world_size,), rank + 1.0))
+
+    for how in ({"op": "max"}, {"op": "sum", "codec": "bf16"}):
+        t, want = negated(), -1.0 if how["op"] == "max" else -sum(of + 1.0 for of in RANKS)
+        all_reduce(t, **how)
+        assert t.tolist() == [want] * world_size, (how, t)
+    assert reduce_scatter(negated(), "max", async_op=True).result()[0].tolist() == [-1]
+    assert all_gather(negated()[:1], async_op=True).result()[0].tolist() == [-1.0 - of for of in RANKS]
+    assert all_gather(torch.zeros(2, 0)).shape == (2 * world_size, 0)
+    assert reduce_scatter(torch.zeros(world_size, 0)).shape == (1, 0)
+    for dtype, value in [(torch.int32, 2_000_000_000), (torch.int32, -3), (torch.int64, 2**62)]:
+        t = torch.full((2 * world_size,), value, dtype=dtype) + rank
+        total = sum(torch.full((2,), value) + of for of in RANKS)  # of int64 it wraps around
+        want = total.div(world_size, rounding_mode="trunc").to(dtype)
+        assert torch.equal(reduce_scatter(t, "avg"), want), (dtype, value)
+        all_reduce(t, "avg")
+        assert torch.equal(t, want.repeat(world_size)), (dtype, value)
+
+
+def forked():
+    """A child is refused, which would be taken for its parent, and leaves the group as it was."""
+    t = torch.full((3,), rank + 1.0)
+    all_reduce(t.clone())
+    all_reduce(t.clone(), "max", async_op=True).wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            all_reduce(torch.full((3,), 100.0))
+        except RuntimeError as error:
+            if f"belongs to process {os.getppid()}" in str(error):
+                _member._close_all()  # as at its exit, which gloo itself does not survive
+                os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    all_reduce(t)
+    assert t.tolist() == [sum(of + 1 for of in RANKS)] * 3
 
 
 def codecs():

@@ -1,0 +1,178 @@
+// A row of blocks by a few rows of activations on AVX2: registers hold the sums of some rows of weights while these go
+// from block to block, then come the next rows. A step is a struct:
+//
+//   Weight, X      the types of weights and activations
+//   Lanes, Sum     of products, and what they are added up to
+//   kLanes         weights to a vector
+//   load(w, left)  a vector of weights, zeros from `left` on where there are fewer, which are a multiple of 16
+//   multiply(sums, w, x)  x: where as many activations are, which are as aligned as 16 of them
+//   add_up(lanes, sums)   the sums of four vectors of lanes
+#pragma once
+
+#include "common/block.h"
+#include "common/dot_bytes_avx2.h"
+#include "common/int8_activations.h"
+#if ENGINE_X86
+
+namespace engine {
+
+template <class V>
+struct FloatBlockStepAvx2 {
+    using Weight = V;
+    using X = float;
+    using Lanes = __m256;
+    using Sum = float;
+    static constexpr int64_t kLanes = 8;
+
+    ENGINE_AVX2 ENGINE_INLINE static __m256 load(const V* w, int64_t) { return load_8_floats_avx2(w); }
+    ENGINE_AVX2 ENGINE_INLINE static void multiply(__m256& sums, __m256 w, const float* x) {
+        sums = _mm256_fmadd_ps(w, _mm256_load_ps(x), sums);
+    }
+    ENGINE_AVX2 ENGINE_INLINE static void add_up(const __m256* lanes, float* sums) {
+        const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(lanes[0], lanes[1]), _mm256_hadd_ps(lanes[2], lanes[3]));
+        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+    }
+};
+
+template <class Bytes>
+struct Int8BlockStepAvx2 {
+    using Weight = int8_t;
+    using X = int8_t;
+    using Lanes = __m256i;
+    using Sum = int64_t;
+    static constexpr int64_t kLanes = 32;
+
+    ENGINE_AVX2 ENGINE_INLINE static __m256i load(const int8_t* w, int64_t left) {
+        if (left < kLanes) return _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    }
+    ENGINE_AVX2 ENGINE_INLINE static void multiply(__m256i& sums, __m256i w, const int8_t* x) {
+        Bytes::add(sums, _mm256_abs_epi8(w), w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    }
+    // A lane's sum fits 32 bits, that of all of them may not.
+    ENGINE_AVX2 ENGINE_INLINE static void add_up(const __m256i* lanes, int64_t* sums) {
+        for (int i = 0; i < 4; ++i) sums[i] = sum_lanes_avx2(lanes[i]);
+    }
+};
+
+template <class Step>
+class BlockDotAvx2 {
+  public:
+    using Weight = typename Step::Weight;
+    using X = typename Step::X;
+    using Sum = typename Step::Sum;
+    static constexpr int64_t kMostRows = 8, kMostBlock = 256;
+
+    // The products of a row of blocks by `m` ≤ kMostRows rows of activations.
+    template <int M = kMostRows>
+    static void line(int64_t m,
+                     const X* x,  // [m, x_stride], 64-byte aligned, zeros beyond K
+                     int64_t x_stride, const Blocks& weight, int64_t line,
+                     Sum (*sums)[kMostBlock]) {  // [m, high]
+        if constexpr (M > 1) {
+            if (m < M) return BlockDotAvx2::line<M - 1>(m, x, x_stride, weight, line, sums);
+        }
+        const Line of{x, x_stride, weight, weight.offsets()[line], weight.offsets()[line + 1]};
+        blocks<M>(of, sums);
+    }
+
+  private:
+    static constexpr int64_t kChunkBytes = 64 << 10, kInCache = 8 << 20;  // of weights
+    using Lanes = typename Step::Lanes;
+
+    struct Line {
+        const X* x;
+        int64_t x_stride;
+        const Blocks& weight;
+        int64_t first, last;  // blocks
+    };
+
+    template <int M>
+    static void blocks(const Line& line, Sum (*sums)[kMostBlock]) {
+        constexpr int kRows = M == 1 ? 8 : M <= 3 ? 4 : M <= 6 ? 2 : 1;  // 8 to 12 sums
+        const Blocks& weight = line.weight;
+        const auto [high, wide] = weight.shape;
+        const bool partial = line.last > line.first && (weight.columns()[line.last - 1] + 1) * wide > weight.k;
+        const int64_t last = line.last - partial;
+        // So many blocks at a time that L2 holds them while their rows are gone through. What one row of activations
+        // gets from memory had better be one stream, block by block.
+        const int64_t size = high * wide * static_cast<int64_t>(sizeof(Weight));
+        const bool stream = M == 1 && weight.kept() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
+        const int64_t step = stream ? 1 : std::max<int64_t>(1, kChunkBytes / size);
+        alignas(64) Lanes all[kMostBlock][M];
+        if (last == line.first) std::memset(all, 0, high * sizeof all[0]);
+        for (int64_t block = line.first; block < last; block += step) {
+            for (int64_t row = 0; row < high; row += kRows) {
+                multiply<M, kRows>(line, block, std::min(last, block + step), row, block > line.first, all);
+            }
+        }
+        add_up<M>(all, high, sums);
+        if (partial) add_partial<M>(line, last, sums);
+    }
+
+    // Rows [row, row + R) of blocks [first, last). Unrolled by force, else GCC keeps the sums in memory.
+    template <int M, int R>
+    ENGINE_AVX2 __attribute__((noinline)) static void multiply(const Line& line, int64_t first, int64_t last,
+                                                               int64_t row, bool add, Lanes (*all)[M]) {
+        const auto [high, wide] = line.weight.shape;
+        const int64_t size = high * wide, x_stride = line.x_stride;
+        const int32_t* columns = line.weight.columns();
+        Lanes acc[R][M];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[r][m] = add ? all[row + r][m] : Lanes{};
+        }
+        const Weight* w = line.weight.template blocks<Weight>() + first * size + row * wide;
+        for (int64_t block = first; block < last; ++block, w += size) {
+            const X* x = line.x + columns[block] * wide;
+            for (int64_t c = 0; c < wide; c += Step::kLanes) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const Weight* from = w + r * wide + c;
+                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kChunkBytes, 0, 2);
+                    const auto weights = Step::load(from, wide - c);
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; ++m) Step::multiply(acc[r][m], weights, x + m * x_stride + c);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) all[row + r][m] = acc[r][m];
+        }
+    }
+
+    template <int M>
+    ENGINE_AVX2 static void add_up(const Lanes (*all)[M], int64_t high, Sum (*sums)[kMostBlock]) {
+        for (int64_t row = 0; row < high; row += 4) {
+            for (int m = 0; m < M; ++m) {
+                const Lanes four[] = {all[row][m], all[row + 1][m], all[row + 2][m], all[row + 3][m]};
+                Step::add_up(four, sums[m] + row);
+            }
+        }
+    }
+
+    // A block that reaches beyond K, of which what is there counts for nothing, not even if it is no number.
+    template <int M>
+    static void add_partial(const Line& line, int64_t block, Sum (*sums)[kMostBlock]) {
+        const auto [high, wide] = line.weight.shape;
+        const int64_t column = line.weight.columns()[block] * wide, inside = line.weight.k - column;
+        const Weight* w = line.weight.template blocks<Weight>() + block * high * wide;
+        for (int64_t row = 0; row < high; ++row, w += wide) {
+            for (int m = 0; m < M; ++m) {
+                const X* x = line.x + m * line.x_stride + column;
+                for (int64_t c = 0; c < inside; ++c) sums[m][row] += value(w[c]) * value(x[c]);
+            }
+        }
+    }
+    static int32_t value(int8_t v) { return v; }
+    template <class V>
+    static float value(V v) {
+        return to_float(v);
+    }
+};
+
+}  // namespace engine
+#endif
