@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/block.h"
 #include "common/gemm_float.h"
 #include "common/registers_avx512.h"
 
@@ -28,11 +29,27 @@ struct BlockStrip {
     int64_t blocks, wide;    // wide: columns of a block
     const W* weights;        // [blocks · wide / 4, outputs, 4], or as many in pairs, or one by one
     // What memory is asked for meanwhile, so many lines with each block: many at once would hold up the activations.
-    const int8_t* next = nullptr;
-    int64_t lines = 0;
+    const char* next = nullptr;
+    int64_t next_stride = 0, lines = 0;  // bytes from what is asked for with a block to that with the next
     // And what outputs are written to afterwards, [R, y_stride] bytes: stores that miss wait in line for each other.
     const char* y = nullptr;
     int64_t y_stride = 0, y_lines = 0;
+
+    // Has tile `tile` of `tiles` ask for its part of the rows [inside, inside + outputs) of as many blocks that follow.
+    template <class V>
+    void ask_next(const Blocks& weight, int64_t block, int64_t inside, int64_t outputs, int64_t tile, int64_t tiles) {
+        constexpr int64_t kInCache = 2 << 20;  // bytes of weights for which asking costs up to a fifth of a call
+        if (weight.kept() * static_cast<int64_t>(sizeof(V)) <= kInCache) return;
+        const int64_t row_bytes = wide * static_cast<int64_t>(sizeof(V));
+        const int64_t all = outputs * row_bytes / 64, each = pieces_of(all, tiles);
+        next_stride = weight.shape.rows * row_bytes;
+        next = reinterpret_cast<const char*>(weight.blocks<V>()) + block * next_stride + inside * row_bytes +
+               tile * each * 64;
+        lines = std::clamp<int64_t>(all - tile * each, 0, each);
+    }
+    ENGINE_INLINE void ask(int64_t block) const {
+        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(next + block * next_stride + 64 * line, 0, 2);
+    }
 };
 
 // 16 rows of 4 dwords as 4 of 16.
@@ -86,12 +103,11 @@ struct BlockDwordsAvx512 {
         const int64_t stride = elements * static_cast<int64_t>(sizeof(X));
         const int64_t wide = strip.wide * static_cast<int64_t>(sizeof(X));  // bytes
         const auto* w = reinterpret_cast<const char*>(strip.weights);
-        const int8_t* ask = strip.next;
         const char* y = strip.y;
         const char* const y_end = y + R * strip.y_stride;
         const int64_t y_rows = (R + strip.blocks - 1) / std::max<int64_t>(1, strip.blocks);
         for (int64_t i = 0; i < strip.blocks; ++i) {
-            for (int64_t line = 0; line < strip.lines; ++line, ask += 64) __builtin_prefetch(ask, 0, 2);
+            strip.ask(i);
             for (int64_t a = 0; a < y_rows && y != y_end; ++a, y += strip.y_stride) {
                 for (int64_t line = 0; line < strip.y_lines; ++line) ask_to_write(y + 64 * line);
             }
@@ -234,6 +250,7 @@ struct BlockFloatAvx512 {
                 for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
             }
             for (int64_t i = first; i < last; ++i) {
+                if (begin == 0) strip.ask(i);
                 const float* row[(R + 2) / 3];
 #pragma GCC unroll 4
                 for (int t = 0; t < (R + 2) / 3; ++t) row[t] = x + strip.columns[i] * strip.wide + 3 * t * stride;

@@ -50,7 +50,6 @@ struct StripTask {
     const Blocks& weight;
     const QuantizedRows<int8_t>& rows;  // shifted by 128
     int64_t chunk;                      // the call's row that is row 0 of `rows`
-    const int8_t* values;               // of all blocks: asking the tensor each time would cost a call of torch
     int8_t* packed;                     // [kBytes]
     int32_t* start;                     // [kOutputs]
     int32_t* sums;                      // [tall, kOutputs]
@@ -65,20 +64,10 @@ struct StripTask {
           weight(weight),
           rows(rows),
           chunk(chunk),
-          values(weight.blocks<int8_t>()),
           packed(scratch.take<int8_t>(kBytes)),
           start(scratch.take<int32_t>(kStripOutputs)),
           sums(scratch.take<int32_t>(tall * kStripOutputs)),
           wide_sums(scratch.take<int64_t>(tall * kStripOutputs)) {}
-
-    // Has tile `tile` of `tiles` ask memory for its part of the blocks that follow [i, stop): as many, where whole ones
-    // are multiplied.
-    void ask_next(int64_t stop, int64_t outputs, int64_t tile, int64_t tiles, BlockStrip<int8_t>& strip) const {
-        const auto [high, wide] = weight.shape;
-        const int64_t lines = high * wide / 64, each = pieces_of(lines, tiles);
-        strip.next = values + stop * high * wide + tile * each * strip.blocks * 64;
-        strip.lines = outputs == high && tile * each < lines ? each : 0;
-    }
 
     void run(int64_t line, int64_t inside, int64_t begin, int64_t end) const {
         const auto [high, wide] = weight.shape;
@@ -92,13 +81,14 @@ struct StripTask {
         if (widens) std::fill_n(wide_sums, (end - begin) * outputs, int64_t{0});
         for (int64_t i = first; i == first || i < last; i += step) {
             const int64_t stop = std::min(last, i + step);
-            BlockInt8Avx512::pack(values + i * high * wide, high, wide, stop - i, inside, outputs, packed, start);
+            BlockInt8Avx512::pack(weight.blocks<int8_t>() + i * high * wide, high, wide, stop - i, inside, outputs,
+                                  packed, start);
             BlockStrip<int8_t> strip{weight.columns() + i, stop - i, wide, packed};
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t row = begin + rows_of(t), count = begin + rows_of(t + 1) - row;
                 const int64_t at = (row - begin) * outputs;
                 const auto* q = reinterpret_cast<const uint8_t*>(rows.q + row * rows.stride);
-                ask_next(stop, outputs, t, tiles, strip);
+                strip.ask_next<int8_t>(weight, stop, inside, outputs, t, tiles);
                 if (stop == last) {
                     constexpr auto kSize = static_cast<int64_t>(sizeof(T));
                     strip.y = reinterpret_cast<const char*>(call.y + (chunk + row) * call.n + column);

@@ -241,9 +241,11 @@ struct StripTask {
         for (int64_t i = first; i == first || i < last; i += step) {
             const int64_t stop = std::min(last, i + step);
             pack(i, stop, inside, outputs);
-            const BlockStrip<W> strip{weight.columns() + i, stop - i, wide, packed};
+            BlockStrip<W> strip{weight.columns() + i, stop - i, wide, packed};
             for (int64_t row = begin; row < end; row += tile) {
                 const int64_t count = std::min(tile, end - row);
+                strip.template ask_next<V>(weight, stop, inside, outputs, (row - begin) / tile,
+                                           pieces_of(end - begin, tile));
                 float* mine = sums + (row - begin) * outputs;
                 strip_tile<Kernel>(count, outputs, rows + row * stride, stride, strip,
                                    static_cast<const float*>(nullptr), i > first, mine);
