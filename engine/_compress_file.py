@@ -18,6 +18,7 @@ from engine._checkpoint_file import FORMAT_VERSION, WeightInfo, header_metadata,
 from engine._journal import Journal
 from engine._safetensors import CheckpointError, Entry, TensorWriter, partial_path
 from engine._source import CONV1D, Source, choose
+from engine.compress.importance import TIED, beside_ties
 from engine.compress.recipe import Recipe
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
 from engine.nn.conv2d import as_matrix
@@ -176,10 +177,10 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
         return None if prune is None else prune.threshold
     names = [name for name, kind in chosen.items() if kind != "Embedding"]
     if prune.pattern == "block":
-        return ops.magnitude_threshold(
-            [block_norms(_matrix(source.read(name), chosen[name])) for name in names], prune.sparsity
-        )
-    rank = round(prune.sparsity * sum(math.prod(source.entry(name).shape) for name in names))
+        norms = [block_norms(_matrix(source.read(name), chosen[name])) for name in names]
+        return beside_ties(norms, ops.magnitude_threshold(norms, prune.sparsity), prune.sparsity)
+    count = sum(math.prod(source.entry(name).shape) for name in names)
+    wanted = rank = round(prune.sparsity * count)
     if rank == 0:
         return 0.0
     prefix = 0
@@ -194,6 +195,11 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
         digit = int((below >= rank).nonzero()[0])
         rank -= int(below[digit] - counts[digit])
         prefix = prefix << HALF | digit
+        equal = int(counts[digit])
+    less = wanted - rank  # magnitudes below the threshold; as beside_ties
+    above = (less + equal) / count - prune.sparsity
+    if prefix > 0 and above > TIED and above >= prune.sparsity - less / count:
+        prefix -= 1
     return torch.tensor(prefix, dtype=torch.int32).view(torch.float32)
 
 
@@ -268,6 +274,7 @@ def _look(
         assert recipe.prune.sparsity is not None
         scope = "row" if recipe.prune.scope == "row" else "tensor"
         limit = ops.magnitude_threshold(magnitudes, recipe.prune.sparsity, scope)
+        limit = beside_ties([magnitudes], limit, recipe.prune.sparsity)
     kept = _count_kept(magnitudes, torch.as_tensor(limit, dtype=torch.float32))
     return {"threshold": _plain(limit), "kept": kept}
 

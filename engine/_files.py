@@ -3,21 +3,30 @@
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from engine._safetensors import beside
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place in the end; on an error what was there stays.
+    """A path to write to, which takes the place of `path` in the end, or of the file that this is a link to, with the
+    permissions that it had; on an error what was there stays.
 
     Raises:
-        OSError: writing failed, named for `path`.
+        OSError: writing failed, named for `path`; or it is there and no file.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    target = path.resolve() if path.is_symlink() else path
+    if target.exists() and not target.is_file():
+        raise OSError(22, "is no file", str(path))
+    temporary = beside(target, f"{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(temporary, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

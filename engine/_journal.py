@@ -45,7 +45,7 @@ class Journal:
         except OSError:
             pass  # a file system without locks
         if taken or os.fstat(self._file.fileno()).st_nlink == 0:  # or another run ended meanwhile and removed it
-            raise ValueError(f"{what}: {path}: another run works on this")
+            raise ValueError(f"{what}: {path}: another run works on this, or what one left behind does")
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
         whole = lines[:-1]  # after the last line's end there is nothing, or what was cut off

@@ -207,7 +207,7 @@ class TensorWriter:
         self._missing = set(entries)
         self.nbytes = len(self._header) + end
         self._fd = -1
-        self._temporary = _beside(self.path, f"{secrets.token_hex(6)}.tmp")
+        self._temporary = beside(self.path, f"{secrets.token_hex(6)}.tmp")
         self._keep = resume is not None
         if resume is not None:
             self._temporary = partial_path(self.path)
@@ -294,10 +294,10 @@ class TensorWriter:
 
 def partial_path(path: Path) -> Path:
     """Where a file is written that an interrupted run may go on with."""
-    return _beside(path.resolve() if path.is_symlink() else path, "partial")
+    return beside(path.resolve() if path.is_symlink() else path, "partial")
 
 
-def _beside(path: Path, ending: str) -> Path:
+def beside(path: Path, ending: str) -> Path:
     """A hidden name beside `path`, shortened where it would be longer than a file system takes."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST_NAME:

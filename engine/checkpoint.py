@@ -236,7 +236,7 @@ def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
         module = CompressedConv2d.over(format, dense, dtype)
     else:
         module = CompressedLinear(format, dense.bias, dtype, _is_transposed(dense))
-    module.to(module.values.device)  # the marker of the dtype
+    module._dtype_marker.data = module._dtype_marker.data.to(module.values.device)
     if module.values.is_floating_point():
         module.values.requires_grad_(before.requires_grad)
     return module.train(dense.training)

@@ -486,3 +486,13 @@ def test_ties_of_a_saved_model_stay(tmp_path):
     assert small.lm_head.values is small.embed.values
     run("compress", path, "-o", out, "--int8", "--ignore", "lm_head", "--force")
     assert "embed.weight" not in CheckpointFile(out).weights
+
+
+@pytest.mark.parametrize("scope", ["layer", "row", "model"])
+def test_weights_on_a_coarse_grid(scope, tmp_path):
+    """All magnitudes alike can't be halved: none goes."""
+    model, out = tmp_path / "signs.safetensors", tmp_path / "small.safetensors"
+    save_file({"a.weight": torch.randn(64, 64).sign(), "b.weight": torch.randn(64, 64).sign()}, model)
+    run("compress", model, "-o", out, "--sparsity", 0.5, "--scope", scope, "--int8")
+    weights = load_file(out)
+    assert weights["a.weight.compressed"].numel() == weights["b.weight.compressed"].numel() == 64 * 64

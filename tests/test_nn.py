@@ -292,3 +292,13 @@ def test_checkpointing_without_reentry(scale):
     got, x.grad = x.grad, None
     linear(x).sum().backward()
     assert torch.equal(got, x.grad)
+
+
+def test_the_marker_never_requires_a_gradient():
+    linear = CompressedLinear.from_dense(nn.Linear(8, 8), Bitmap, threshold=0.1)
+    for parameter in linear.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.requires_grad = parameter.is_floating_point()
+    assert {name for name, p in linear.named_parameters() if p.requires_grad} == {"values", "bias"}
+    again = pickle.loads(pickle.dumps(copy.deepcopy(linear)))
+    assert not again._dtype_marker.requires_grad and next(again.half().parameters()).dtype == torch.float16

@@ -19,6 +19,24 @@ struct BlockShape {
     int64_t rows, columns;
 };
 
+// Bytes of kept weights up to which asking memory for what comes next costs more than it brings: they stay in a cache.
+constexpr int64_t kLeastAsked = 4 << 20;
+
+// Asks for `rows` rows of weights further on than these: those that stay in a cache, a little and to L1; others, as
+// far on as `far` bytes, to L2.
+template <int rows>
+ENGINE_INLINE void ask_ahead(const void* row, int64_t row_bytes, int64_t far) {
+    constexpr int64_t kNear = 4 << 10;
+    const char* at = static_cast<const char*>(row) + (far > 0 ? far : kNear);
+    if (far > 0) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) __builtin_prefetch(at + r * row_bytes, 0, 2);
+    } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) __builtin_prefetch(at + r * row_bytes);
+    }
+}
+
 inline BlockShape checked_block_shape(const char* op, int64_t rows, int64_t columns) {
     const auto fits = [](int64_t size) { return size >= 16 && size <= 256 && size % 16 == 0; };
     STD_TORCH_CHECK(fits(rows) && fits(columns), op, ": block_shape: expected multiples of 16 from 16 to 256");

@@ -38,8 +38,7 @@ struct BlockStrip {
     // Has tile `tile` of `tiles` ask for its part of the rows [inside, inside + outputs) of as many blocks that follow.
     template <class V>
     void ask_next(const Blocks& weight, int64_t block, int64_t inside, int64_t outputs, int64_t tile, int64_t tiles) {
-        constexpr int64_t kInCache = 2 << 20;  // bytes of weights for which asking costs up to a fifth of a call
-        if (weight.kept() * static_cast<int64_t>(sizeof(V)) <= kInCache) return;
+        if (weight.kept() * static_cast<int64_t>(sizeof(V)) <= kLeastAsked) return;
         const int64_t row_bytes = wide * static_cast<int64_t>(sizeof(V));
         const int64_t all = outputs * row_bytes / 64, each = pieces_of(all, tiles);
         next_stride = weight.shape.rows * row_bytes;

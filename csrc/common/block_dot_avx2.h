@@ -43,7 +43,7 @@ struct Int8BlockStepAvx2 {
     static constexpr int64_t kLanes = 32;
 
     ENGINE_AVX2 ENGINE_INLINE static __m256i load(const int8_t* w, int64_t left) {
-        if (left < kLanes) return _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+        if (left < kLanes) return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
     }
     ENGINE_AVX2 ENGINE_INLINE static void multiply(__m256i& sums, __m256i w, const int8_t* x) {
@@ -68,11 +68,17 @@ class BlockDotAvx2 {
     static void line(int64_t m,
                      const X* x,  // [m, x_stride], 64-byte aligned, zeros beyond K
                      int64_t x_stride, const Blocks& weight, int64_t line,
-                     Sum (*sums)[kMostBlock]) {  // [m, high]
+                     Sum (*sums)[kMostBlock]) {  // [m, high], of which those of outputs are written
         if constexpr (M > 1) {
             if (m < M) return BlockDotAvx2::line<M - 1>(m, x, x_stride, weight, line, sums);
         }
-        const Line of{x, x_stride, weight, weight.offsets()[line], weight.offsets()[line + 1]};
+        const int64_t wanted = (weight.n - line * weight.shape.rows + 7) / 8 * 8;
+        const Line of{x,
+                      x_stride,
+                      weight,
+                      weight.offsets()[line],
+                      weight.offsets()[line + 1],
+                      std::min(weight.shape.rows, wanted)};
         blocks<M>(of, sums);
     }
 
@@ -85,6 +91,18 @@ class BlockDotAvx2 {
         int64_t x_stride;
         const Blocks& weight;
         int64_t first, last;  // blocks
+        int64_t rows;         // of each that are wanted, a multiple of 8
+    };
+
+    // Rows [row, row + R) of blocks that lie one after another.
+    struct Part {
+        const X* x;  // of which a block begins with column columns[i] · wide
+        int64_t x_stride;
+        const Weight* w;
+        int64_t size, wide;  // of a block
+        const int32_t* columns;
+        int64_t blocks;
+        int64_t ahead;  // bytes: where memory is asked for what comes next
     };
 
     template <int M>
@@ -92,46 +110,74 @@ class BlockDotAvx2 {
         constexpr int kRows = M == 1 ? 8 : M <= 3 ? 4 : M <= 6 ? 2 : 1;  // 8 to 12 sums
         const Blocks& weight = line.weight;
         const auto [high, wide] = weight.shape;
-        const bool partial = line.last > line.first && (weight.columns()[line.last - 1] + 1) * wide > weight.k;
-        const int64_t last = line.last - partial;
+        const int32_t* columns = weight.columns();
+        const Weight* values = weight.blocks<Weight>();
+        const bool partial = line.last > line.first && (columns[line.last - 1] + 1) * wide > weight.k;
+        const int64_t last = line.last - partial, size = high * wide;
         // So many blocks at a time that L2 holds them while their rows are gone through. What one row of activations
         // gets from memory had better be one stream, block by block.
-        const int64_t size = high * wide * static_cast<int64_t>(sizeof(Weight));
-        const bool stream = M == 1 && weight.kept() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
-        const int64_t step = stream ? 1 : std::max<int64_t>(1, kChunkBytes / size);
+        const int64_t bytes = weight.kept() * static_cast<int64_t>(sizeof(Weight));
+        const bool stream = M == 1 && bytes > kInCache;
+        const int64_t block_bytes = size * static_cast<int64_t>(sizeof(Weight));
+        const int64_t step = stream ? 1 : std::max<int64_t>(1, kChunkBytes / block_bytes);
+        const int64_t ahead = !stream && bytes > kLeastAsked ? kChunkBytes : 0;
         alignas(64) Lanes all[kMostBlock][M];
-        if (last == line.first) std::memset(all, 0, high * sizeof all[0]);
+        if (line.last == line.first) std::memset(all, 0, line.rows * sizeof all[0]);
         for (int64_t block = line.first; block < last; block += step) {
-            for (int64_t row = 0; row < high; row += kRows) {
-                multiply<M, kRows>(line, block, std::min(last, block + step), row, block > line.first, all);
+            const int64_t count = std::min(step, last - block);
+            for (int64_t row = 0; row < line.rows; row += kRows) {
+                const Weight* w = values + block * size + row * wide;
+                multiply<M, kRows>({line.x, line.x_stride, w, size, wide, columns + block, count, ahead},
+                                   block > line.first, all + row);
             }
         }
-        add_up<M>(all, high, sums);
-        if (partial) add_partial<M>(line, last, sums);
+        if (partial) {
+            add_partial<M, kRows>(line, values + last * size, columns[last] * wide, last > line.first, all);
+        }
+        add_up<M>(all, line.rows, sums);
     }
 
-    // Rows [row, row + R) of blocks [first, last). Unrolled by force, else GCC keeps the sums in memory.
+    // A block that reaches beyond K, of which what is there counts for nothing, not even if it is no number.
     template <int M, int R>
-    ENGINE_AVX2 __attribute__((noinline)) static void multiply(const Line& line, int64_t first, int64_t last,
-                                                               int64_t row, bool add, Lanes (*all)[M]) {
-        const auto [high, wide] = line.weight.shape;
-        const int64_t size = high * wide, x_stride = line.x_stride;
-        const int32_t* columns = line.weight.columns();
+    static void add_partial(const Line& line, const Weight* w, int64_t column, bool add, Lanes (*all)[M]) {
+        const int64_t wide = line.weight.shape.columns, inside = line.weight.k - column;
+        constexpr int32_t kFirst = 0;
+        alignas(64) X x[M][kMostBlock];
+        alignas(64) Weight rows[R][kMostBlock];
+        for (int m = 0; m < M; ++m) {
+            std::fill(std::copy_n(line.x + m * line.x_stride + column, inside, x[m]), x[m] + kMostBlock, X{});
+        }
+        for (int64_t row = 0; row < line.rows; row += R) {
+            for (int r = 0; r < R; ++r, w += wide) {
+                std::fill(std::copy_n(w, inside, rows[r]), rows[r] + kMostBlock, Weight{});
+            }
+            multiply<M, R>({x[0], kMostBlock, rows[0], 0, kMostBlock, &kFirst, 1, 0}, add, all + row,
+                           (inside + 15) / 16 * 16);
+        }
+    }
+
+    // Unrolled by force, else GCC keeps the sums in memory.
+    template <int M, int R>
+    ENGINE_AVX2 __attribute__((noinline)) static void multiply(const Part& part, bool add, Lanes (*all)[M],
+                                                               int64_t inside = kMostBlock) {
+        const int64_t size = part.size, wide = part.wide, x_stride = part.x_stride, ahead = part.ahead;
+        const int64_t end = std::min(wide, inside);
+        const int32_t* columns = part.columns;
         Lanes acc[R][M];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) acc[r][m] = add ? all[row + r][m] : Lanes{};
+            for (int m = 0; m < M; ++m) acc[r][m] = add ? all[r][m] : Lanes{};
         }
-        const Weight* w = line.weight.template blocks<Weight>() + first * size + row * wide;
-        for (int64_t block = first; block < last; ++block, w += size) {
-            const X* x = line.x + columns[block] * wide;
-            for (int64_t c = 0; c < wide; c += Step::kLanes) {
+        const Weight* w = part.w;
+        for (int64_t block = 0; block < part.blocks; ++block, w += size) {
+            const X* x = part.x + columns[block] * wide;
+            for (int64_t c = 0; c < end; c += Step::kLanes) {
+                ask_ahead<R>(w + c, wide * static_cast<int64_t>(sizeof(Weight)), ahead);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const Weight* from = w + r * wide + c;
-                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kChunkBytes, 0, 2);
-                    const auto weights = Step::load(from, wide - c);
+                    const auto weights = Step::load(from, end - c);
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) Step::multiply(acc[r][m], weights, x + m * x_stride + c);
                 }
@@ -140,37 +186,18 @@ class BlockDotAvx2 {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) all[row + r][m] = acc[r][m];
+            for (int m = 0; m < M; ++m) all[r][m] = acc[r][m];
         }
     }
 
     template <int M>
-    ENGINE_AVX2 static void add_up(const Lanes (*all)[M], int64_t high, Sum (*sums)[kMostBlock]) {
-        for (int64_t row = 0; row < high; row += 4) {
+    ENGINE_AVX2 static void add_up(const Lanes (*all)[M], int64_t rows, Sum (*sums)[kMostBlock]) {
+        for (int64_t row = 0; row < rows; row += 4) {
             for (int m = 0; m < M; ++m) {
                 const Lanes four[] = {all[row][m], all[row + 1][m], all[row + 2][m], all[row + 3][m]};
                 Step::add_up(four, sums[m] + row);
             }
         }
-    }
-
-    // A block that reaches beyond K, of which what is there counts for nothing, not even if it is no number.
-    template <int M>
-    static void add_partial(const Line& line, int64_t block, Sum (*sums)[kMostBlock]) {
-        const auto [high, wide] = line.weight.shape;
-        const int64_t column = line.weight.columns()[block] * wide, inside = line.weight.k - column;
-        const Weight* w = line.weight.template blocks<Weight>() + block * high * wide;
-        for (int64_t row = 0; row < high; ++row, w += wide) {
-            for (int m = 0; m < M; ++m) {
-                const X* x = line.x + m * line.x_stride + column;
-                for (int64_t c = 0; c < inside; ++c) sums[m][row] += value(w[c]) * value(x[c]);
-            }
-        }
-    }
-    static int32_t value(int8_t v) { return v; }
-    template <class V>
-    static float value(V v) {
-        return to_float(v);
     }
 };
 

@@ -116,8 +116,8 @@ class BlockDotAvx512 {
     }
 
   private:
-    static constexpr int64_t kChunkBytes = 128 << 10;    // of weights
-    static constexpr int64_t kMostVectors = kMostBlock;  // of weights, a column of blocks' width each
+    static constexpr int64_t kChunkBytes = 128 << 10, kInCache = 8 << 20;  // of weights
+    static constexpr int64_t kMostVectors = kMostBlock;                    // of weights, a column of blocks' width each
     using Lanes = typename Step::Lanes;
 
     struct Line {
@@ -135,7 +135,7 @@ class BlockDotAvx512 {
     };
 
     // As many rows of a block as registers hold sums of go from block to block, then the next. So many blocks at a time
-    // that L2 holds them meanwhile.
+    // that L2 holds them meanwhile; but what one row of activations gets from memory had better be one stream.
     template <int M, int together>
     static void blocks(const Line& line, Sum (*sums)[kMostBlock]) {
         constexpr int kVectors = M == 1 ? 16 : M <= 3 ? 8 : 4;
@@ -147,7 +147,8 @@ class BlockDotAvx512 {
             line.last > first && (weight.columns()[line.last - 1] + 1) * weight.shape.columns > weight.k;
         const int64_t last = line.last - partial;
         const int64_t size = weight.shape.rows * weight.shape.columns * static_cast<int64_t>(sizeof(Weight));
-        const int64_t step = std::max<int64_t>(1, kChunkBytes / size);
+        const bool stream = M == 1 && weight.kept() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
+        const int64_t step = stream ? 1 : std::max<int64_t>(1, kChunkBytes / size);
         alignas(64) Sums<M> all;
         int64_t block = first;
         do {
@@ -184,6 +185,9 @@ class BlockDotAvx512 {
         constexpr bool kExcess = Step::kShifted && first_vectors;  // the same for all
         const int64_t wide = line.weight.shape.columns, size = line.weight.shape.rows * wide;
         const int64_t pieces = (wide + kLanes - 1) / kLanes, w_stride = together * wide;
+        const int64_t bytes = line.weight.kept() * static_cast<int64_t>(sizeof(Weight));
+        const bool stream = M == 1 && bytes > kInCache;
+        const int64_t ahead = !stream && bytes > kLeastAsked ? kChunkBytes : 0;
         const int32_t* columns = line.weight.columns();
         Lanes acc[M * vectors], excess[M];
 #pragma GCC unroll 6
@@ -209,6 +213,7 @@ class BlockDotAvx512 {
                 const Weight* from = w + kLanes * piece;
                 uint64_t inside = 0;
                 if constexpr (partial) inside = lanes_inside<together>(line.weight.k - column - kLanes * piece, wide);
+                ask_ahead<vectors>(from, w_stride * static_cast<int64_t>(sizeof(Weight)), ahead);
                 __m512i activations[M];
 #pragma GCC unroll 6
                 for (int m = 0; m < M; ++m) {
@@ -217,7 +222,6 @@ class BlockDotAvx512 {
                 }
 #pragma GCC unroll 16
                 for (int v = 0; v < vectors; ++v, from += w_stride) {
-                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kChunkBytes, 0, 2);
                     const auto weights = partial ? Step::load(from, inside) : Step::load(from);
 #pragma GCC unroll 6
                     for (int m = 0; m < M; ++m) Step::multiply(acc[m * vectors + v], weights, activations[m]);

@@ -198,7 +198,8 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
 // ---- dot products -----------------------------------------------------------------------------------------------
 
 #if ENGINE_X86
-constexpr int64_t kLongestDot = 1 << 20;  // of K: a lane of 32 bits sums an eighth of it
+// Of K: a lane of 32 bits sums a quarter of it at most, where blocks of 16 columns fill half of a vector.
+constexpr int64_t kLongestDot = 1 << 19;
 
 // A few rows of activations by Dot, whose registers hold the sums.
 template <class Dot, class T>

@@ -1,7 +1,7 @@
 // int8_linear: int8 activations, quantised here, times int8 weights [N, K] as they lie. For many rows of activations
 // the panels of common/gemm_int8.h; for a few, dot products straight from the weights, which are then read from memory
-// once and would cost more to rearrange than to multiply. (On AVX2 these are for up to 4 rows, and the panels' driver
-// has others for a few more.)
+// once and would cost more to rearrange than to multiply. (On AVX2 without VNNI these are for up to 4 rows, and the
+// panels' driver has others for a few more.)
 
 #include <cstring>
 

@@ -16,7 +16,6 @@ from engine.nn._replace import is_conv1d
 from engine.ops._block import block_norms
 
 Compressed = CompressedLinear | CompressedEmbedding | CompressedConv2d
-TIED = 0.01  # a share of weights beyond the one wanted that tells of ties
 
 
 def needs_inputs(recipe: Recipe) -> str | None:
@@ -93,32 +92,15 @@ def thresholds_of(targets: list[Target], prune: Prune) -> dict[str, Tensor | flo
     if prune.pattern == "block":
         weights = [block_norms(weight) for weight in weights]
     if prune.scope == "model":
-        shared = _beside_ties(weights, ops.magnitude_threshold(weights, prune.sparsity), prune.sparsity)
+        shared = importance.beside_ties(weights, ops.magnitude_threshold(weights, prune.sparsity), prune.sparsity)
         return dict.fromkeys((target.name for target in targets), shared)
     scope = "row" if prune.scope == "row" else "tensor"
     return {
-        target.name: _beside_ties([weight], ops.magnitude_threshold(weight, prune.sparsity, scope), prune.sparsity)
+        target.name: importance.beside_ties(
+            [weight], ops.magnitude_threshold(weight, prune.sparsity, scope), prune.sparsity
+        )
         for target, weight in zip(targets, weights, strict=True)
     }
-
-
-def _beside_ties(weights: list[Tensor], threshold: Tensor, sparsity: float) -> Tensor:
-    """The threshold, or one just below where so many magnitudes equal it that this drops a share nearer to what is
-    wanted: of weights on a coarse grid (quantised before, signs alone) the threshold itself may drop all.
-    """
-    by_row = threshold.dim() > 0
-    count = weights[0].shape[1] if by_row else sum(weight.numel() for weight in weights)
-
-    def dropped(limit: Tensor) -> Tensor:
-        each = [(weight.detach().float().abs() <= limit).sum(1) for weight in weights]
-        return (each[0] if by_row else torch.stack([rows.sum() for rows in each]).sum()).double() / max(1, count)
-
-    above = dropped(threshold) - sparsity
-    if not bool((above > TIED).any()):
-        return threshold
-    lower = torch.nextafter(threshold.float(), torch.zeros_like(threshold, dtype=torch.float32))
-    nearer = (above > TIED) & (above >= sparsity - dropped(lower))
-    return torch.where(nearer.reshape(threshold.shape), lower, threshold.float())
 
 
 def is_plain(prune: Prune) -> bool:

@@ -141,6 +141,8 @@ def distill(
     begun = time.perf_counter()
     stream = _Stream(batches)
     before = {id(t): (t, t.detach().clone()) for t in (*student.parameters(), *student.buffers())}
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder for the checkpoint isn't there", str(checkpoint))
     models = [] if checkpoint is None else [fingerprint(model) for model in (student, teacher) if model is not None]
     undo = None
     try:
@@ -423,7 +425,7 @@ class _Run:
             try:
                 torch.save(state, temporary)
             except RuntimeError as error:  # what PyTorch makes of a full disk
-                raise OSError(errno.EIO, "can't be written", str(path)) from error
+                raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
         self.saved = f"{path}, of step {len(self.losses)}"
 
     def resume(self, checkpoint: Any) -> int:

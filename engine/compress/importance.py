@@ -20,9 +20,29 @@ from engine.ops.int8_quantize import SMALLEST_AMAX
 COLUMNS_AT_ONCE = 128  # columns that are pruned before the rest of the layer is corrected, as in SparseGPT
 DAMPING = 0.01  # share of the mean diagonal that is added to it
 DAMPING_TRIES = 6  # each ten times the last
+TIED = 0.01  # a share of weights beyond the one wanted that tells of ties
 CLIP_FRACTIONS = torch.linspace(0.5, 1.0, 26)  # of a row's amax, tried as the clipping limit
 
 logger = logging.getLogger(__name__)
+
+
+def beside_ties(weights: list[Tensor], threshold: Tensor, sparsity: float) -> Tensor:
+    """The threshold, or one just below where so many magnitudes equal it that this drops a share nearer to what is
+    wanted: of weights on a coarse grid (quantised before, signs alone) the threshold itself may drop all.
+    """
+    by_row = threshold.dim() > 0
+    count = weights[0].shape[1] if by_row else sum(weight.numel() for weight in weights)
+
+    def dropped(limit: Tensor) -> Tensor:
+        each = [(weight.detach().float().abs() <= limit).sum(1) for weight in weights]
+        return (each[0] if by_row else torch.stack([rows.sum() for rows in each]).sum()).double() / max(1, count)
+
+    above = dropped(threshold) - sparsity
+    if not bool((above > TIED).any()):
+        return threshold
+    lower = torch.nextafter(threshold.float(), torch.zeros_like(threshold, dtype=torch.float32))
+    nearer = (above > TIED) & (above >= sparsity - dropped(lower))
+    return torch.where(nearer.reshape(threshold.shape), lower, threshold.float())
 
 
 def wanda_threshold(weight: Tensor, statistics: InputStatistics, prune: Prune) -> Tensor:

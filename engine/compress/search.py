@@ -215,7 +215,7 @@ def search(
         moments = any(r.prune is not None and r.prune.importance == "obs" for r in candidates.values())
         how: dict[str, Any] = {"targets": targets, "ignore": ignore, "second_moment": moments}
         calibration = calibrate(model, batches, progress=progress, **how)
-    identity = _identity(model, found, candidates, batches, example_inputs)
+    identity = "" if checkpoint is None else _identity(model, found, candidates, batches, example_inputs)
     with Journal(checkpoint, identity, "engine.search") as notes:
         return _search(model, batches, example_inputs, loss, found, candidates, calibration, budget, notes, progress)
 

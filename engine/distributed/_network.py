@@ -47,7 +47,9 @@ class Network:
         self._others = [rank for rank in range(self.size) if rank != self.rank]
         self.timeout = _timeout_seconds(group)
         self.bytes_sent = 0  # to other hosts, by all operations
-        self._store = dist.PrefixStore("engine.network", c10d._get_process_group_store(group))
+        store = dist.PrefixStore("engine.network", c10d._get_process_group_store(group))
+        # A group of the same name may have been here before: what it left in the store is not looked at.
+        self._store = dist.PrefixStore(str(store.add(f"generation/{self.rank}", 1)), store)
         # Connections of our own: after an error they are closed, which wakes whoever waits for this rank.
         wait = timedelta(seconds=self.timeout)
         self._gloo: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self._store), self.rank, self.size, wait)

@@ -237,7 +237,7 @@ def _parallel(target: _Target, group: dist.ProcessGroup, codec: str | None, exac
         shard = CompressedLinear(
             whole.format.shard(target.dim, target.begin, target.end), shard_bias, whole._dtype_marker.dtype
         )
-        shard.to(shard.values.device)  # the marker of the dtype
+        shard._dtype_marker.data = shard._dtype_marker.data.to(shard.values.device)
         if shard.values.is_floating_point():
             shard.values.requires_grad_(whole.values.requires_grad)
     else:

@@ -18,6 +18,23 @@ MARKER = "_dtype_marker"  # a parameter that no file holds
 _watched: list[set[int]] = []  # by weights_read
 
 
+class _Marker(nn.Parameter):
+    """A parameter that never requires a gradient: it would get none, and DistributedDataParallel would wait for it."""
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """False."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        pass
+
+    def requires_grad_(self, requires_grad: bool = True) -> "_Marker":
+        """Changes nothing."""
+        return self
+
+
 @contextlib.contextmanager
 def weights_read() -> Iterator[set[int]]:
     """Gathers the ids of the compressed modules whose dense `weight` is made while it lasts."""
@@ -26,7 +43,7 @@ def weights_read() -> Iterator[set[int]]:
     try:
         yield seen
     finally:
-        _watched.remove(seen)
+        _watched[:] = [each for each in _watched if each is not seen]
 
 
 class _Compressed(nn.Module):
@@ -47,7 +64,7 @@ class _Compressed(nn.Module):
             dtype = format.values.dtype if format.values.is_floating_point() else torch.float32
         # Without elements: it follows .to(dtype) as any float parameter does, so that the dtype of the dense weight is
         # known, and stands first, so that whoever asks a model's first parameter for a dtype is told that one.
-        self.register_parameter(MARKER, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+        self.register_parameter(MARKER, _Marker(torch.empty(0, dtype=dtype), requires_grad=False))
         self._format_type: type[Format] = type(format)
         fields = dict(vars(format))
         for name in format.TENSORS:

@@ -113,10 +113,8 @@ def block_norms(weight: Tensor, block_shape: tuple[int, int] = BLOCK_SHAPE) -> T
     rows, columns = weight.shape
     block_rows, block_columns = block_shape
     blocks = as_blocks(weight, *block_shape)
-    kind = torch.float32
-    if weight.numel() and not torch.compiler.is_compiling() and not 1e-12 < weight.abs().amax().item() < 1e12:
-        kind = torch.float64  # their squares would leave float32's range
-    norms = torch.linalg.vector_norm(blocks, dim=(2, 3), dtype=kind).float()
+    # In float64: squares of numbers far from 1 leave float32's range.
+    norms = torch.linalg.vector_norm(blocks, dim=(2, 3), dtype=torch.float64).float()
     high, wide = norms.shape
     tall = (rows - block_rows * torch.arange(high, device=weight.device)).clamp(max=block_rows)
     broad = (columns - block_columns * torch.arange(wide, device=weight.device)).clamp(max=block_columns)

@@ -316,3 +316,13 @@ def test_errors(op):
             op(*arguments)
     with pytest.raises(ValueError, match=f"{op.name}: bias: expected shape"):
         getattr(engine.ops, op.name)(x, *weight, bias=torch.randn(5))
+
+
+@pytest.mark.parametrize("wide", [16, 48, 32])
+def test_the_largest_sums_of_blocks(variant, wide):
+    """A million products of 127 and 127: no lane of a register may run over."""
+    columns = -(-(1 << 20) // wide)
+    values = torch.full((columns, 16, wide), 127, dtype=torch.int8)
+    crow, col = torch.tensor([0, columns], dtype=torch.int32), torch.arange(columns, dtype=torch.int32)
+    y = engine.ops.block_int8_linear(torch.ones(1, 1 << 20), crow, col, values, torch.ones(16), input_scale=1 / 127)
+    assert y[0].tolist() == pytest.approx([127.0 * (1 << 20)] * 16)
