@@ -116,8 +116,8 @@ class BlockDotAvx512 {
     }
 
   private:
-    static constexpr int64_t kChunkBytes = 128 << 10, kInCache = 8 << 20;  // of weights
-    static constexpr int64_t kMostVectors = kMostBlock;                    // of weights, a column of blocks' width each
+    static constexpr int64_t kChunkBytes = 128 << 10;    // of weights
+    static constexpr int64_t kMostVectors = kMostBlock;  // of weights, a column of blocks' width each
     using Lanes = typename Step::Lanes;
 
     struct Line {
@@ -135,7 +135,7 @@ class BlockDotAvx512 {
     };
 
     // As many rows of a block as registers hold sums of go from block to block, then the next. So many blocks at a time
-    // that L2 holds them meanwhile; but what one row of activations gets from memory had better be one stream.
+    // that L2 holds them meanwhile.
     template <int M, int together>
     static void blocks(const Line& line, Sum (*sums)[kMostBlock]) {
         constexpr int kVectors = M == 1 ? 16 : M <= 3 ? 8 : 4;
@@ -147,8 +147,7 @@ class BlockDotAvx512 {
             line.last > first && (weight.columns()[line.last - 1] + 1) * weight.shape.columns > weight.k;
         const int64_t last = line.last - partial;
         const int64_t size = weight.shape.rows * weight.shape.columns * static_cast<int64_t>(sizeof(Weight));
-        const bool stream = M == 1 && weight.kept() * static_cast<int64_t>(sizeof(Weight)) > kInCache;
-        const int64_t step = stream ? 1 : std::max<int64_t>(1, kChunkBytes / size);
+        const int64_t step = std::max<int64_t>(1, kChunkBytes / size);
         alignas(64) Sums<M> all;
         int64_t block = first;
         do {
@@ -186,8 +185,7 @@ class BlockDotAvx512 {
         const int64_t wide = line.weight.shape.columns, size = line.weight.shape.rows * wide;
         const int64_t pieces = (wide + kLanes - 1) / kLanes, w_stride = together * wide;
         const int64_t bytes = line.weight.kept() * static_cast<int64_t>(sizeof(Weight));
-        const bool stream = M == 1 && bytes > kInCache;
-        const int64_t ahead = !stream && bytes > kLeastAsked ? kChunkBytes : 0;
+        const int64_t ahead = bytes > kLeastAsked ? kChunkBytes : 0;
         const int32_t* columns = line.weight.columns();
         Lanes acc[M * vectors], excess[M];
 #pragma GCC unroll 6
