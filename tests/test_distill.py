@@ -254,9 +254,10 @@ def test_a_resume_ends_in_the_same_bits(tmp_path, how):
         given = {"student": copy.deepcopy(start), "teacher": teacher, "loss": "mse", **differing}
         with pytest.raises(ValueError, match="is of another run"):
             engine.distill(batches=batches, checkpoint=file, **given, **how)
-    file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(ValueError, match="is no checkpoint of a distillation"):
-        train(copy.deepcopy(start), None, file)
+    for damaged in (file.read_bytes()[:500], b"", b"not a pickle, and no archive either"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is no checkpoint of a distillation"):
+            train(copy.deepcopy(start), None, file)
 
 
 def test_a_loss_that_is_no_number_stops(tmp_path):

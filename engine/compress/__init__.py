@@ -5,7 +5,8 @@ from engine.compress.distill import Distillation, distill
 from engine.compress.model import compress_, prune_, quantize_
 from engine.compress.recipe import Prune, Quantize, Recipe
 from engine.compress.report import Report
-from engine.compress.search import CANDIDATES, Search, search
+from engine.compress.search import CANDIDATES, search
+from engine.compress.search_result import Search
 
 __all__ = [
     "CANDIDATES",

@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
-from engine._files import replacing, write_text
+from engine._files import write_text
 from engine.compress import measure
 from engine.compress.calibrate import Calibration, calibrate
 from engine.compress.candidates import make_candidates, needs_inputs
@@ -25,12 +22,10 @@ from engine.compress.fingerprint import fingerprint
 from engine.compress.losses import Loss, make_loss
 from engine.compress.recipe import Recipe, check_recipes, describe_recipes
 from engine.compress.targets import patterns_of, targets_by_recipe
-from engine.compress.trainable import TrainableLinear, trainable, trainable_layers, twins
+from engine.compress.trainable import TrainableLinear, trainable, twins
+from engine.compress.training_run import BatchStream, Settings, TrainingRun
 from engine.nn import CompressedConv2d, CompressedLinear
 from engine.nn.compressed import _Compressed
-
-MASK_UPDATES = 50  # that gradual pruning takes, at most
-FORMAT = 2
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +132,11 @@ def distill(
         FloatingPointError: the loss or gradient is not finite; names the step and the last good checkpoint.
     """
     recipes = [] if recipe is None else check_recipes(recipe, "distill")
+    if checkpoint_every < 1:
+        raise ValueError(f"engine.distill: checkpoint_every: expected at least 1, got {checkpoint_every}")
     _check(steps, accumulate, gradual, dtype, recipes, student)
     begun = time.perf_counter()
-    stream = _Stream(batches)
+    stream = BatchStream(batches)
     before = {id(t): (t, t.detach().clone()) for t in (*student.parameters(), *student.buffers())}
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder for the checkpoint isn't there", str(checkpoint))
@@ -148,15 +145,14 @@ def distill(
     try:
         replacements = _prepare(student, recipe, recipes, calibration, stream, gradual)
         undo = measure.replace_(student, replacements)
-        layers = trainable_layers(student)
         hidden = match_hidden if isinstance(match_hidden, Mapping) else list(match_hidden)
         compute = make_loss(student, teacher, loss, temperature, hidden, teacher_cache)
         described = None if recipe is None else describe_recipes(recipe)
         pairs = dict(hidden) if isinstance(hidden, Mapping) else hidden
         aim = [loss if isinstance(loss, str) else _name_of(loss), temperature, pairs]
         origin = {"recipe": described, "models": models, "loss": aim}
-        run = _Run(student, compute, stream, layers, origin, steps, accumulate, dtype, gradual, clip_norm, warmup)
-        run.start(wrap, optimizer, learning_rate)
+        settings = Settings(steps, accumulate, dtype, gradual, clip_norm, warmup)
+        run = TrainingRun(student, compute, stream, settings, origin, wrap, optimizer, learning_rate)
         resumed = run.resume(checkpoint)
         with _teaching(teacher), compute:
             run.train(checkpoint, checkpoint_every, progress)
@@ -171,7 +167,7 @@ def distill(
     finally:
         for parameter in student.parameters():
             parameter.grad = None
-    sparsity = {name: layer.sparsity for name, layer in layers.items()}
+    sparsity = {name: layer.sparsity for name, layer in run.layers.items()}
     return Distillation(run.losses, sparsity, resumed, time.perf_counter() - begun)
 
 
@@ -206,7 +202,7 @@ def _prepare(
     recipe: Recipe | Mapping[str, Recipe] | None,
     recipes: list[Recipe],
     calibration: Calibration | None,
-    stream: "_Stream",
+    stream: BatchStream,
     gradual: int,
 ) -> dict[str, nn.Module]:
     """What stands in the student's layers while it trains, by qualified name."""
@@ -270,191 +266,3 @@ def _teaching(teacher: nn.Module | None) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _Stream:
-    """The batches, over and over, and where in them training is."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches, self._iterator, self._taken = batches, None, 0
-        self._epoch_rng = torch.get_rng_state()
-        self._begun: list[Any] = []
-
-    def first(self) -> Any:
-        """The first batch, which will come again."""
-        if not self._begun:
-            self._begun.append(self.next())
-        return self._begun[0]
-
-    def next(self) -> Any:
-        """The next batch."""
-        if self._begun:  # taken already
-            return self._begun.pop()
-        if self._iterator is None:
-            self._begin()
-        try:
-            batch = next(self._iterator)  # type: ignore[call-overload]
-        except StopIteration:
-            if self._taken == 0:
-                raise ValueError("engine.distill: batches: ran out, and gave none when iterated anew") from None
-            self._begin()
-            return self.next()
-        self._taken += 1
-        return batch
-
-    def _begin(self) -> None:
-        self._epoch_rng = torch.get_rng_state()
-        self._iterator, self._taken = iter(self._batches), 0  # type: ignore[assignment]
-
-    def state(self) -> dict[str, Any]:
-        return {"taken": self._taken, "epoch_rng": self._epoch_rng, "rng": torch.get_rng_state()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._begun.clear()
-        torch.set_rng_state(state["epoch_rng"])
-        self._begin()
-        for _ in range(state["taken"]):
-            next(self._iterator)  # type: ignore[call-overload]
-        self._taken = state["taken"]
-        torch.set_rng_state(state["rng"])
-
-
-@dataclasses.dataclass
-class _Run:
-    """The loop and all of its state."""
-
-    student: nn.Module
-    compute: Any
-    stream: _Stream
-    layers: dict[str, TrainableLinear]
-    origin: dict[str, Any]  # what it began with: must be the same for a checkpoint to go on
-    steps: int
-    accumulate: int
-    dtype: torch.dtype | None
-    gradual: int
-    clip_norm: float | None
-    warmup: float
-    losses: list[float] = dataclasses.field(default_factory=list)
-    saved: str = "none was saved"
-
-    def start(self, wrap: Any, optimizer: Any, learning_rate: float) -> None:
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("engine.distill: no parameter of the student requires a gradient")
-        self.device = self.parameters[0].device.type
-        if optimizer is None:
-            fused = self.device in ("cpu", "cuda")  # 2 to 5 times as fast there as a loop over parameters
-            self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=0.0, fused=fused)
-        else:
-            self.optimizer = optimizer(self.parameters)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.model = wrap(self.student) if wrap is not None else self.student
-
-    def train(self, checkpoint: Any, every: int, progress: bool) -> None:
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-            task = bar.add_task("distilling", total=self.steps, completed=len(self.losses))
-            while len(self.losses) < self.steps:
-                self.losses.append(self._step(len(self.losses)))
-                bar.advance(task)
-                done = len(self.losses)
-                if checkpoint is not None and (done % every == 0 or done == self.steps):
-                    self._save(_own_file(checkpoint))
-
-    def _step(self, step: int) -> float:
-        self._update_masks(step)
-        warm = max(1, round(self.warmup * self.steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, self.steps - warm)))
-        factor = min(1.0, (step + 1) / warm) * cosine
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for i in range(self.accumulate):
-            batch = self.stream.next()
-            last = i == self.accumulate - 1
-            no_sync = getattr(self.model, "no_sync", None)
-            with contextlib.nullcontext() if last or no_sync is None else no_sync():
-                with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
-                    loss = self.compute(self.model, batch) / self.accumulate
-                self._expect_finite(loss.detach(), "loss", step)
-                loss.backward()
-            total += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm if self.clip_norm is not None else math.inf)
-        self._expect_finite(norm, "gradient's norm", step)
-        self.optimizer.step()
-        return total
-
-    def _expect_finite(self, value: Tensor, what: str, step: int) -> None:
-        """Raises in every process when `value` is not finite in one of them."""
-        bad = (~value.isfinite()).float()
-        if self.model is not self.student and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        if bad.item():
-            raise FloatingPointError(
-                f"engine.distill: step {step + 1}: the {what} is {value.item()}; the last good checkpoint: {self.saved}"
-            )
-
-    def _update_masks(self, step: int) -> None:
-        if not self.gradual:
-            return
-        last = min(self.gradual, self.steps - 1)
-        if step > last or (step % max(1, self.gradual // MASK_UPDATES) and step != last):
-            return
-        share = 1.0 if step == last else 1 - (1 - step / self.gradual) ** 3
-        for layer in self.layers.values():
-            layer.prune_on(share)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to go on."""
-        shapes = {name: list(p.shape) for name, p in self.student.named_parameters()}
-        settings = [self.steps, self.accumulate, str(self.dtype), self.gradual, self.clip_norm, self.warmup]
-        rates = [*self.rates, type(self.optimizer).__name__]
-        return {"format": FORMAT, **self.origin, "settings": settings, "rates": rates, "shapes": shapes}
-
-    def _save(self, path: Path) -> None:
-        state = {
-            "identity": json.dumps(self._identity(), sort_keys=True),
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "stream": self.stream.state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "losses": self.losses,
-        }
-        with replacing(path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # what PyTorch makes of a full disk
-                raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
-        self.saved = f"{path}, of step {len(self.losses)}"
-
-    def resume(self, checkpoint: Any) -> int:
-        """Takes the checkpoint's state, if there is one; returns its step."""
-        if checkpoint is None or not _own_file(checkpoint).exists():
-            return 0
-        path = _own_file(checkpoint)
-        try:
-            state = torch.load(path, map_location=self.parameters[0].device, weights_only=True)
-            same = state["identity"] == json.dumps(self._identity(), sort_keys=True)
-        except (RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
-            raise ValueError(f"engine.distill: {path}: is no checkpoint of a distillation: {error}") from error
-        if not same:
-            raise ValueError(
-                f"engine.distill: {path}: is of another run (recipe, steps, settings, loss or models): remove it"
-            )
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses = list(state["losses"])
-        self.stream.restore({name: v.cpu() if isinstance(v, Tensor) else v for name, v in state["stream"].items()})
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-        self.saved = f"{path}, of step {len(self.losses)}"
-        return len(self.losses)
-
-
-def _own_file(checkpoint: str | os.PathLike) -> Path:
-    """The checkpoint's file of this process: after the first, the rank is in the name."""
-    path = Path(checkpoint)
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return path.with_name(f"{path.name}.rank{torch.distributed.get_rank()}")
-    return path

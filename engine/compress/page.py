@@ -11,7 +11,7 @@ from engine.compress.report import _STYLE, _html_row, _short, _without_nan
 
 if TYPE_CHECKING:
     from engine.compress.distill import Distillation
-    from engine.compress.search import Search
+    from engine.compress.search_result import Search
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; each kind of mark has a shape of its own besides.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
