@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed._member import Member, member_of, reduce_by_torch
+from engine.distributed._network import plain
 from engine.distributed._shared_memory import DTYPES, OPS, PeerError
 from engine.distributed._work import Work
 from engine.ops.ring_codec import CODECS
@@ -165,18 +166,11 @@ def _by_network(
 ) -> Work | None:
     network = member.network
     assert network is not None
-
-    def reduce() -> torch.Tensor:
-        wide = plain(t) if codec is None else plain(t).float()
-        network.all_reduce(wide, op, codec, residual, density)
-        if wide.data_ptr() != t.data_ptr():
-            t.detach().copy_(wide)
-        return t
-
+    collective = network.all_reduce(t, op, codec, residual, density)
     if async_op:
-        return member.worker.submit(reduce)
+        return network.submit(collective, member.worker)
     member.worker.drain()
-    reduce()
+    network.run(collective)
     return None
 
 
@@ -227,11 +221,6 @@ def _check_arguments(
         if not fits or residual.device != t.device:
             raise ValueError(f"all_reduce: residual: expected {t.numel()} contiguous float32 elements on {t.device}")
     return check_group("all_reduce", group)
-
-
-def plain(t: torch.Tensor) -> torch.Tensor:
-    """The elements of `t` in order in memory: in its own, or in a copy where it is strided or lazily negated."""
-    return t.detach().resolve_neg().contiguous()
 
 
 def check_tensor(name: str, t: torch.Tensor, op: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

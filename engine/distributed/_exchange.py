@@ -10,10 +10,15 @@ shared memory, then each carries one part of it between the hosts, and in the en
     encode, send       X     X     X     X     X
     reduce, send                   X     X     X   ...      two windows later
     decode                                     X   ...      another two later
+
+Once all windows are sent the next operation's first ones may follow: it need not wait for this one's reductions. Nor
+does a rank that already does so hold up one that doesn't: it has sent its last sum before it waits for anything of the
+next operation's.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +35,7 @@ PIECE = {None: 1 << 18, "bf16": 1 << 18, "int8": 1 << 18, "bitmap": 1 << 21}
 SMALLEST_PIECE = 1 << 16
 WINDOWS = {None: 32, "bf16": 32, "int8": 32, "bitmap": 4}  # wanted, so that filling and draining cost little
 SCATTER, GATHER = 1, 2  # tags
+POOLED = 2  # buffers that are kept for the next operations, of which two may be under way at once
 
 Send = Callable[[Tensor, int, int], Any]  # tensor, rank, tag; returns a work
 Receive = Send
@@ -79,7 +85,7 @@ def plan(n: int, codec: str | None, place: Place) -> Windows:
 
 
 class Exchange:
-    """The all-reduce of one flat contiguous tensor."""
+    """The all-reduce of one flat contiguous tensor, its buffers taken from `pool` where one there is large enough."""
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class Exchange:
         local: Any,
         send: Send,
         receive: Receive,
+        pool: list[Tensor],
     ) -> None:
         self.t, self.op, self.codec, self.residual, self.density = t, op, codec, residual, density
         self.place, self.local, self.send, self.receive = place, local, send, receive
@@ -108,7 +115,15 @@ class Exchange:
         # Of windows that fall into equal parts, the part that this rank carries between the hosts.
         part = self.windows.size // place.local_size if local is not None else 0
         self.parts = t.new_empty(SLOTS, part)
-        self.buffers = torch.empty(SLOTS, 3 * len(self.others) + 1, size, dtype=torch.uint8)
+        shape = (SLOTS, 3 * len(self.others) + 1, size)
+        self.pool, needed = pool, math.prod(shape)
+        try:
+            self.memory = pool.pop()
+        except IndexError:
+            self.memory = torch.empty(0, dtype=torch.uint8)
+        if self.memory.numel() < needed:
+            self.memory = torch.empty(needed, dtype=torch.uint8)
+        self.buffers = self.memory[:needed].view(shape)
 
     def _largest(self) -> int:
         longest = self.windows.piece(0, 0, 0)
@@ -138,8 +153,8 @@ class Exchange:
         n = piece.stop - piece.start
         return self.parts[i % SLOTS, host * n : (host + 1) * n]
 
-    def run(self) -> None:
-        """Does all of it."""
+    def steps(self) -> Iterator[bool]:
+        """Does all of it, a window's worth at a time, and yields whether all windows are sent."""
         count = self.windows.count
         for i in range(min(AHEAD, count)):
             self._post(i)
@@ -150,9 +165,13 @@ class Exchange:
                 self._reduce(i - DELAY)
             if i >= 2 * DELAY:
                 self._collect(i - 2 * DELAY)
+            # The order among a host's ranks must not depend on when messages from others arrive.
+            yield i >= count - 1 and self.local is None
         for works in self.sends:
             for work in works:
                 work()
+        self.pool.append(self.memory)  # after an error it isn't: something may still arrive there
+        del self.pool[:-POOLED]
 
     def _post(self, i: int) -> None:
         """Posts the receives of window i."""

@@ -1,14 +1,15 @@
 """Ranks that don't all share a host: their gloo connections, what they compare before each operation, and errors."""
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import socket
-import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,26 +18,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from engine.distributed._announcement import Announcement, Call
 from engine.distributed._exchange import GATHER, Exchange, Place
-from engine.distributed._shared_memory import (
-    DTYPES,
-    KINDS,
-    OPS,
-    Communicator,
-    PeerError,
-    _boot_id,
-    _timeout_seconds,
-    connect_ranks,
-)
-from engine.ops.ring_codec import CODECS
+from engine.distributed._shared_memory import Communicator, PeerError, _boot_id, _timeout_seconds, connect_ranks
+from engine.distributed._work import Operation, Steps, Work, Worker
 
 logger = logging.getLogger("engine.distributed")
 
-HEADER = struct.Struct("<qqiiiid")  # operation's number, numel, kind, dtype, op, codec, density
-HEADER_TAG = 0
 WARN_AFTER = 10.0  # seconds
 GRACE = 0.4  # seconds in which every survivor of a failure reports itself
 UNKNOWN = "unknown"  # what a survivor reports that was not the cause
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An operation that can be done.
+
+    Attributes:
+        call: what the ranks compare.
+        steps: what does it.
+        touched: the tensors that it reads and writes.
+        overlaps: whether it may begin while the one before ends (see Exchange).
+    """
+
+    call: Call
+    steps: Callable[[], Steps]
+    touched: tuple[Tensor, ...]
+    overlaps: bool = False
 
 
 class Network:
@@ -59,10 +67,13 @@ class Network:
         where = [json.loads(self._store.get(f"host/{rank}")) for rank in range(self.size)]
         self._names = [f"rank {rank} on {name}" for rank, (_, _, name) in enumerate(where)]
         self._place, self._local = self._find_place(group, [(boot, space) for boot, space, _ in where])
-        self._number, self._error = 0, ""
-        self._headers = torch.empty(self.size, HEADER.size, dtype=torch.uint8)
-        self._lock = threading.Lock()
-        self._waiting_since, self._waits_for = 0.0, self.rank  # 0 while no operation runs
+        self._error = ""
+        self._number, self._order = 0, threading.Lock()  # of operations that were called
+        self._turn = threading.Condition()
+        self._unfinished: dict[int, bool] = {}  # by number: what was called and has not ended; whether a worker does it
+        self._begun: dict[int, float] = {}  # by number: when it was this operation's turn
+        self._pool: list[Tensor] = []  # of buffers
+        self._waits_for = self.rank
         if self.timeout > WARN_AFTER:
             threading.Thread(target=_warn_when_slow, args=(weakref.ref(self),), daemon=True).start()
 
@@ -89,79 +100,141 @@ class Network:
 
     def all_reduce(
         self, t: Tensor, op: str, codec: str | None = None, residual: Tensor | None = None, density: float = 0.01
-    ) -> None:
-        """Reduces a contiguous tensor in place; with a codec it and `residual`, of as many elements, are float32."""
-        flat, left = _flat(t), None if residual is None else _flat(residual)
-        self._run("all_reduce", t, op, lambda: self._reduce(flat, op, codec, left, density), codec, density)
+    ) -> Collective:
+        """Reduces a tensor in place; with a codec in float32, and `residual` is float32 of as many elements."""
 
-    def reduce_scatter(self, t: Tensor, result: Tensor, op: str) -> None:
-        """Reduces a contiguous tensor, and leaves this rank's part in `result`: all_reduce's, to the bit."""
+        def steps() -> Steps:
+            whole = plain(t) if codec is None else plain(t).float()
+            yield from self._reduce(_flat(whole), op, codec, None if residual is None else _flat(residual), density)
+            if whole.data_ptr() != t.data_ptr():
+                t.detach().copy_(whole)
+            return t
 
-        def reduce() -> None:
-            whole, n = _flat(t).clone(), result.numel()
-            self._reduce(whole, op)
-            result.copy_(whole[self.rank * n : (self.rank + 1) * n].view_as(result))
+        dtype = t.dtype if codec is None else torch.float32
+        call = Call("all_reduce", t.numel(), dtype, op, codec, density if codec == "bitmap" else 0.0)
+        touched = (t,) if residual is None else (t, residual)
+        return Collective(call, steps, touched, self._local is None and not self._goes_by_gloo(dtype, codec))
 
-        self._run("reduce_scatter", result, op, reduce)
+    def reduce_scatter(self, t: Tensor, op: str) -> Collective:
+        """Reduces a tensor, whose first dimension's length the ranks divide: a new one with this rank's part."""
 
-    def all_gather(self, t: Tensor, result: Tensor) -> None:
-        """Puts every rank's `t` into `result`, one after the other; both are contiguous."""
+        def steps() -> Steps:
+            whole = plain(t).clone()
+            yield from self._reduce(_flat(whole), op)
+            each = whole.shape[0] // self.size
+            return whole[self.rank * each : (self.rank + 1) * each].clone()
 
-        def gather() -> None:
-            flat, parts = _flat(t), result.view(self.size, t.numel())
-            parts[self.rank].copy_(flat)
+        return Collective(Call("reduce_scatter", t.numel() // self.size, t.dtype, op), steps, (t,))
+
+    def all_gather(self, t: Tensor) -> Collective:
+        """Puts every rank's tensor into a new one, one after the other."""
+
+        def steps() -> Steps:
+            mine = _flat(plain(t))
+            result = t.new_empty(self.size * t.shape[0], *t.shape[1:]) if t.dim() else t.new_empty(self.size)
+            parts = result.view(self.size, mine.numel())
+            parts[self.rank].copy_(mine)
             works = [self._receive(parts[rank], rank, GATHER) for rank in self._others]
-            works += [self._send(flat, rank, GATHER) for rank in self._others]
+            works += [self._send(mine, rank, GATHER) for rank in self._others]
             for work in works:
                 work()
-            self.bytes_sent += t.nbytes * (self.size - self._place.local_size)
+            yield False
+            self.bytes_sent += mine.nbytes * (self.size - self._place.local_size)
+            return result
 
-        self._run("all_gather", t, "sum", gather)
+        return Collective(Call("all_gather", t.numel(), t.dtype), steps, (t,))
 
-    def _run(
-        self,
-        kind: str,
-        t: Tensor,
-        op: str,
-        function: Callable[[], None],
-        codec: str | None = None,
-        density: float = 0.0,
-    ) -> None:
-        """Runs an operation once all ranks are known to call the same, of as many elements as `t` has."""
-        with self._lock:
+    def run(self, collective: Collective) -> Tensor:
+        """Does it in this thread, in its turn; returns its result."""
+        with self._leaving_on_interrupt():
+            with self._order:
+                announcement = self._announce(collective.call, by_worker=False)
+            steps = self._steps(announcement, collective.steps)
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value
+
+    def submit(self, collective: Collective, worker: Worker) -> Work:
+        """Does it in the worker's thread, in its turn; its call goes out to the others at once."""
+        with self._leaving_on_interrupt(), self._order:
+            announcement = self._announce(collective.call, by_worker=True)
+            operation = Operation(lambda: self._steps(announcement, collective.steps), touched=collective.touched)
+            if collective.overlaps:
+                operation.may_begin = lambda: announcement.has_arrived() and self._is_next(announcement.number)
+            return worker.submit_operation(operation)
+
+    def _announce(self, call: Call, by_worker: bool) -> Announcement:
+        """Gives the call its number and sends it out; in the order of the numbers all is sent, and done."""
+        self._number += 1
+        announcement = Announcement(self._number, call, self._others)
+        with self._turn:
+            self._unfinished[self._number] = by_worker
+        if not self._error:
+            announcement.post(self._send, self._receive)
+        return announcement
+
+    @contextlib.contextmanager
+    def _leaving_on_interrupt(self) -> Iterator[None]:
+        """An interrupt leaves the group, be it while an error is explained: the others wait for what won't come."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._error = f"{self._names[self.rank]} was interrupted in operation {self._number}"
+            self._leave(self._error, self._error)
+            with self._turn:
+                self._turn.notify_all()
+            raise
+
+    def _steps(self, announcement: Announcement, steps: Callable[[], Steps]) -> Steps:
+        """Those of an operation, once all ranks are known to call the same; its errors, explained."""
+        kind, number = announcement.call.kind, announcement.number
+        try:
+            with self._turn:
+                self._turn.wait_for(lambda: self._error or self._is_next(number))
             if self._error:
                 raise PeerError(f"{kind}: this group failed before: {self._error}")
+            self._begun[number] = time.monotonic()
             try:
-                self._number += 1
-                self._waiting_since = time.monotonic()
-                try:
-                    self._compare(kind, t, op, codec, density)
-                    function()
-                except Exception as error:
-                    self._error = self._explain(error)
-                    raise PeerError(f"{kind}: {self._error}") from None
-            except PeerError:
-                raise
-            except BaseException:  # an interrupt, be it while an error was explained
-                self._error = f"{self._names[self.rank]} was interrupted in operation {self._number}"
-                self._leave(self._error, self._error)
-                raise
-            finally:
-                self._waiting_since = 0.0
+                announcement.compare(self.rank, self._names)
+                result = yield from steps()
+            except Exception as error:
+                if not self._error:  # of an operation that was under way besides
+                    self._error = self._explain(error, number)
+                raise PeerError(f"{kind}: {self._error}") from None
+            return result
+        finally:
+            self._begun.pop(number, None)
+            with self._turn:
+                self._unfinished.pop(number, None)
+                self._turn.notify_all()
+
+    def _is_next(self, number: int) -> bool:
+        """Whether all operations before it have ended, or are the worker's as it is: that knows when one may begin."""
+        by_worker = self._unfinished[number]
+        return all(by_worker and theirs for other, theirs in self._unfinished.copy().items() if other < number)
 
     def _reduce(
         self, t: Tensor, op: str, codec: str | None = None, residual: Tensor | None = None, density: float = 0.0
-    ) -> None:
+    ) -> Iterator[bool]:
+        """Steps that reduce a flat contiguous tensor."""
         if op == "avg" and t.dtype == torch.int32:
             wide = t.long()  # the sum may not fit where the average does
-            self._reduce(wide, op)
+            yield from self._reduce(wide, op)
             t.copy_(wide)
-        elif codec is None and self._local is None and t.dtype not in (torch.float16, torch.bfloat16):
+        elif self._goes_by_gloo(t.dtype, codec):
             self._by_gloo(t, op)
         else:
-            exchange = Exchange(t, op, codec, residual, density, self._place, self._local, self._send, self._receive)
-            exchange.run()
+            ways = (self._place, self._local, self._send, self._receive, self._pool)
+            exchange = Exchange(t, op, codec, residual, density, *ways)
+            yield from exchange.steps()
             self.bytes_sent += exchange.bytes_sent
+
+    def _goes_by_gloo(self, dtype: torch.dtype, codec: str | None) -> bool:
+        return codec is None and self._local is None and dtype not in (torch.float16, torch.bfloat16)
 
     def _by_gloo(self, t: Tensor, op: str) -> None:
         """gloo's own ring: it uses all of the wire, and is quicker than ours for small tensors."""
@@ -189,24 +262,7 @@ class Network:
 
         return wait
 
-    def _compare(self, kind: str, t: Tensor, op: str, codec: str | None, density: float) -> None:
-        """Every rank compares itself with all others before any data goes out: all find a difference, or none."""
-        coded = CODECS.index(codec) if codec else -1
-        what = (t.numel(), KINDS.index(kind), DTYPES.index(t.dtype), OPS.index(op), coded, density)
-        own = torch.frombuffer(bytearray(HEADER.pack(self._number, *what)), dtype=torch.uint8)
-        receives = [self._receive(self._headers[rank], rank, HEADER_TAG) for rank in self._others]
-        sends = [self._send(own, rank, HEADER_TAG) for rank in self._others]
-        for work in receives + sends:
-            work()
-        for rank in self._others:
-            number, *theirs = HEADER.unpack(self._headers[rank].numpy().tobytes())
-            if (number, *theirs) != (self._number, *what):
-                raise PeerError(
-                    f"operation {self._number}: {self._names[rank]} called {_words(*theirs)}, "
-                    f"rank {self.rank} {_words(*what)}"
-                )
-
-    def _explain(self, error: Exception) -> str:
+    def _explain(self, error: Exception, number: int) -> str:
         """What went wrong, in words; afterwards everybody who waits for this rank knows that something did."""
         text = str(error).removeprefix("all_reduce: ")
         if isinstance(error, PeerError) and text.startswith("operation "):
@@ -218,11 +274,11 @@ class Network:
             return cause
         lost = [rank for rank in self._others if rank not in reports]
         if not lost:
-            return f"{text} in operation {self._number}"
+            return f"{text} in operation {number}"
         names = " and ".join(self._names[rank] for rank in lost)
         if "timed out" in text.lower() or "did not answer" in text:
-            return f"{names} did not answer within {self.timeout} s in operation {self._number}"
-        return f"{names} died in operation {self._number}"
+            return f"{names} did not answer within {self.timeout} s in operation {number}"
+        return f"{names} died in operation {number}"
 
     def _leave(self, reason: str, report: str) -> None:
         """Wakes whoever waits for this rank, with a report of why."""
@@ -279,6 +335,11 @@ class Network:
         thread.join(GRACE / 4)
 
 
+def plain(t: Tensor) -> Tensor:
+    """The elements of `t` in order in memory: in its own, or in a copy where it is strided or lazily negated."""
+    return t.detach().resolve_neg().contiguous()
+
+
 def _flat(t: Tensor) -> Tensor:
     """A contiguous tensor in one dimension; `view` would keep what stride a single element came with."""
     return t.as_strided((t.numel(),), (1,))
@@ -286,20 +347,11 @@ def _flat(t: Tensor) -> Tensor:
 
 def _warn_when_slow(network: "weakref.ref[Network]") -> None:
     """Ends with the network."""
-    warned = 0.0
+    warned = 0
     while (one := network()) is not None:
-        since = one._waiting_since
-        if since and since != warned and time.monotonic() - since >= WARN_AFTER:
-            warned = since
-            logger.warning("operation %d has taken 10 s, waiting for %s", one._number, one._names[one._waits_for])
+        number, since = min(one._begun.copy().items(), default=(0, 0.0))
+        if number > warned and time.monotonic() - since >= WARN_AFTER:
+            warned = number
+            logger.warning("operation %d has taken 10 s, waiting for %s", number, one._names[one._waits_for])
         del one
         time.sleep(0.5)
-
-
-def _words(numel: int, kind: int, dtype: int, op: int, codec: int, density: float) -> str:
-    words = f"{numel} {str(DTYPES[dtype]).removeprefix('torch.')}"
-    if KINDS[kind] != "all_gather":
-        words = f"{OPS[op]} of {words}"
-    if codec >= 0:
-        words += f" by {CODECS[codec]}" + (f" with density {density}" if CODECS[codec] == "bitmap" else "")
-    return f"{KINDS[kind]} ({words})"

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from engine.distributed._all_reduce import check_group, check_tensor, plain
+from engine.distributed._all_reduce import check_group, check_tensor
 from engine.distributed._member import REDUCE_OPS, member_of
-from engine.distributed._network import Network
+from engine.distributed._network import Collective, Network, plain
 from engine.distributed._shared_memory import Communicator
 from engine.distributed._work import Work
 
@@ -45,7 +45,8 @@ def reduce_scatter(
     if t.dim() == 0 or t.shape[0] % size:
         raise ValueError(f"reduce_scatter: t: expected [{size} * n, ...], got {list(t.shape)}")
     if async_op:
-        return _later(lambda: scatter(t.detach(), op, group), group, t)
+        t = t.detach()
+        return _later(t, group, lambda: scatter(t, op, group), lambda network: network.reduce_scatter(t, op))
     return torch.ops.engine.reduce_scatter(t, op, group.group_name)
 
 
@@ -71,15 +72,18 @@ def all_gather(t: torch.Tensor, group: dist.ProcessGroup | None = None, async_op
     check_tensor("all_gather", t, "sum")
     group = check_group("all_gather", group)
     if async_op:
-        return _later(lambda: gather(t.detach(), group), group, t)
+        t = t.detach()
+        return _later(t, group, lambda: gather(t, group), lambda network: network.all_gather(t))
     return torch.ops.engine.all_gather(t, group.group_name)
 
 
 def scatter(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
     """reduce_scatter, of checked arguments, in this thread."""
+    way = _way(t, group)
+    if isinstance(way, Network):
+        return way.run(way.reduce_scatter(t, op))
     size, whole = group.size(), plain(t)
     result = t.new_empty(t.shape[0] // size, *t.shape[1:])
-    way = _way(t, group)
     if size == 1:
         result.copy_(t)
     elif way is not None:
@@ -93,9 +97,11 @@ def scatter(t: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
 
 def gather(t: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """all_gather, of checked arguments, in this thread."""
+    way = _way(t, group)
+    if isinstance(way, Network):
+        return way.run(way.all_gather(t))
     size, part = group.size(), plain(t)
     result = t.new_empty(size * t.shape[0], *t.shape[1:]) if t.dim() else t.new_empty(size)
-    way = _way(t, group)
     if size == 1:
         result.copy_(t)
     elif way is not None:
@@ -111,9 +117,17 @@ def _way(t: torch.Tensor, group: dist.ProcessGroup) -> Communicator | Network | 
     return None if member is None else member.communicator or member.network
 
 
-def _later(function: Callable[[], torch.Tensor], group: dist.ProcessGroup, t: torch.Tensor) -> Work:
-    worker = member_of(group).worker
-    if _way(t, group) is not None:
+def _later(
+    t: torch.Tensor,
+    group: dist.ProcessGroup,
+    function: Callable[[], torch.Tensor],
+    collective: Callable[[Network], Collective],
+) -> Work:
+    """One or the other in the worker: a function, or between hosts a collective."""
+    worker, way = member_of(group).worker, _way(t, group)
+    if isinstance(way, Network):
+        return way.submit(collective(way), worker)
+    if way is not None:
         return worker.submit(function)
     result = function()  # torch.distributed is called in the caller's thread, in the order of its calls
     return worker.submit(lambda: result)

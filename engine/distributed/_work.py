@@ -1,11 +1,17 @@
 """Operations that run while the caller goes on: one thread a communicator does them, in the order of the calls."""
 
+import contextlib
+import dataclasses
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
 from datetime import timedelta
 
 import torch
+
+# An operation in steps. It yields whether the next operation may begin besides, and returns its result.
+Steps = Generator[bool, None, torch.Tensor]
 
 
 class Work:
@@ -62,29 +68,80 @@ class Work:
         self._done.set()
 
 
+@dataclasses.dataclass
+class Operation:
+    """What a worker does, and when it may begin while others end.
+
+    Attributes:
+        steps: makes what is run.
+        may_begin: asked while others are under way that all let the next one begin; without it, it runs alone.
+        touched: the tensors that it reads and writes: with one that touches the same it is never under way at once.
+    """
+
+    steps: Callable[[], Steps]
+    may_begin: Callable[[], bool] | None = None
+    touched: tuple[torch.Tensor, ...] = ()
+    work: Work = dataclasses.field(default_factory=Work)
+    lets_next_begin: bool = False
+    _steps: Steps | None = None
+
+    def step(self) -> bool:
+        """Whether that was the last one. The work is then done."""
+        try:
+            if self._steps is None:
+                self._steps = self.steps()
+            self.lets_next_begin = next(self._steps)
+            return False
+        except StopIteration as end:
+            self.work._finish(end.value, None)
+        except Exception as error:
+            self.work._finish(None, error)
+        return True
+
+    def fits_beside(self, others: "deque[Operation]") -> bool:
+        """Whether it may begin while these are under way."""
+        if self.may_begin is None or not all(other.lets_next_begin for other in others):
+            return False
+        ranges = [_memory(t) for t in self.touched]
+        theirs = [_memory(t) for other in others for t in other.touched]
+        apart = all(
+            begin >= their_end or end <= their_begin for begin, end in ranges for their_begin, their_end in theirs
+        )
+        return apart and self.may_begin()
+
+
+def _memory(t: torch.Tensor) -> tuple[int, int]:
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
 class Worker:
     """A thread that does one thing after the other; it starts with the first and ends with `stop`."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Work, Callable[[], torch.Tensor]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._last: Work | None = None
+        self._unfinished: list[Work] = []
 
     def submit(self, function: Callable[[], torch.Tensor]) -> Work:
-        """Its result or error will be the work's."""
-        work = Work()
-        self._queue.put((work, function))
-        self._last = work
+        """Runs it alone. Its result or error will be the work's."""
+        return self.submit_operation(Operation(lambda: _in_one_step(function)))
+
+    def submit_operation(self, operation: Operation) -> Work:
+        """Runs it in its turn."""
+        self._unfinished = [work for work in self._unfinished if not work.is_completed()] + [operation.work]
+        self._queue.put(operation)
         if self._thread is None:
             self._thread = threading.Thread(target=_serve, args=(self._queue,), name="engine.distributed", daemon=True)
             self._thread.start()
-        return work
+        return operation.work
 
     def drain(self) -> None:
         """Waits until all that was submitted is done; its errors are its own works'."""
-        if self._last is not None and threading.current_thread() is not self._thread:
-            self._last._done.wait()
-            self._last = None
+        if threading.current_thread() is not self._thread:
+            for work in self._unfinished:
+                work._done.wait()
+            self._unfinished = []
 
     def stop(self) -> None:
         """Ends the thread once all is done."""
@@ -95,13 +152,24 @@ class Worker:
                 thread.join(timeout=2)
 
 
-def _serve(submitted: "queue.SimpleQueue[tuple[Work, Callable[[], torch.Tensor]] | None]") -> None:
-    while (item := submitted.get()) is not None:
-        work, function = item
-        try:
-            result = function()
-        except Exception as error:
-            work._finish(None, error)
-        else:
-            work._finish(result, None)
-        del item, work, function  # nothing is held while there is nothing to do
+def _in_one_step(function: Callable[[], torch.Tensor]) -> Steps:
+    return function()
+    yield  # which makes a generator of it
+
+
+def _serve(submitted: "queue.SimpleQueue[Operation | None]") -> None:
+    """Steps of what is under way, the oldest first; what comes next begins when the newest lets it, or none is left."""
+    running: deque[Operation] = deque()
+    held: deque[Operation | None] = deque(maxlen=1)  # taken from the queue, and not begun
+    while True:
+        if not held and (not running or running[-1].lets_next_begin):
+            with contextlib.suppress(queue.Empty):
+                held.append(submitted.get(block=not running))
+        if held and not running and held[0] is None:
+            return
+        if held and held[0] is not None and (not running or held[0].fits_beside(running)):
+            running.append(held.pop())  # type: ignore[arg-type]
+        for _ in range(len(running)):  # nothing is held in a variable while there is nothing to do
+            if not running[0].step():
+                running.append(running[0])
+            running.popleft()

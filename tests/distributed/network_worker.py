@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 
@@ -148,6 +149,93 @@ def network_mismatches():
         refuses_further_use(text.partition(": ")[2], group)
 
 
+def network_queued():
+    """Queued operations give what they give one at a time, to the bit: of all sizes, some of the same tensor."""
+    kinds = [("int8", True), (None, False), ("int8", False), ("bitmap", True), ("bf16", True), ("int8", True)]
+    sizes = [300_000, 1, 0, 1_000_000, 70_000, 300_000, 1_000_000]
+
+    def begun(queued):
+        tensors, residuals, works = [], [], []
+        for seed, (numel, (codec, feedback)) in enumerate(itertools.product(sizes, kinds)):
+            t = data(rank, numel, torch.float32, seed)
+            residual = torch.zeros(numel) if feedback else None
+            tensors.append(t)
+            residuals.append(residual)
+            twice = 2 if seed % 3 == 0 else 1  # of which the second reads what the first wrote
+            for _ in range(twice):
+                works.append(all_reduce(t, "avg", codec=codec, residual=residual, async_op=True))
+                if not queued:
+                    works[-1].wait()
+            if seed % 7 == 0:
+                works.append(all_gather(t[:10], async_op=True))
+            if seed % 5 == 0:
+                works.append(reduce_scatter(t[: numel // world_size * world_size], async_op=True))
+            if seed % 11 == 0:
+                all_reduce(torch.ones(1000), codec="int8")  # in the caller's thread, after all that is queued
+        time.sleep(0.05 * rank)  # ranks needn't be equally far
+        results = [work.result()[0].clone() for work in works]
+        return [*tensors, *results, *(r for r in residuals if r is not None)]
+
+    plain, queued = begun(False), begun(True)
+    assert len(plain) == len(queued)
+    for i, (a, b) in enumerate(zip(plain, queued, strict=True)):
+        assert torch.equal(a, b), i
+    assert not network()._unfinished and len(network()._pool) <= 2
+
+
+def network_queued_mismatch():
+    """The second of three queued operations differs on the last rank: the first is done, the others say why not."""
+    group = dist.new_group()
+    tensors = [torch.full((600_000,), float(rank)) for _ in range(3)]
+    last = rank == world_size - 1
+    ops = ["sum", "avg" if last else "sum", "sum"]
+    works = [all_reduce(t, op, group=group, codec="int8", async_op=True) for t, op in zip(tensors, ops, strict=True)]
+    works[0].wait()
+    assert torch.allclose(tensors[0], torch.full((600_000,), float(sum(range(world_size)))), rtol=0.02)
+    for number, work in ((2, works[1]), (3, works[2])):
+        try:
+            work.wait()
+        except PeerError as error:
+            text = str(error)
+        else:
+            raise AssertionError("no error")
+        begins = "all_reduce: operation 2: " if number == 2 else "all_reduce: this group failed before: operation 2: "
+        assert text.startswith(begins) and "avg of 600000 float32 by int8" in text, text
+    refuses_further_use("operation 2: ", group)
+
+
+def network_from_threads():
+    """Two threads of one process call: whatever is called first on a rank is called first on all, and none waits."""
+    tensors, errors = [torch.full((200_000,), float(i)) for i in range(40)], []
+    order = threading.Condition()
+    turn = [0]
+
+    def call(mine):
+        try:
+            for i in mine:
+                with order:
+                    order.wait_for(lambda i=i: turn[0] == i)
+                    work = all_reduce(tensors[i], codec="int8", async_op=True) if i % 3 else None
+                    if work is None:
+                        all_reduce(tensors[i], codec="int8")
+                    turn[0] += 1
+                    order.notify_all()
+                if work is not None and i % 2:
+                    work.wait()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(range(first, 40, 2),)) for first in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    all_reduce(torch.ones(1))
+    assert not errors and not any(thread.is_alive() for thread in threads), errors
+    for i, t in enumerate(tensors):
+        assert torch.allclose(t, torch.full((200_000,), float(i * world_size)), rtol=0.02), i
+
+
 def network_interrupted():
     """An interrupt stays what it is; the group is refused from then on, here and by the others, who learn why."""
 
@@ -196,6 +284,26 @@ def network_lost(how, codec):
         assert f"rank {world_size - 1} on {os.uname().nodename} {words}" in text and "operation 2" in text, text
         assert seconds < 1 if how == "killed" else 1.9 <= seconds < 2.5, seconds
         refuses_further_use(text.partition(": ")[2], group)
+
+
+def network_lost_queued():
+    """The last rank is killed amid queued operations: every one that is not done raises, and names it."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    tensors = [torch.ones(4_000_000) for _ in range(6)]
+    all_reduce(tensors[0], group=group, codec="int8")
+    if rank == world_size - 1:
+        threading.Timer(0.03, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    start = time.monotonic()
+    works = [all_reduce(t, group=group, codec="int8", async_op=True) for t in tensors]
+    texts = []
+    for work in works:
+        try:
+            work.wait()
+        except PeerError as error:
+            texts.append(str(error))
+    assert texts and all(f"rank {world_size - 1} on {os.uname().nodename} died" in text for text in texts), texts
+    assert time.monotonic() - start < 1.5
+    refuses_further_use(texts[0].partition(": ")[2], group)
 
 
 def network_hierarchical():

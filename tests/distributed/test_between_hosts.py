@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_all_reduce import pytestmark  # noqa: F401  (the mark holds here too)
 
 from engine.distributed import HookState
 from engine.distributed._exchange import BLOCK, Place, plan
+from engine.distributed._work import Operation, Worker
 
 WORKER = Path(__file__).parent / "network_worker.py"
 NETBENCH = Path(__file__).parents[2] / "bench" / "netbench.py"
@@ -66,19 +68,69 @@ def test_pieces_cover_a_tensor_once(n, hosts, local_size, codec):
     [
         (
             2,
-            "network_residuals,network_not_finite,network_arguments,forked,hook_trains,hook_survives,"
-            "network_interrupted,network_lost:stopped:int8",
+            "network_residuals,network_not_finite,network_arguments,network_queued,network_queued_mismatch,"
+            "network_from_threads,forked,hook_trains,hook_survives,network_interrupted,network_lost:stopped:int8",
         ),
         (
             3,
-            "network_values,network_codecs,scatter_and_gather,unusual,network_mismatches,network_interrupted,"
-            "network_lost:killed:int8",
+            "network_values,network_codecs,network_queued,network_queued_mismatch,scatter_and_gather,unusual,"
+            "network_mismatches,network_interrupted,network_lost:killed:int8",
         ),
         (2, "network_values,unusual,network_lost:killed:none"),
+        (3, "network_lost_queued"),
     ],
 )
 def test_among_ranks(world_size, names, tmp_path):
     run(names, world_size, tmp_path)
+
+
+def steps_of(log, name, count, sent):
+    for i in range(count):
+        log.append((name, i))
+        yield i >= sent
+    return torch.tensor(count)
+
+
+@pytest.mark.parametrize("case", ["apart", "not ready", "same memory", "alone"])
+def test_a_worker_begins_the_next_operation_once_the_one_before_has_sent_all(case):
+    log, memory = [], torch.zeros(4)
+    second = {
+        "apart": {"may_begin": lambda: True, "touched": (torch.zeros(4),)},
+        "not ready": {"may_begin": lambda: False},
+        "same memory": {"may_begin": lambda: True, "touched": (memory[2:],)},
+        "alone": {},
+    }[case]
+    worker, gate = Worker(), threading.Event()
+    first = worker.submit(lambda: gate.wait() or torch.zeros(1))
+    works = [
+        worker.submit_operation(Operation(lambda: steps_of(log, "a", 5, 2), lambda: True, (memory[:2],))),
+        worker.submit_operation(Operation(lambda: steps_of(log, "b", 4, 9), **second)),
+        worker.submit_operation(Operation(lambda: steps_of(log, "c", 1, 0), lambda: True)),
+    ]
+    gate.set()
+    first.wait(5)
+    assert [work.result()[0].item() for work in works] == [5, 4, 1]
+    a, b = [("a", i) for i in range(5)], [("b", i) for i in range(4)]
+    together = [*a[:4], b[0], a[4], *b[1:]]
+    assert log == [*(together if case == "apart" else [*a, *b]), ("c", 0)]
+    worker.stop()
+
+
+def test_an_operation_that_fails_beside_another():
+    log, worker = [], Worker()
+
+    def failing():
+        yield True
+        raise ValueError("spoiled")
+
+    works = [
+        worker.submit_operation(Operation(failing, lambda: True)),
+        worker.submit_operation(Operation(lambda: steps_of(log, "b", 3, 0), lambda: True)),
+    ]
+    with pytest.raises(ValueError, match="spoiled"):
+        works[0].wait(5)
+    assert works[1].result()[0].item() == 3
+    worker.stop()
 
 
 class Bucket:
