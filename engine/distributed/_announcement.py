@@ -52,21 +52,18 @@ class Call:
 
 
 class Announcement:
-    """One operation's call on its way to the other ranks, and theirs on their way here."""
+    """One operation's call, sent to all other ranks, and theirs on their way here. Making it waits for nobody."""
 
-    def __init__(self, number: int, call: Call, others: Sequence[int]) -> None:
+    def __init__(self, number: int, call: Call, others: Sequence[int], send: Transfer, receive: Transfer) -> None:
         self.number, self.call, self._others = number, call, others
         self._theirs = torch.zeros(len(others), WIRE.size, dtype=torch.uint8)
         self._own = torch.frombuffer(bytearray(call.pack(number)), dtype=torch.uint8)
         self._waits: list[Callable[[], None]] = []
         self._error: Exception | None = None
-
-    def post(self, send: Transfer, receive: Transfer) -> None:
-        """Sets off; waits for nobody. What goes wrong is raised by `compare`, when it is this operation's turn."""
         try:
-            self._waits += [receive(self._theirs[row], rank, TAG) for row, rank in enumerate(self._others)]
-            self._waits += [send(self._own, rank, TAG) for rank in self._others]
-        except Exception as error:
+            self._waits += [receive(self._theirs[row], rank, TAG) for row, rank in enumerate(others)]
+            self._waits += [send(self._own, rank, TAG) for rank in others]
+        except Exception as error:  # raised by `compare`, when it is this operation's turn
             self._error = error
 
     def has_arrived(self) -> bool:

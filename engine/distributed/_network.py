@@ -47,6 +47,30 @@ class Collective:
     overlaps: bool = False
 
 
+@dataclasses.dataclass
+class _Waiting:
+    """How long a group waits for a rank, and for which it waits now."""
+
+    timeout: timedelta
+    rank: int
+
+
+class _Transfer:
+    """A send or receive under way; calling it waits until it is done."""
+
+    def __init__(self, work: Any, rank: int, waiting: _Waiting) -> None:
+        self.work, self._rank, self._waiting = work, rank, waiting
+
+    def __call__(self) -> None:
+        self._waiting.rank = self._rank
+        if self.work is None:
+            raise RuntimeError("the connections are closed")
+        try:
+            self.work.wait(self._waiting.timeout)
+        finally:
+            self.work = None
+
+
 class Network:
     """One group's connections between hosts, seen from one of its ranks."""
 
@@ -68,12 +92,14 @@ class Network:
         self._names = [f"rank {rank} on {name}" for rank, (_, _, name) in enumerate(where)]
         self._place, self._local = self._find_place(group, [(boot, space) for boot, space, _ in where])
         self._error = ""
+        self._waiting = _Waiting(timedelta(seconds=self.timeout), self.rank)
+        self._transfers: weakref.WeakSet[_Transfer] = weakref.WeakSet()
         self._number, self._order = 0, threading.Lock()  # of operations that were called
         self._turn = threading.Condition()
         self._unfinished: dict[int, bool] = {}  # by number: what was called and has not ended; whether a worker does it
         self._begun: dict[int, float] = {}  # by number: when it was this operation's turn
         self._pool: list[Tensor] = []  # of buffers
-        self._waits_for = self.rank
+        self._refused: list[Announcement] = []
         if self.timeout > WARN_AFTER:
             threading.Thread(target=_warn_when_slow, args=(weakref.ref(self),), daemon=True).start()
 
@@ -149,7 +175,7 @@ class Network:
         with self._leaving_on_interrupt():
             with self._order:
                 announcement = self._announce(collective.call, by_worker=False)
-            steps = self._steps(announcement, collective.steps)
+            steps = self._steps(announcement, collective)
             while True:
                 try:
                     next(steps)
@@ -160,7 +186,7 @@ class Network:
         """Does it in the worker's thread, in its turn; its call goes out to the others at once."""
         with self._leaving_on_interrupt(), self._order:
             announcement = self._announce(collective.call, by_worker=True)
-            operation = Operation(lambda: self._steps(announcement, collective.steps), touched=collective.touched)
+            operation = Operation(lambda: self._steps(announcement, collective), touched=collective.touched)
             if collective.overlaps:
                 operation.may_begin = lambda: announcement.has_arrived() and self._is_next(announcement.number)
             return worker.submit_operation(operation)
@@ -168,12 +194,10 @@ class Network:
     def _announce(self, call: Call, by_worker: bool) -> Announcement:
         """Gives the call its number and sends it out; in the order of the numbers all is sent, and done."""
         self._number += 1
-        announcement = Announcement(self._number, call, self._others)
         with self._turn:
             self._unfinished[self._number] = by_worker
-        if not self._error:
-            announcement.post(self._send, self._receive)
-        return announcement
+        others = self._others if not self._error else []
+        return Announcement(self._number, call, others, self._send, self._receive)
 
     @contextlib.contextmanager
     def _leaving_on_interrupt(self) -> Iterator[None]:
@@ -189,18 +213,20 @@ class Network:
                 self._turn.notify_all()
             raise
 
-    def _steps(self, announcement: Announcement, steps: Callable[[], Steps]) -> Steps:
+    def _steps(self, announcement: Announcement, collective: Collective) -> Steps:
         """Those of an operation, once all ranks are known to call the same; its errors, explained."""
-        kind, number = announcement.call.kind, announcement.number
+        kind, number = collective.call.kind, announcement.number
         try:
             with self._turn:
                 self._turn.wait_for(lambda: self._error or self._is_next(number))
             if self._error:
+                # Others may still answer, and gloo would never rest with an answer for which there is no room.
+                self._refused.append(announcement)
                 raise PeerError(f"{kind}: this group failed before: {self._error}")
             self._begun[number] = time.monotonic()
             try:
                 announcement.compare(self.rank, self._names)
-                result = yield from steps()
+                result = yield from collective.steps()
             except Exception as error:
                 if not self._error:  # of an operation that was under way besides
                     self._error = self._explain(error, number)
@@ -243,24 +269,22 @@ class Network:
             {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM)
         )
         options.timeout = timedelta(seconds=self.timeout)
-        self._waits_for = (self.rank + 1) % self.size
+        self._waiting.rank = (self.rank + 1) % self.size
         self._gloo.allreduce([t], options).wait()
         self.bytes_sent += 2 * t.numel() * t.element_size() * (self.size - 1) // self.size
         if op == "avg":
             t.div_(self.size, rounding_mode=None if t.is_floating_point() else "trunc")
 
     def _send(self, t: Tensor, rank: int, tag: int) -> Callable[[], None]:
-        return self._bounded(self._gloo.send([t], rank, tag), rank)
+        return self._transfer(self._gloo.send([t], rank, tag), rank)
 
     def _receive(self, t: Tensor, rank: int, tag: int) -> Callable[[], None]:
-        return self._bounded(self._gloo.recv([t], rank, tag), rank)
+        return self._transfer(self._gloo.recv([t], rank, tag), rank)
 
-    def _bounded(self, work: Any, rank: int) -> Callable[[], None]:
-        def wait() -> None:
-            self._waits_for = rank
-            work.wait(timedelta(seconds=self.timeout))
-
-        return wait
+    def _transfer(self, work: Any, rank: int) -> _Transfer:
+        transfer = _Transfer(work, rank, self._waiting)
+        self._transfers.add(transfer)
+        return transfer
 
     def _explain(self, error: Exception, number: int) -> str:
         """What went wrong, in words; afterwards everybody who waits for this rank knows that something did."""
@@ -289,6 +313,9 @@ class Network:
         gloo, local, self._gloo, self._local = self._gloo, self._local, None, None
         if gloo is not None:
             gloo.abort()
+        # Whatever holds one of its works, a traceback say, keeps the sockets open, and the others waiting.
+        for transfer in list(self._transfers):
+            transfer.work = None
         if local is not None:
             local.close(reason)
 
@@ -352,6 +379,6 @@ def _warn_when_slow(network: "weakref.ref[Network]") -> None:
         number, since = min(one._begun.copy().items(), default=(0, 0.0))
         if number > warned and time.monotonic() - since >= WARN_AFTER:
             warned = number
-            logger.warning("operation %d has taken 10 s, waiting for %s", number, one._names[one._waits_for])
+            logger.warning("operation %d has taken 10 s, waiting for %s", number, one._names[one._waiting.rank])
         del one
         time.sleep(0.5)
