@@ -40,6 +40,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library reads no longer one
 REOPEN_BYTES = 64 << 20  # mapped pages that were read count as this process's memory until the file is closed
 WRITE_BYTES = 64 << 20  # a single write takes no more than 2 GiB on Linux
+TORCH_SAVE = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # how its files begin, of today and of before PyTorch 1.6
 LONGEST_NAME = 200  # bytes of a file's name, of the 255 that most file systems take: temporary ones add to it
 
 
@@ -106,6 +107,9 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: not a file")
         if status.st_size < 10:
             raise CheckpointError(f"{self.path}: too short for a safetensors file: {status.st_size} bytes")
+        with self.path.open("rb") as raw:
+            if raw.read(4) in TORCH_SAVE:
+                raise CheckpointError(f"{self.path}: a file of torch.save: write its tensors by safetensors first")
         self._bytes_read = 0
         with explained(f"{self.path}"):
             file = safe_open(self.path, "pt")

@@ -78,6 +78,9 @@ def _all_of(file: CheckpointFile) -> Iterable[tuple[str, CheckpointFile]]:
 
 
 def _files_by_tensor(folder: Path) -> Iterable[tuple[str, CheckpointFile]]:
+    others = sorted(path.name for path in folder.glob("*.bin"))
+    if others and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        raise CheckpointError(f"{folder}: has no {WEIGHTS}, only {others[0]}: save the model as safetensors first")
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return _all_of(CheckpointFile(folder / WEIGHTS))
     where = f"{folder / INDEX}"
@@ -178,6 +181,15 @@ def _kin(module: str) -> tuple[str, str]:
 def _means(pattern: str, module: str, kind: str) -> bool:
     """As `matches`; a block's name also stands for the layers inside it."""
     return matches(pattern, module, kind) or (not pattern.startswith("re:") and module.startswith(f"{pattern}."))
+
+
+def check_apart(model: Path, out: Path) -> None:
+    """Raises ValueError where writing to `out` would touch the model."""
+    home, target = model.resolve(), out.resolve()
+    if target == home or (model.is_dir() and home in target.parents) or (out.exists() and out.samefile(model)):
+        raise ValueError(f"{out}: would be written into the model itself")
+    if model.is_dir() and target in home.parents:
+        raise ValueError(f"{out}: holds the model's own folder")
 
 
 def copy_companions(folder: Path, out: Path) -> None:

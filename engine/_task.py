@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from engine._source import INDEX, WEIGHTS, Source
+
 
 @dataclasses.dataclass
 class Task:
@@ -84,13 +86,18 @@ def _from_folder(folder: Path, texts: Path, batch: int, tokens: int, measured: i
         import transformers
     except ImportError:
         raise ValueError("a Hugging Face folder needs the package transformers: pip install transformers") from None
+    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+        Source(folder)  # raises where it is compressed already: `from_pretrained` would take int8 for floats
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.is_encoder_decoder:
         raise ValueError(f"{folder}: is an encoder with a decoder, which needs inputs for both: use file.py:function")
     # With the head that it was saved with, if it is one of the package's own.
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
     kind = getattr(transformers, names[0]) if names else transformers.AutoModel
-    lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{texts}: expected text in UTF-8: {error.reason} at byte {error.start}") from None
     groups = [lines[i : i + batch] for i in range(0, len(lines), batch)]
     if len(groups) <= measured:
         raise ValueError(f"{texts}: {len(lines)} texts are too few: {measured} batches of {batch} are only measured on")

@@ -76,17 +76,25 @@ def _start() -> tuple[list[Status], ctypes.CDLL | None]:
         found.append(Status("cuda", False, f"{path.name} is built; no GPU is visible to torch"))
     else:
         _load(path)
-        found.append(Status("cuda", True, f"{path.name} on {torch.cuda.get_device_name()}"))
+        found.append(Status("cuda", True, path.name))
 
     if importlib.util.find_spec("triton") is None:
         found.append(Status("triton", False, "not installed"))
     elif not gpu:
         found.append(Status("triton", False, "installed; no GPU is visible to torch"))
     else:
-        for kernel in TRITON_KERNELS:
-            importlib.import_module(f"engine.kernels.{kernel}").register()
-        found.append(Status("triton", True, f"{len(TRITON_KERNELS)} kernels on {torch.cuda.get_device_name()}"))
+        found.append(_register_triton())
     return found, cpu
+
+
+def _register_triton() -> Status:
+    try:
+        kernels = [importlib.import_module(f"engine.kernels.{kernel}") for kernel in TRITON_KERNELS]
+    except ImportError as error:  # of a part that an older Triton hasn't got
+        return Status("triton", False, f"installed, but not fit for the kernels: {error}")
+    for kernel in kernels:
+        kernel.register()
+    return Status("triton", True, f"{len(kernels)} kernels")
 
 
 _status, _cpu = _start()
@@ -94,7 +102,10 @@ _status, _cpu = _start()
 
 def status() -> list[Status]:
     """Every backend, active or not, with the reason."""
-    return list(_status)
+    # The GPU is asked for its name here, not on import: that would begin to use it, and a forked child couldn't.
+    on_gpu = [status for status in _status if status.active and status.name != "cpu"]
+    name = torch.cuda.get_device_name() if on_gpu else ""
+    return [dataclasses.replace(s, detail=f"{s.detail} on {name}") if s in on_gpu else s for s in _status]
 
 
 def cpu_variants() -> tuple[str, ...]:

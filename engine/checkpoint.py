@@ -3,9 +3,11 @@
 How the file looks is said in engine/_checkpoint_file.py.
 """
 
+import errno
 import functools
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
         CheckpointError: the state dict holds something that is no tensor, or a tensor that safetensors can't hold.
         OSError: the file can't be written.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file's name", str(path))
     tensors: dict[str, Tensor] = {}
     weights: dict[str, WeightInfo] = {}
     aliases: dict[str, str] = {}
@@ -84,6 +88,7 @@ def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name}: two tensors would be stored under this name")
 
 
+@torch.inference_mode(False)  # the layers that it makes stay, and are to be fit for training
 def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Loads a file written by :func:`save` or `engine compress`, or a plain safetensors file, into `model`.
 

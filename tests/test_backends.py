@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import engine
+from engine import backends
 from engine.backends import CPU_VARIANTS
 from engine.ops._library import REFERENCES
 
@@ -167,3 +168,12 @@ def test_references_answer_row_by_row():
     ):
         results = REFERENCES[name](*arguments)
         assert all(t.is_contiguous() for t in (results if isinstance(results, tuple) else (results,))), name
+
+
+def test_a_triton_that_lacks_something_is_told(monkeypatch):
+    def missing(name):
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    status = backends._register_triton()
+    assert not status.active and "no engine.kernels.block_int8_linear" in status.detail

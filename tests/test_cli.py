@@ -452,6 +452,29 @@ def test_distill(task, tmp_path):
     assert len(json.loads((out / "distillation.json").read_text())["losses"]) == 20
 
 
+def test_results_take_nobody_elses_place(task, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"precious")
+    for command in (("search", task, "--size-budget", 0.03), ("distill", task, "--int8", "--steps", 2)):
+        assert "not of this" in run(*command, "-o", out, code=1)
+    assert (out / "model.safetensors").read_bytes() == b"precious" and len(list(out.iterdir())) == 1
+
+
+def test_a_loss_that_is_no_number_is_said_in_a_line(task, tmp_path):
+    options = ("--int8", "--steps", 9, "--rate", 1e30)
+    assert "the last good checkpoint" in run("distill", task, "-o", tmp_path / "out", *options, code=1)
+
+
+def test_what_torch_saved_is_named(tmp_path):
+    path, out = tmp_path / "model.pt", tmp_path / "out.safetensors"
+    torch.save({"a.weight": torch.randn(8, 8)}, path)
+    assert "a file of torch.save" in run("compress", path, "-o", out, "--int8", code=1)
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder" / "pytorch_model.bin")
+    assert "only pytorch_model.bin" in run("compress", tmp_path / "folder", "-o", tmp_path / "out", "--int8", code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -470,7 +493,8 @@ def test_distill(task, tmp_path):
 )
 def test_search_and_distill_refuse(task, tmp_path, arguments, code, message):
     (tmp_path / "bad.json").write_text('{"recipes": []}')
-    words = [str(a).replace("TASK", task).replace("FOLDER", str(tmp_path)) for a in arguments]
+    (tmp_path / "folder").mkdir()
+    words = [str(a).replace("TASK", task).replace("FOLDER", str(tmp_path / "folder")) for a in arguments]
     words = [word.replace("BAD", str(tmp_path / "bad.json")) for word in words]
     assert message in run(*words, "-o", tmp_path / "out", code=code)
 

@@ -676,3 +676,32 @@ def test_blocks_of_any_magnitude(scale):
     model[0].weight.data *= scale
     report = engine.compress_(model, Recipe(prune=Prune(sparsity=0.5, pattern="block"), guard="none"))
     assert report.layers[0].sparsity == 0.5
+
+
+def test_a_compiled_or_scripted_model_is_refused():
+    model = nn.Sequential(nn.Linear(64, 64))
+    recipe = Recipe(quantize=Quantize(), guard="none")
+    for done, word in ((torch.compile(model), "compiled"), (torch.jit.trace(model, torch.randn(1, 64)), "scripted")):
+        with pytest.raises(ValueError, match=f"the model is {word}: do that after it is compressed"):
+            engine.compress_(done, recipe)
+    model.compile()
+    with pytest.raises(ValueError, match="the model is compiled"):
+        engine.compress_(model, recipe)
+
+
+def test_layers_made_in_inference_mode_can_be_trained_around():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval(), torch.randn(2, 64)
+    with torch.inference_mode():
+        engine.compress_(
+            model, Recipe(quantize=Quantize(), targets=("0",), guard="none"), example_inputs=torch.ones(2, 64)
+        )
+    model.load_state_dict(model.state_dict())
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_parametrized_layer_is_left_alone_with_a_hint():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
+    report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    assert "remove_parametrizations" in report.left_alone["0"] and [row.name for row in report.layers] == ["1"]

@@ -260,6 +260,26 @@ def test_a_resume_ends_in_the_same_bits(tmp_path, how):
             train(copy.deepcopy(start), None, file)
 
 
+@pytest.mark.parametrize("shared", ["all", "a layer"])
+def test_a_student_that_is_the_teacher_is_refused(shared):
+    teacher, batches = small()
+    student = teacher
+    if shared == "a layer":
+        student = copy.deepcopy(teacher)
+        student[0] = teacher[0]
+    before = state_of(student)
+    with pytest.raises(ValueError, match="shares parameters with the teacher"):
+        engine.distill(student, teacher, batches, steps=2, recipe=BOTH)
+    assert_unchanged(student, before)
+
+
+def test_clipped_weights_are_refused():
+    teacher, batches = small()
+    recipe = engine.Recipe(quantize=engine.Quantize(weight_clip="least_squares"), guard="none")
+    with pytest.raises(ValueError, match="weight_clip"):
+        engine.distill(copy.deepcopy(teacher), teacher, batches, steps=2, recipe=recipe)
+
+
 def test_a_loss_that_is_no_number_stops(tmp_path):
     teacher, batches = small()
     student = copy.deepcopy(teacher).train()

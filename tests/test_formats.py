@@ -243,11 +243,38 @@ def test_a_shard_is_the_slice_of_the_weight(make, shape):
                     assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
                     assert part.numel() == 0 or part.data_ptr() != whole.data_ptr()
             x = torch.randn(2, shard.shape[1])
-            assert shard.linear(x).shape == (2, shard.shape[0])
+            y, expected = shard.linear(x), x @ shard.to_dense().t()
+            assert y.shape == (2, shard.shape[0])
+            static = getattr(format, "input_scale", None) is not None  # for inputs of another size: most are clipped
+            assert static or (y - expected).norm() <= 0.03 * expected.norm() + 1e-6
     with pytest.raises(ValueError, match=r"dim: expected 0 \(rows\) or 1"):
         format.shard(2, 0, 1)
     with pytest.raises(ValueError, match="begin, end: expected a range"):
         format.shard(0, 0, shape[0] + 1)
+
+
+@pytest.mark.parametrize("kind", [DenseInt8, Bitmap, SemiStructured, Block])
+@pytest.mark.parametrize("columns", [2, 3, 16, 40])
+def test_column_shards_of_a_smoothed_weight_add_up(kind, columns):
+    """Also of one column, whose scale for its channel is one number, as a scale for all of the input is."""
+    size = {SemiStructured: 8, Block: 32}.get(kind, 1)
+    torch.manual_seed(columns)
+    weight, x = torch.randn(16, columns), torch.randn(5, columns)
+    input_scale = x.abs().amax(0) / 127
+    if kind is DenseInt8:
+        format = DenseInt8.from_dense(weight, "static", input_scale)
+    else:
+        threshold = () if kind is SemiStructured else (0.0,)
+        format = kind.from_dense(weight, *threshold, values=torch.int8, input_scale=input_scale)
+    total = torch.zeros(5, 16)
+    for begin in range(0, columns, size):
+        shard = format.shard(1, begin, min(columns, begin + size))
+        shard.check()
+        part = x[:, begin : begin + size]
+        expected = part @ shard.to_dense().t()
+        assert (shard.linear(part) - expected).norm() <= 0.02 * expected.norm() + 1e-6
+        total += shard.linear(part)
+    assert (total - format.linear(x)).norm() <= 1e-5 * total.norm()
 
 
 def test_a_shard_of_unsorted_csr():

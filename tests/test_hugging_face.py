@@ -225,6 +225,20 @@ def test_a_folder_is_trained_with_its_head(tmp_path):
     task = load_task(str(tmp_path / "model"), texts, 1, 8, 1)
     assert type(task.model) is transformers.BertForSequenceClassification
     assert task.model(**task.example_inputs).logits.shape == (1, 3)
+    small = tmp_path / "small"
+    words = ["distill", str(tmp_path / "model"), "-o", str(small), "--texts", str(texts), "--int8", "--steps", "1"]
+    words += ["--batch", "1", "--measured", "1"]
+    assert (
+        "into the model itself" in CliRunner().invoke(cli.app, [*words[:3], str(tmp_path / "model"), *words[4:]]).stderr
+    )
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.stderr
+    assert transformers.AutoConfig.from_pretrained(small).num_labels == 3  # the model can be built from what is there
+    with pytest.raises(CheckpointError, match="compressed already"):
+        load_task(str(small), texts, 1, 8, 1)
+    texts.write_bytes(b"a\n\xff\n")
+    with pytest.raises(ValueError, match=r"texts\.txt: expected text in UTF-8"):
+        load_task(str(tmp_path / "model"), texts, 1, 8, 1)
     transformers.T5Config(vocab_size=8, d_model=8, num_layers=1).save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match=r"needs inputs for both: use file\.py:function"):
         load_task(str(tmp_path / "t5"), texts, 1, 8, 1)

@@ -75,6 +75,26 @@ def test_loading_damage_is_an_error():
         linear.load_state_dict(state)
 
 
+def test_damage_is_found_whatever_else_the_model_lacks():
+    """A new head has no weights in the file: that turns off no check of the layers behind it."""
+    body = CompressedLinear(SemiStructured.from_dense(torch.randn(8, 16), torch.int8))
+    model = nn.Sequential(nn.Linear(2, 2), body)
+    state = {f"1.{name}": tensor for name, tensor in body.state_dict().items()}
+    model.load_state_dict(state, strict=False)
+    state["1.metadata"] = torch.full_like(state["1.metadata"], 255)
+    with pytest.raises(RuntimeError, match="metadata"):
+        model.load_state_dict(state, strict=False)
+
+
+def test_loading_into_a_model_without_memory():
+    model = nn.Sequential(CompressedLinear(DenseInt8.from_dense(torch.randn(8, 16))))
+    state = model.state_dict()
+    with pytest.warns(UserWarning, match="no-op"):
+        model.to("meta").load_state_dict(state)
+    model.load_state_dict(state, assign=True)
+    assert model[0].values.device.type == "cpu"
+
+
 def test_deepcopy_and_pickle(linear):
     x = torch.randn(5, 96)
     for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):

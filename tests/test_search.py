@@ -202,6 +202,33 @@ def test_refuses():
         engine.search(model, [], x, loss_budget=1, candidates=CANDIDATES)
 
 
+class Odd(torch.nn.Module):
+    """A layer whose output is spoiled as `how` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear = how, torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.how == "draws":
+            y = y + torch.randn_like(y)
+        elif self.how == "changes its input":
+            x.add_(1)
+        else:
+            y = y * torch.nan
+        return y
+
+
+@pytest.mark.parametrize(
+    "how, message", [("draws", "run twice"), ("changes its input", "run twice"), ("nan", "no number")]
+)
+def test_a_model_that_does_not_repeat_is_refused(how, message):
+    x = torch.randn(8, 64)
+    with pytest.raises(ValueError, match=message):
+        engine.search(Odd(how).eval(), [x.clone()], x, loss_budget=0.1, progress=False)
+
+
 def test_recipes_by_layer():
     model, x = Mlp(), torch.randn(24, 256)
     recipes = {"first": CANDIDATES["half"], "second": Recipe(None, Quantize("static"), **NONE)}

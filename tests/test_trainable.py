@@ -42,6 +42,17 @@ def assert_as_its_weight_says(trained, x):
     assert not trained.weight.grad[~trained.mask].any()
 
 
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_gradual_pruning_of_a_coarse_grid_stops_beside_its_ties(scope):
+    """Of a ternary weight a third is zero: half can't go, but all or that third, which is nearer."""
+    grid = torch.randint(-1, 2, (48, 128)).float()
+    trained = layer()
+    trained.begin_pruning(grid, engine.Prune(sparsity=0.5, scope=scope))
+    for share in (0.3, 0.8, 1.0):
+        trained.prune_on(share)
+    assert torch.equal(trained.mask, grid != 0)
+
+
 def test_output_and_gradient(by_kept):
     trained, x = layer(), torch.randn(70, 128)
     assert_as_its_weight_says(trained, x)

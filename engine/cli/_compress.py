@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from engine._compress_file import Result, compress_file, journal_path
 from engine._files import write_text
 from engine._safetensors import partial_path
-from engine._source import WEIGHTS, Source, choose, copy_companions, remove_stale_weights
+from engine._source import WEIGHTS, Source, check_apart, choose, copy_companions, remove_stale_weights
 from engine.cli._output import BAD_OPTION, fail, one_line_errors, output_console, plain, plain_table, shape_text
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 
@@ -99,11 +99,7 @@ def _check_patterns(source: Source, recipe: Recipe) -> None:
 
 def _check_out(model: Path, out: Path, force: bool, resume: bool) -> None:
     """Raises where writing `out` would touch the model itself, or something that is there already."""
-    home, target = model.resolve(), out.resolve()
-    if target == home or (model.is_dir() and home in target.parents) or (out.exists() and out.samefile(model)):
-        raise ValueError(f"{out}: would be written into the model itself")
-    if model.is_dir() and target in home.parents:
-        raise ValueError(f"{out}: holds the model's own folder")
+    check_apart(model, out)
     if out.exists() and out.is_dir() != model.is_dir():
         kinds = ("a folder", "a file") if out.is_dir() else ("a file", "a folder")
         raise ValueError(f"{out}: is {kinds[0]}, but the model is {kinds[1]}")

@@ -26,7 +26,7 @@ def one_line_errors() -> Iterator[None]:
         fail(f"{error.filename or error}: no such file or folder", BAD_FILE)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, BAD_FILE)
-    except ValueError as error:  # CheckpointError is one
+    except (ValueError, FloatingPointError) as error:  # CheckpointError is one; a loss that is no number
         fail(error, BAD_FILE)
 
 

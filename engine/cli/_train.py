@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from engine import checkpoint, compress
-from engine._source import WEIGHTS
+from engine._source import WEIGHTS, check_apart, copy_companions
 from engine._task import load_task
 from engine.cli._output import BAD_OPTION, fail, one_line_errors
 from engine.compress.recipe import Prune, Quantize, Recipe, check_recipes, describe_recipes
@@ -22,6 +22,26 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Texts a batch.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
 MeasuredOption = Annotated[int, typer.Option(min=1, help="Batches that are only measured on.")]
 IgnoreOption = Annotated[list[str] | None, typer.Option(help="Module to leave alone: its name, or re:PATTERN.")]
+
+
+MEASUREMENTS, CHECKPOINT = "measurements.jsonl", "distill.pt"  # by which a search, a distillation goes on
+RESULTS = (WEIGHTS, "search.json", "search.html", "search.png", "distillation.json", "distillation.png")
+
+
+def _check_out(model: str, out: Path, command: str, progress: str) -> None:
+    """Raises where results would take the place of the model itself, or of what another command or user put there."""
+    folder = Path(model)
+    if folder.is_dir():
+        check_apart(folder, out)
+    there = [name for name in RESULTS if (out / name).exists()]
+    if there and not (out / progress).exists():
+        raise ValueError(f"{out}: holds a {there[0]} that is not of this {command}: give another folder")
+
+
+def _copy_companions(model: str, out: Path) -> None:
+    """Configuration and tokenizer of a Hugging Face folder, without which what is written can't be built again."""
+    if Path(model).is_dir():
+        copy_companions(Path(model), out)
 
 
 def search(
@@ -40,6 +60,7 @@ def search(
     if sum(budget is not None for budget in (loss_budget, time_budget, size_budget)) != 1:
         fail("give exactly one of --loss-budget, --time-budget and --size-budget", BAD_OPTION)
     with one_line_errors():
+        _check_out(model, out, "search", MEASUREMENTS)
         task = load_task(model, texts, batch, tokens, measured)
         out.mkdir(exist_ok=True)
         skip = tuple(ignore or ())
@@ -53,13 +74,14 @@ def search(
             size_budget=None if size_budget is None else size_budget * 1e6,
             calibration=calibration,
             ignore=skip,
-            checkpoint=out / "measurements.jsonl",
+            checkpoint=out / MEASUREMENTS,
         )
         for suffix in (".json", ".html", ".png"):
             found.save(out / f"search{suffix}")
         if found.recipes:
             report = compress.compress_(task.model, found.recipes, calibration=calibration)
             checkpoint.save(task.model, out / WEIGHTS, report.recipe)
+        _copy_companions(model, out)
     typer.echo(str(found))
     written = f"search.json, .html, .png{f', {WEIGHTS}' if found.recipes else ''}"
     typer.echo(f"{out}: {written}")
@@ -92,6 +114,7 @@ def distill(
     if recipes is None and sparsity is None and not int8:
         fail("nothing to do: give --sparsity, --int8, or both, or --recipes", BAD_OPTION)
     with one_line_errors():
+        _check_out(model, out, "distill", CHECKPOINT)
         task = load_task(model, texts, batch, tokens, measured)
         recipe: Recipe | dict[str, Recipe]
         if recipes is not None:
@@ -118,11 +141,12 @@ def distill(
             loss=loss if teacher is not None else task.loss,
             match_hidden=match_hidden or (),
             learning_rate=rate,
-            checkpoint=out / "distill.pt",
+            checkpoint=out / CHECKPOINT,
         )
         checkpoint.save(task.model, out / WEIGHTS, describe_recipes(recipe))
         for suffix in (".json", ".png"):
             done.save(out / f"distillation{suffix}")
+        _copy_companions(model, out)
     last = done.losses[-max(1, steps // 20) :]
     typer.echo(f"{steps} steps, {done.resumed_from} of them before; loss at the end {sum(last) / len(last):.4g}")
     typer.echo(f"{out}: {WEIGHTS}, distillation.json, .png")

@@ -173,6 +173,12 @@ class Calibration:
         return {name: statistics.input_scale(method, percentile) for name, statistics in self.layers.items()}
 
 
+def check_batches(owner: str, batches: Any) -> None:
+    """Raises TypeError unless it can be iterated."""
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"engine.{owner}: batches: expected an iterable of batches, got {type(batches).__name__}")
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -199,6 +205,7 @@ def calibrate(
     Raises:
         ValueError: there is no batch, an input holds a NaN or an infinity (naming the layer), or as :func:`compress_`.
     """
+    check_batches("calibrate", batches)
     found, _ = find_targets(model, targets, ignore, "calibrate")
     seen: dict[str, InputStatistics] = {}
     modules: dict[str, nn.Module] = {}

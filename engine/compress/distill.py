@@ -16,7 +16,7 @@ from torch import nn
 
 from engine._files import write_text
 from engine.compress import measure
-from engine.compress.calibrate import Calibration, calibrate
+from engine.compress.calibrate import Calibration, calibrate, check_batches
 from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.fingerprint import fingerprint
 from engine.compress.losses import Loss, make_loss
@@ -135,7 +135,11 @@ def distill(
     if checkpoint_every < 1:
         raise ValueError(f"engine.distill: checkpoint_every: expected at least 1, got {checkpoint_every}")
     _check(steps, accumulate, gradual, dtype, recipes, student)
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if teacher is not None and (teacher is student or any(id(p) in trained for p in teacher.parameters())):
+        raise ValueError("engine.distill: the student shares parameters with the teacher: give a copy.deepcopy of it")
     begun = time.perf_counter()
+    check_batches("distill", batches)
     stream = BatchStream(batches)
     before = {id(t): (t, t.detach().clone()) for t in (*student.parameters(), *student.buffers())}
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
@@ -193,6 +197,8 @@ def _check(
         not gradual or (plain and len(prunes) > 0),
         "gradual: needs a recipe with an unstructured sparsity by row or layer",
     )
+    clipped = any(each.quantize is not None and each.quantize.weight_clip is not None for each in recipes)
+    expect(not clipped, "weight_clip: int8 is trained through by each row's largest magnitude: leave it None")
     compressed = any(isinstance(module, _Compressed) for module in student.modules())
     expect(compressed != bool(recipes), "give a recipe for a dense student, and none for a compressed one")
 

@@ -46,7 +46,7 @@ def beside_ties(weights: list[Tensor], threshold: Tensor, sparsity: float) -> Te
 
 
 def wanda_threshold(weight: Tensor, statistics: InputStatistics, prune: Prune) -> Tensor:
-    """The threshold that keeps the largest `|w| * norm(x)`: `[1, K]`, or `[N, K]` where each row has its own.
+    """The threshold for each weight, `[N, K]`, that keeps the largest `|w| * norm(x)`.
 
     Wanda: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023. A channel that was
     always zero is dropped.

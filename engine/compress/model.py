@@ -18,6 +18,7 @@ from engine.compress.trial import guard_whole, model_bytes, try_recipe, try_unpr
 from engine.nn.attention import why_not_unfused
 
 
+@torch.inference_mode(False)  # the layers that it makes stay, and are to be fit for training
 def compress_(
     model: nn.Module,
     recipe: Recipe | Mapping[str, Recipe],

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from engine._journal import Journal
 from engine.compress.allocate import Frontier
-from engine.compress.calibrate import Calibration, calibrate, progressing
+from engine.compress.calibrate import Calibration, calibrate, check_batches, progressing
 from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.fingerprint import fingerprint
-from engine.compress.losses import output_tensor, real_rows
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 from engine.compress.report import _machine
-from engine.compress.search_bench import DENSE, Bench, Loss
+from engine.compress.search_bench import DENSE, Bench, Loss, relative_squared_error
 from engine.compress.search_result import Point, Search, best_within
 from engine.compress.targets import Target, find_targets
 from engine.compress.trial import model_bytes
@@ -33,12 +32,6 @@ CANDIDATES = {
     "70 % + int8": Recipe(Prune(sparsity=0.7, importance="obs"), Quantize(), guard="none"),
     "85 % + int8": Recipe(Prune(sparsity=0.85, importance="obs"), Quantize(), guard="none"),
 }
-
-
-def relative_squared_error(output: Any, dense: Any, batch: Any) -> Tensor:
-    """How far the output is from the dense model's, relative to its size; padding left out."""
-    got, want = (real_rows(output_tensor(o), batch).float() for o in (output, dense))
-    return (got - want).square().sum() / want.square().sum().clamp_min(1e-30)
 
 
 def search(
@@ -83,12 +76,14 @@ def search(
         progress: show a bar on standard error, if that is a terminal.
 
     Raises:
-        ValueError: not one budget, one that nothing meets, a checkpoint of another search, or as `compress_`.
+        ValueError: not one budget, one that nothing meets, a checkpoint of another search, a model whose outputs are no
+            numbers or not the same when it is run again, or as `compress_`.
     """
     budget = _budget(loss_budget, time_budget, size_budget)
     candidates = dict(CANDIDATES if candidates is None else candidates)
     if not candidates or DENSE in candidates or not all(isinstance(r, Recipe) for r in candidates.values()):
         raise ValueError(f"engine.search: candidates: expected recipes by name, none of them named {DENSE!r}")
+    check_batches("search", batches)
     batches = list(batches)
     if not batches:
         raise ValueError("engine.search: batches: expected at least one, got none")
@@ -117,6 +112,7 @@ def _search(
     made = {name: make_candidates(found, recipe, calibration, {}) for name, recipe in candidates.items()}
     found = [target for target in found if any(target.name in modules for modules in made.values())]
     bench = Bench(model, batches, example_inputs, loss, found, made, notes, progress)
+    bench.check_repeats()
     table = bench.measure_layers()
     chosen, measured, frontier = _choose(bench, table, budget)
     recipes = {n: candidates[chosen.options[t.name]] for t in found if chosen.options[t.name] != DENSE for n in t.names}

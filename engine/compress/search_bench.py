@@ -15,13 +15,21 @@ from engine._journal import Journal
 from engine.compress import measure
 from engine.compress.calibrate import progressing
 from engine.compress.candidates import Compressed
+from engine.compress.losses import output_tensor, real_rows
 from engine.compress.search_result import Point
 from engine.compress.targets import Target
 from engine.compress.trial import describe, model_bytes
 
 DENSE = "dense"  # the option to leave a layer as it is
+SAME_OUTPUT = 1e-6  # relative squared error: more than the order of sums makes
 
 Loss = Callable[[Any, Any, Any], Tensor | float]
+
+
+def relative_squared_error(output: Any, dense: Any, batch: Any) -> Tensor:
+    """How far the output is from the dense model's, relative to its size; padding left out."""
+    got, want = (real_rows(output_tensor(o), batch).float() for o in (output, dense))
+    return (got - want).square().sum() / want.square().sum().clamp_min(1e-30)
 
 
 @dataclasses.dataclass
@@ -97,6 +105,17 @@ class Bench:
                 losses = [float(self.loss(measure.run(self.model, batch), dense, batch)) for batch, dense in pairs]
         mean = sum(losses) / len(losses)
         return mean if mean < math.inf else math.inf  # NaN: as bad as can be, and comparable
+
+    def check_repeats(self) -> None:
+        """Raises ValueError where the dense model, run twice, differs from itself: then no loss says anything."""
+        loss = self.notes.get("loss of the dense model against itself", functools.partial(self.loss_with, {}))
+        if not loss < math.inf:
+            raise ValueError("engine.search: the dense model's loss against itself is no number: look at its outputs")
+        if self.loss is relative_squared_error and loss > SAME_OUTPUT:
+            raise ValueError(
+                f"engine.search: run twice, the model gives outputs that differ (relative squared error {loss:.2g}): "
+                "it draws random numbers, or changes its inputs or itself"
+            )
 
     def modules_of(self, options: Mapping[str, str]) -> dict[str, Compressed]:
         """What stands in the model when each target has its option."""

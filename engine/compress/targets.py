@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from engine.compress.recipe import DEFAULT_TARGETS, Recipe
 from engine.nn._replace import has_hooks, is_as_made, is_conv1d
@@ -100,6 +101,12 @@ def find_targets(
     check_patterns(owner, (*targets, *ignore))
     if not isinstance(model, nn.Module):
         raise TypeError(f"engine.{owner}: model: expected a torch.nn.Module, got {type(model).__name__}")
+    # torch.compile's wrapper, and `model.compile()`: every measurement would be one of compiling anew.
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    if compiled or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"engine.{owner}: the model is {'compiled' if compiled else 'scripted'}: do that after it is compressed"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     compressed = [name for name, module in modules.items() if isinstance(module, _Compressed)]
     if compressed:
@@ -120,12 +127,17 @@ def find_targets(
     for name, module in modules.items():
         lazy = isinstance(module, LazyModuleMixin)
         own = (module.cls_to_become or type(module)) if isinstance(module, LazyModuleMixin) else type(module)
+        parametrized = parametrize.is_parametrized(module)
+        if parametrized:  # of a class made for it
+            own = own.__bases__[0]
         plain = (word for word in dict.fromkeys((name, own.__name__)) if word in matched_by)
         for pattern in (*plain, *(pattern for pattern in expressions if matches(pattern, name))):
             inside = pattern if pattern.startswith("re:") else None
             matched_by[pattern] += inside is None or compressible(module)
             if lazy:
                 others[name] = "it is lazy: run the model once before"
+            elif parametrized:
+                others[name] = "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations makes it plain"
             elif compressible(module):
                 chosen[name] = module
             elif pattern in DEFAULT_TARGETS and type(module).__name__ == pattern:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
+from engine.compress.importance import beside_ties
 from engine.compress.recipe import Prune
 from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
 from engine.nn import CompressedConv2d, CompressedLinear
@@ -136,7 +137,8 @@ class TrainableLinear(nn.Module):
         assert self._prune.sparsity is not None
         self.weight.mul_(self.mask)
         scope = "row" if self._prune.scope == "row" else "tensor"
-        limit = ops.magnitude_threshold(self.weight, share * self._prune.sparsity, scope)
+        sparsity = share * self._prune.sparsity
+        limit = beside_ties([self.weight], ops.magnitude_threshold(self.weight, sparsity, scope), sparsity)
         self.mask.logical_and_(self.weight.abs() > limit)
         self.weight.mul_(self.mask)
 

@@ -16,7 +16,7 @@ __all__ = ["PeerError", "all_reduce", "bytes_sent"]
 
 def all_reduce(
     t: torch.Tensor,
-    op: str = "sum",
+    op: str | dist.ReduceOp.RedOpType = "sum",
     group: dist.ProcessGroup | None = None,
     codec: str | None = None,
     async_op: bool = False,
@@ -53,7 +53,8 @@ def all_reduce(
     Args:
         t: any shape, contiguous or not; float32, float64, float16, bfloat16, int32 or int64; with a codec float32,
             float16 or bfloat16.
-        op: "sum", "avg", "max" or "min", with a codec "sum" or "avg". The average of integers is rounded towards zero.
+        op: "sum", "avg", "max" or "min", or c10d's ReduceOp of that name; with a codec "sum" or "avg". The average of
+            integers is rounded towards zero.
         group: the process group, the default one where it is None.
         codec: None, "bf16", "int8" or "bitmap".
         async_op: returns at once; the operation runs in a thread of the group, in the order of the calls.
@@ -73,14 +74,15 @@ def all_reduce(
         ValueError: another op, codec or density, a residual without a codec or of another size, or this process is not
             in `group`.
     """
-    group = _check_arguments(t, op, group, codec, residual, density)
+    word = op_name(op)
+    group = _check_arguments(t, word, group, codec, residual, density)
     if torch.compiler.is_compiling():
         if async_op or residual is not None:
             raise ValueError("all_reduce: async_op and residual: expected none under torch.compile")
-        reduced = torch.ops.engine.all_reduce(t.detach(), op, group.group_name, codec, density)
+        reduced = torch.ops.engine.all_reduce(t.detach(), word, group.group_name, codec, density)
         t.detach().copy_(reduced)
         return None
-    return begin(t, op, group, codec, async_op, residual, density)
+    return begin(t, word, group, codec, async_op, residual, density)
 
 
 def begin(
@@ -221,6 +223,14 @@ def _check_arguments(
         if not fits or residual.device != t.device:
             raise ValueError(f"all_reduce: residual: expected {t.numel()} contiguous float32 elements on {t.device}")
     return check_group("all_reduce", group)
+
+
+def op_name(op: Any) -> Any:
+    """The word for an op of c10d's; whatever else is given, as it is."""
+    for word in OPS:
+        if not isinstance(op, str) and op == getattr(dist.ReduceOp, word.upper()):
+            return word
+    return op
 
 
 def check_tensor(name: str, t: torch.Tensor, op: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.distributed._all_reduce import begin
-from engine.distributed._shared_memory import DTYPES
+from engine.distributed._all_reduce import begin, op_name
+from engine.distributed._shared_memory import DTYPES, OPS
 from engine.distributed._work import Work
 
 NAME = "engine"
@@ -79,9 +79,9 @@ class EngineProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """What `dist.all_reduce`, DDP and c10d's own ops call; `tensors` has one element."""
         opts = dist.AllreduceOptions() if opts is None else opts
-        op = _op(opts.reduceOp)
+        op = op_name(opts.reduceOp)
         t = tensors[0]
-        if len(tensors) > 1 or op is None or t.device.type != "cpu" or t.dtype not in DTYPES or t.is_sparse:
+        if len(tensors) > 1 or op not in OPS or t.device.type != "cpu" or t.dtype not in DTYPES or t.is_sparse:
             return self._get_backend(t.device).allreduce(tensors, opts)  # type: ignore[attr-defined]
         if getattr(opts, "asyncOp", True):
             return _C10dWork(begin(t, op, self, async_op=True), t)
@@ -113,14 +113,6 @@ class _C10dWork(dist._Work):
     def get_future(self) -> torch.futures.Future:
         """Of a list with the tensor."""
         return self._future
-
-
-def _op(reduce_op: Any) -> str | None:
-    """Our word for c10d's; None where there is none."""
-    for op in ("sum", "avg", "max", "min"):
-        if reduce_op == getattr(dist.ReduceOp, op.upper()):
-            return op
-    return None
 
 
 def register() -> None:

@@ -125,14 +125,17 @@ def reduce_by_torch(t: torch.Tensor, op: str, group: dist.ProcessGroup, communic
 
 GLOO_LETS_GO = 0.05  # seconds
 _members: "weakref.WeakKeyDictionary[dist.ProcessGroup, Member]" = weakref.WeakKeyDictionary()
-_connecting = threading.Lock()
+_connecting: "weakref.WeakKeyDictionary[dist.ProcessGroup, threading.Lock]" = weakref.WeakKeyDictionary()
+_looking = threading.Lock()
 
 
 def member_of(group: dist.ProcessGroup) -> Member:
     """This process's member of `group`, which every rank makes with its first call."""
     member = _members.get(group)
     if member is None:
-        with _connecting:
+        with _looking:
+            connecting = _connecting.setdefault(group, threading.Lock())
+        with connecting:  # one for each group: ranks may make theirs in different orders, in several threads
             if group not in _members:
                 _members[group] = Member(group)
             member = _members[group]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from engine.distributed._all_reduce import check_group, check_tensor
+from engine.distributed._all_reduce import check_group, check_tensor, op_name
 from engine.distributed._member import REDUCE_OPS, member_of
 from engine.distributed._network import Collective, Network, plain
 from engine.distributed._shared_memory import Communicator
@@ -17,7 +17,10 @@ _all_gather_by_torch = getattr(dist, "all_gather_single", dist.all_gather_into_t
 
 
 def reduce_scatter(
-    t: torch.Tensor, op: str = "sum", group: dist.ProcessGroup | None = None, async_op: bool = False
+    t: torch.Tensor,
+    op: str | dist.ReduceOp.RedOpType = "sum",
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
 ) -> torch.Tensor | Work:
     """Reduces `t` over all ranks of `group`, and gives every rank its part of the result.
 
@@ -26,7 +29,7 @@ def reduce_scatter(
 
     Args:
         t: `[p * n, ...]` for p ranks, contiguous or not; the dtypes of :func:`all_reduce`.
-        op: "sum", "avg", "max" or "min".
+        op: "sum", "avg", "max" or "min", or c10d's ReduceOp of that name.
         group: the process group, the default one where it is None.
         async_op: returns a :class:`Work` at once, whose `result()` is a list of the tensor below.
 
@@ -39,15 +42,16 @@ def reduce_scatter(
         TypeError: another dtype.
         ValueError: another op or shape, or this process is not in `group`.
     """
-    check_tensor("reduce_scatter", t, op)
+    word = op_name(op)
+    check_tensor("reduce_scatter", t, word)
     group = check_group("reduce_scatter", group)
     size = group.size()
     if t.dim() == 0 or t.shape[0] % size:
         raise ValueError(f"reduce_scatter: t: expected [{size} * n, ...], got {list(t.shape)}")
     if async_op:
         t = t.detach()
-        return _later(t, group, lambda: scatter(t, op, group), lambda network: network.reduce_scatter(t, op))
-    return torch.ops.engine.reduce_scatter(t, op, group.group_name)
+        return _later(t, group, lambda: scatter(t, word, group), lambda network: network.reduce_scatter(t, word))
+    return torch.ops.engine.reduce_scatter(t, word, group.group_name)
 
 
 def all_gather(t: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False) -> torch.Tensor | Work:

@@ -35,8 +35,11 @@ def dequantized(values: Tensor, scale: Tensor, input_scale: Tensor | None, dtype
 
 
 def check_scales(where: str, scale: Tensor | None, input_scale: Tensor | None, rows: int, columns: int) -> None:
-    """Raises unless `scale` is float32 `[rows]`, finite and above 0, and `input_scale` alike, `[]` or `[columns]`."""
-    each = columns if input_scale is not None and input_scale.dim() == 1 else None
+    """Raises unless `scale` is float32 `[rows]`, finite and above 0, and `input_scale` alike, `[]` or `[columns]`.
+
+    One number is for all of the input, and has no dimension: of a weight of one column it would mean either.
+    """
+    each = columns if input_scale is not None and input_scale.dim() == 1 and columns != 1 else None
     for name, tensor, shape in (
         ("scale", scale, (rows,)),
         ("input_scale", input_scale, () if each is None else (each,)),
@@ -79,10 +82,28 @@ def own(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def shard_input_scale(input_scale: Tensor | None, dim: int, begin: int, end: int) -> Tensor | None:
-    """What a shard of the weight needs of its input's scales: its own columns', where each channel has one."""
-    by_channel = dim == 1 and input_scale is not None and input_scale.dim() == 1
-    return own(input_scale[begin:end]) if by_channel and input_scale is not None else own(input_scale)
+@overload
+def shard_columns_scales(
+    scale: Tensor, input_scale: Tensor | None, begin: int, end: int
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+@overload
+def shard_columns_scales(
+    scale: Tensor | None, input_scale: Tensor | None, begin: int, end: int
+) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+def shard_columns_scales(
+    scale: Tensor | None, input_scale: Tensor | None, begin: int, end: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of columns [begin, end): the rows' as they are, and the input's for these columns."""
+    if input_scale is None or scale is None or input_scale.dim() == 0:
+        return own(scale), own(input_scale)
+    if end - begin == 1:  # one number stands for a scale of all of the input, by which the rows' aren't divided yet
+        one = own(input_scale[begin])
+        return scale.detach() / one, one
+    return own(scale), own(input_scale[begin:end])
 
 
 def quantize_values(where: str, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from engine.formats._common import (
     dequantized,
     nbytes_of,
     own,
-    shard_input_scale,
+    shard_columns_scales,
     taking_over,
 )
 from engine.ops import _check
@@ -112,8 +112,8 @@ class Bitmap:
         bitmask, row_offsets, values = self.bitmask.detach(), self.row_offsets.detach(), self.values.detach()
         if dim == 1:
             parts = bitmap_columns(bitmask, row_offsets, values, begin, end)
-            input_scale = shard_input_scale(self.input_scale, dim, begin, end)
-            return Bitmap(*parts, end - begin, own(self.scale), input_scale)
+            scales = shard_columns_scales(self.scale, self.input_scale, begin, end)
+            return Bitmap(*parts, end - begin, *scales)
         row_offsets = row_offsets[begin : end + 1]
         first, last = int(row_offsets[0]), int(row_offsets[-1])
         scale = None if self.scale is None else own(self.scale[begin:end])

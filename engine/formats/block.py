@@ -14,7 +14,7 @@ from engine.formats._common import (
     nbytes_of,
     own,
     quantize_values,
-    shard_input_scale,
+    shard_columns_scales,
     taking_over,
 )
 from engine.ops import _check
@@ -121,8 +121,8 @@ class Block:
         inside = (col_indices >= low) & (col_indices < high)
         before = torch.nn.functional.pad(inside.cumsum(0, dtype=crow_indices.dtype), (1, 0))
         kept = values[inside], before[crow_indices.long()], col_indices[inside] - low
-        input_scale = shard_input_scale(self.input_scale, dim, begin, end)
-        return Block(*kept, self.rows, end - begin, own(self.scale), input_scale)
+        scales = shard_columns_scales(self.scale, self.input_scale, begin, end)
+        return Block(*kept, self.rows, end - begin, *scales)
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""

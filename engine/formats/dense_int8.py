@@ -14,7 +14,7 @@ from engine.formats._common import (
     nbytes_of,
     own,
     quantize_values,
-    shard_input_scale,
+    shard_columns_scales,
     taking_over,
 )
 from engine.ops import _check
@@ -84,10 +84,12 @@ class DenseInt8:
     def shard(self, dim: int, begin: int, end: int) -> "DenseInt8":
         """Rows (`dim` 0) or columns (1) [begin, end) as a weight with memory of its own; scales stay."""
         check_shard("formats.DenseInt8.shard", dim, begin, end, self.shape)
-        values = self.values[begin:end] if dim == 0 else self.values[:, begin:end]
-        scale = self.scale[begin:end] if dim == 0 else self.scale
-        input_scale = shard_input_scale(self.input_scale, dim, begin, end)
-        return dataclasses.replace(self, values=own(values), scale=own(scale), input_scale=input_scale)
+        if dim == 0:
+            values, scale, input_scale = self.values[begin:end], own(self.scale[begin:end]), own(self.input_scale)
+        else:
+            values = self.values[:, begin:end]
+            scale, input_scale = shard_columns_scales(self.scale, self.input_scale, begin, end)
+        return dataclasses.replace(self, values=own(values), scale=scale, input_scale=input_scale)
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""

@@ -14,7 +14,7 @@ from engine.formats._common import (
     nbytes_of,
     own,
     quantize_values,
-    shard_input_scale,
+    shard_columns_scales,
     taking_over,
 )
 from engine.ops import _check
@@ -110,8 +110,8 @@ class SemiStructured:
         if groups % 2:
             metadata[:, -1] = (metadata[:, -1] & 15) | (PADDING << 4)
         values = own(self.values[:, begin // 2 : begin // 2 + 2 * groups])
-        input_scale = shard_input_scale(self.input_scale, dim, begin, end)
-        return SemiStructured(values, metadata, end - begin, own(self.scale), input_scale)
+        scales = shard_columns_scales(self.scale, self.input_scale, begin, end)
+        return SemiStructured(values, metadata, end - begin, *scales)
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless the tensors fit together, naming the one that doesn't."""

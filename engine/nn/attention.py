@@ -196,7 +196,15 @@ def unfuse_attention_(model: nn.Module) -> list[str]:
 
     Returns:
         The names of what was replaced.
+
+    Raises:
+        ValueError: `model` is itself a torch.nn.MultiheadAttention, which can't be replaced in place.
     """
+    if isinstance(model, nn.MultiheadAttention):
+        raise ValueError(
+            "engine.nn.unfuse_attention_: the model is itself a MultiheadAttention, which can't be replaced in place: "
+            "use engine.nn.MultiheadAttention.from_fused"
+        )
     with attention_unfused(model) as names:
         return names
 

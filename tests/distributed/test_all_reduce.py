@@ -26,6 +26,7 @@ SHARED = {
     (1, "gloo"): [
         "arguments",
         "values",
+        "ops_of_c10d",
         "scatter_and_gather",
         "unusual",
         "asynchronous",

@@ -66,6 +66,22 @@ def uses_shared_memory(group=None):
     return _member._members[group or dist.group.WORLD].communicator is not None
 
 
+def ops_of_c10d():
+    for op in OPS:
+        t, same = data(rank, 1000, torch.float32, 3), data(rank, 1000, torch.float32, 3)
+        all_reduce(t, op)
+        all_reduce(same, getattr(dist.ReduceOp, op.upper()))
+        assert torch.equal(t, same)
+    half = reduce_scatter(data(rank, world_size, torch.float32, 3), dist.ReduceOp.MAX)
+    assert torch.equal(half, truth(world_size, torch.float32, "max", 3)[rank : rank + 1].float())
+    try:
+        all_reduce(torch.ones(1, dtype=torch.int32), dist.ReduceOp.BAND)
+    except ValueError as error:
+        assert "op: expected one of sum, avg, max, min" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
 def values():
     sizes = [0, 1, 3, 1000, 4097, 32768, 100003]
     for seed, (dtype, op, numel) in enumerate(itertools.product(DTYPES, OPS, sizes)):
