@@ -95,16 +95,8 @@ def check_bitmap(op: str, bitmask: Tensor, row_offsets: Tensor, values: Tensor, 
     Offsets run from 0 to nnz without a step back, a row has as many values as bits, no bit beyond `columns` is set.
     """
     rows, nnz = bitmask.shape[0], values.shape[0]
-    first, last = int(row_offsets[0]), int(row_offsets[-1])
-    _check.expect(first == 0, op, "row_offsets", "to begin with 0", first)
+    _check.offsets_rise(op, "row_offsets", row_offsets, nnz, "values")
     lengths = row_offsets.diff()
-    back = row_offsets[1:] < row_offsets[:-1]
-    if bool(back.any()):
-        row = int(back.nonzero()[0])
-        got = f"{int(row_offsets[row])} then {int(row_offsets[row + 1])} at row {row}"
-        _check.expect(False, op, "row_offsets", "never to decrease", got)
-    _check.expect(last == nnz, op, "row_offsets", f"to end with the number of values, {nnz}", last)
-
     step = max(1, CHUNK_BYTES // max(1, bitmask.shape[1]))
     for begin in range(0, rows, step):
         chunk = bitmask[begin : begin + step]

@@ -49,14 +49,7 @@ def check_block(op: str, crow_indices: Tensor, col_indices: Tensor, block_column
     Offsets run from 0 to B without a step back; columns of blocks lie in the matrix and ascend within a row.
     """
     count = col_indices.shape[0]
-    first, last = int(crow_indices[0]), int(crow_indices[-1])
-    _check.expect(first == 0, op, "crow_indices", "to begin with 0", first)
-    back = crow_indices[1:] < crow_indices[:-1]
-    if bool(back.any()):
-        row = int(back.nonzero()[0])
-        got = f"{int(crow_indices[row])} then {int(crow_indices[row + 1])} at row {row}"
-        _check.expect(False, op, "crow_indices", "never to decrease", got)
-    _check.expect(last == count, op, "crow_indices", f"to end with the number of blocks, {count}", last)
+    _check.offsets_rise(op, "crow_indices", crow_indices, count, "blocks")
     if count == 0:
         return
     least, most = (int(bound) for bound in col_indices.aminmax())

@@ -33,3 +33,20 @@ def has_shape(op: str, argument: str, t: torch.Tensor, shape: Sequence[int | str
         isinstance(want, str) or have == want for have, want in zip(t.shape, shape, strict=True)
     )
     expect(fits, op, argument, f"shape [{', '.join(map(str, shape))}]", list(t.shape))
+
+
+def is_float_dtype(op: str, dtype: object) -> None:
+    """Raises TypeError unless the argument `dtype` is one that an op can give its output."""
+    expect(dtype in FLOAT_DTYPES, op, "dtype", "torch.float32, torch.float16 or torch.bfloat16", dtype, TypeError)
+
+
+def offsets_rise(op: str, argument: str, offsets: torch.Tensor, count: int, of: str) -> None:
+    """Raises ValueError unless `offsets`, `[rows + 1]`, run from 0 to the `count` of what they are of, never back."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    expect(first == 0, op, argument, "to begin with 0", first)
+    back = offsets[1:] < offsets[:-1]
+    if bool(back.any()):
+        row = int(back.nonzero()[0])
+        got = f"{int(offsets[row])} then {int(offsets[row + 1])} at row {row}"
+        expect(False, op, argument, "never to decrease", got)
+    expect(last == count, op, argument, f"to end with the number of {of}, {count}", last)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check
-
-BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in a gradient
+from engine.ops._linear import DENSE_AT_ONCE
 
 
 def check_csr_metadata(op: str, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
@@ -33,14 +32,7 @@ def check_csr(op: str, crow_indices: Tensor, col_indices: Tensor, columns: int) 
     Offsets run from 0 to nnz without a step back, and each column lies in `[0, columns)`.
     """
     nnz = col_indices.shape[0]
-    first, last = int(crow_indices[0]), int(crow_indices[-1])
-    _check.expect(first == 0, op, "crow_indices", "to begin with 0", first)
-    back = crow_indices[1:] < crow_indices[:-1]
-    if bool(back.any()):
-        row = int(back.nonzero()[0])
-        got = f"{int(crow_indices[row])} then {int(crow_indices[row + 1])} at row {row}"
-        _check.expect(False, op, "crow_indices", "never to decrease", got)
-    _check.expect(last == nnz, op, "crow_indices", f"to end with the number of values, {nnz}", last)
+    _check.offsets_rise(op, "crow_indices", crow_indices, nnz, "values")
     if nnz > 0:
         least, most = (int(bound) for bound in col_indices.aminmax())
         inside = least >= 0 and most < columns
@@ -65,6 +57,6 @@ def dense_rows(crow_indices: Tensor, col_indices: Tensor, values: Tensor, begin:
 def blocks(crow_indices: Tensor, columns: int) -> Iterator[tuple[int, int]]:
     """Goes through the matrix by blocks of rows, [begin, end), that are small even when dense."""
     n = crow_indices.shape[0] - 1
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    step = max(1, DENSE_AT_ONCE // max(1, columns))
     for begin in range(0, n, step):
         yield begin, min(n, begin + step)

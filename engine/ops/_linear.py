@@ -7,6 +7,8 @@ from torch import Tensor
 
 from engine.ops import _check
 
+DENSE_AT_ONCE = 1 << 20  # elements of a weight that a gradient's plain PyTorch makes dense at a time
+
 
 def check_activations(op: str, x: Tensor) -> int:
     """Raises TypeError or ValueError unless `x` is float `[..., K]`; returns K."""

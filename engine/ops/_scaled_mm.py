@@ -20,8 +20,7 @@ def _check_arguments(
     if bias is not None:
         _check.is_float(op, "bias", bias)
         _check.has_shape(op, "bias", bias, (weight.shape[0],))
-    names = "torch.float32, torch.float16 or torch.bfloat16"
-    _check.expect(dtype in _check.FLOAT_DTYPES, op, "dtype", names, dtype, TypeError)
+    _check.is_float_dtype(op, dtype)
 
 
 def _reference(

@@ -9,10 +9,8 @@ from engine import backends
 from engine.ops import _check
 from engine.ops._bitmap import bitmap_mask, check_bitmap, check_bitmap_metadata
 from engine.ops._library import define
-from engine.ops._linear import bias_gradient, check_activations, check_bias, check_rows, multiply
+from engine.ops._linear import DENSE_AT_ONCE, bias_gradient, check_activations, check_bias, check_rows, multiply
 from engine.ops.bitmap_to_dense import bitmap_to_dense
-
-BLOCK_ELEMENTS = 1 << 20  # of the weight that are dense at once in the backward
 
 
 def _check_metadata(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None) -> None:
@@ -122,7 +120,7 @@ def training_pays(rows: int, kept: int, places: int) -> bool:
 def _blocks(bitmask: Tensor, row_offsets: Tensor, columns: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields a block's rows, its values' places, and its own row offsets, from 0."""
     n = bitmask.shape[0]
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    step = max(1, DENSE_AT_ONCE // max(1, columns))
     borders = [*range(0, n, step), n]
     offsets = row_offsets[borders].tolist()
     for i in range(len(borders) - 1):

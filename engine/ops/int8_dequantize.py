@@ -10,8 +10,7 @@ from engine.ops._library import define, explained_by
 def _check_arguments(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> None:
     _check.is_dtype("int8_dequantize", "q", q, torch.int8)
     _check.is_dtype("int8_dequantize", "scale", scale, torch.float32)
-    names = "torch.float32, torch.float16 or torch.bfloat16"
-    _check.expect(dtype in _check.FLOAT_DTYPES, "int8_dequantize", "dtype", names, dtype, TypeError)
+    _check.is_float_dtype("int8_dequantize", dtype)
     _check.expect(q.dim() >= 1, "int8_dequantize", "q", "at least one dimension", list(q.shape))
     _check.has_shape("int8_dequantize", "scale", scale, q.shape[:-1])
 

@@ -11,8 +11,7 @@ def _check_metadata(indices: Tensor, weight: Tensor, scale: Tensor, dtype: torch
     _check.is_dtype("int8_embedding", "indices", indices, torch.int32, torch.int64)
     _check.is_dtype("int8_embedding", "weight", weight, torch.int8)
     _check.is_dtype("int8_embedding", "scale", scale, torch.float32)
-    names = "torch.float32, torch.float16 or torch.bfloat16"
-    _check.expect(dtype in _check.FLOAT_DTYPES, "int8_embedding", "dtype", names, dtype, TypeError)
+    _check.is_float_dtype("int8_embedding", dtype)
     _check.has_shape("int8_embedding", "weight", weight, ("rows", "dim"))
     _check.has_shape("int8_embedding", "scale", scale, (weight.shape[0],))
 

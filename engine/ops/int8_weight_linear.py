@@ -5,9 +5,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._library import define
-from engine.ops._linear import bias_gradient, check_bias, check_rows
-
-BLOCK_ELEMENTS = 1 << 20  # of the weight turned to float at once in the backward
+from engine.ops._linear import DENSE_AT_ONCE, bias_gradient, check_bias, check_rows
 
 
 def _check_arguments(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
@@ -94,7 +92,7 @@ def _backward_input(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     _check.has_shape(op, "scale", scale, (n,))
     scaled = check_rows(op, "grad", grad, n) * scale
     total = scaled.new_zeros(scaled.shape[0], k)
-    step = max(1, BLOCK_ELEMENTS // max(1, k))
+    step = max(1, DENSE_AT_ONCE // max(1, k))
     for begin in range(0, n, step):
         total.addmm_(scaled[:, begin : begin + step], weight[begin : begin + step].float())
     return total.reshape(*grad.shape[:-1], k).to(grad.dtype)

@@ -81,7 +81,7 @@ def test_sums_of_few_outputs_and_few_kept(variant):
 
 
 def test_gradients_go_through_many_blocks(monkeypatch):
-    monkeypatch.setattr(sys.modules["engine.ops.bitmap_linear"], "BLOCK_ELEMENTS", 7 * 30)
+    monkeypatch.setattr(sys.modules["engine.ops.bitmap_linear"], "DENSE_AT_ONCE", 7 * 30)
     bitmask, row_offsets, values = random_bitmap(20, 30)
     x, grad = torch.randn(5, 30, requires_grad=True), torch.randn(5, 20)
     with reference_mode():

@@ -78,7 +78,7 @@ def test_no_values_give_the_bias(variant):
 
 
 def test_gradients_go_through_many_blocks(monkeypatch):
-    monkeypatch.setattr("engine.ops._csr.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("engine.ops._csr.DENSE_AT_ONCE", 100)
     x, (crow_indices, col_indices, values) = torch.randn(3, 40, requires_grad=True), random_csr(23, 40)
     values.requires_grad_()
     csr_linear(x, crow_indices, col_indices, values).square().sum().backward()

@@ -129,7 +129,7 @@ def test_few_outputs_are_cut_along_the_rows(variant):
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_gradients_are_those_of_the_dense_formula(dtype, monkeypatch):
-    monkeypatch.setattr(sys.modules["engine.ops.int8_weight_linear"], "BLOCK_ELEMENTS", 7 * 30)  # several blocks
+    monkeypatch.setattr(sys.modules["engine.ops.int8_weight_linear"], "DENSE_AT_ONCE", 7 * 30)  # several blocks
     x, (weight, scale) = torch.randn(2, 5, 30).to(dtype).requires_grad_(), weights(20, 30)
     bias, grad = torch.randn(20).to(dtype).requires_grad_(), torch.randn(2, 5, 20).to(dtype)
     int8_weight_linear(x, weight, scale, bias).backward(grad)
