@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.bench.limits import Limits, measure_limits
+from engine.bench.limits import Limits, limits_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,17 @@ def copies(bytes_each: int, beyond: int = 256 << 20) -> int:
     return -(-beyond // max(1, bytes_each)) if 0 < bytes_each < beyond else 1
 
 
+def exceeds(fraction: float) -> bool:
+    """Whether a fraction of the limit shows that the limit was measured too low: it is no fraction of anything then."""
+    return round(fraction, 2) > 1
+
+
 def print_rows(op: str, rows: Sequence[Row], own: str, note: str = "") -> None:
     """Prints a line a shape: our median and its spread, GB/s or GOP/s, the fraction of the machine's limit, and how
-    many times as fast as each peer we are; then the geometric means over the shapes.
+    many times as fast as each peer we are; then the geometric means over the shapes. To be called at once after the
+    rows are measured, as the machine's bandwidth is measured once more here.
     """
-    limits = measure_limits()
+    limits = limits_of_rows()
     print(f"\n{op}{f', {note}' if note else ''}  ({torch.get_num_threads()} threads; {limits})")
     ratios: dict[str, list[float]] = {}
     for row in rows:
@@ -125,8 +131,16 @@ def print_rows(op: str, rows: Sequence[Row], own: str, note: str = "") -> None:
             for name, timing in others.items()
         )
         spread = f"[{mine.p10 * 1e6:.0f}, {mine.p90 * 1e6:.0f}]"
-        print(f"  {row.case:<32} {mine.median * 1e6:10.1f} µs {spread:<16} {speed} {fraction:4.0%} of limit  {peers}")
-        RESULTS.append({"op": op, "note": note, "own": own, "fraction_of_limit": fraction, **dataclasses.asdict(row)})
+        of_limit = "above the limit measured" if exceeds(fraction) else f"{fraction:4.0%} of limit"
+        print(f"  {row.case:<32} {mine.median * 1e6:10.1f} µs {spread:<16} {speed} {of_limit}  {peers}")
+        about = {
+            "op": op,
+            "note": note,
+            "own": own,
+            "fraction_of_limit": fraction,
+            "limits": dataclasses.asdict(limits),
+        }
+        RESULTS.append({**about, **dataclasses.asdict(row)})
     if len(rows) > 1:
         means = "  ".join(f"{math.exp(statistics.fmean(map(math.log, r))):6.2f}x {n}" for n, r in ratios.items())
         print(f"  geometric mean over {len(rows)} shapes: {means}")

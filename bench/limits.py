@@ -1,4 +1,8 @@
-"""The machine's limits, measured in the same run as what is held against them."""
+"""The machine's limits, measured in the same run as what is held against them.
+
+Rates of arithmetic once, as the processor reaches them whoever else is there; bandwidths, which the machine's other
+users take a share of, again before and after each op.
+"""
 
 import dataclasses
 import functools
@@ -43,15 +47,38 @@ def measure_limits(threads: int | None = None) -> Limits:
     return _measure(threads or torch.get_num_threads(), backends.cpu_variant())
 
 
+_recent: dict[int, tuple[float, float, float]] = {}  # by threads, the bandwidths after the rows measured last
+
+
+def limits_of_rows(threads: int | None = None) -> Limits:
+    """The limits for the rows measured since the last call: bandwidths are the best of the start, then, and now.
+
+    Takes 1 s, and what it measures now counts as measured before the rows to come.
+    """
+    threads = threads or torch.get_num_threads()
+    start = measure_limits(threads)
+    at_start = (start.read_gbps, start.copy_gbps, start.cache_gbps)
+    before, _recent[threads] = _recent.get(threads, at_start), _bandwidths(threads, 0.1)
+    read, copy, cache = (max(rates) for rates in zip(at_start, before, _recent[threads], strict=True))
+    return dataclasses.replace(start, read_gbps=read, copy_gbps=copy, cache_gbps=cache)
+
+
+def _bandwidths(threads: int, seconds: float) -> tuple[float, float, float]:
+    native = importlib.import_module("engine._native")
+    return (
+        native.read_gbps(256 << 20, threads, seconds),
+        native.copy_gbps(256 << 20, threads, seconds),
+        native.read_gbps(256 << 10, threads, 0.05),
+    )
+
+
 @functools.cache
 def _measure(threads: int, variant: str) -> Limits:
     native = importlib.import_module("engine._native")
     rounds = []
     for _ in range(4):  # the best of some: a machine that others use too is slow for moments
         rates = (
-            native.read_gbps(256 << 20, threads, 0.2),
-            native.copy_gbps(256 << 20, threads, 0.2),
-            native.read_gbps(256 << 10, threads, 0.05),
+            *_bandwidths(threads, 0.2),
             native.fp32_gops(variant, threads, 0.05),
             native.bf16_gops(variant, threads, 0.05),
             *native.int8_gops(variant, threads, 0.05),

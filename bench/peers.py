@@ -90,9 +90,10 @@ def _int_mm(linear: nn.Linear, rows: int) -> Linear:
 def _weight_int8pack(linear: nn.Linear, rows: int) -> Linear:
     """Weights int8, activations float: less is quantised than by the others."""
     weight, scale = int8_quantize(linear.weight.detach())
+    bias = linear.bias.detach()
     if rows > 64:
         raise ValueError("slow beyond 64 rows")
-    return lambda x: torch._weight_int8pack_mm(x, weight, scale)
+    return lambda x: torch._weight_int8pack_mm(x, weight, scale).add_(bias)
 
 
 def _torchao(linear: nn.Linear, rows: int) -> Linear:

@@ -1,5 +1,6 @@
 """Pictures of what `engine bench` measured."""
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def save_plot(results: Sequence[dict], limits: Mapping[str, float], path: Path) 
         for panel, rows in (
             (_sparsity_panel, [row for row in results if row.get("sparsity") is not None and fastest_int8(row)]),
             (_models_panel, [row for row in results if row["op"] == "minilm"]),
-            (_roofline_panel, [row for row in results if row["operations"]]),
+            (functools.partial(_roofline_panel, limits), [row for row in results if row["operations"]]),
         )
         if rows
     ]
@@ -38,7 +39,7 @@ def save_plot(results: Sequence[dict], limits: Mapping[str, float], path: Path) 
     figure = Figure(figsize=(10, sum(heights) + 0.4), layout="constrained")
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (panel, rows) in zip(axes, above, strict=False):
-        panel(axis, rows, limits)
+        panel(axis, rows)
         axis.spines[["top", "right"]].set_visible(False)
     for axis, (title, rows) in zip(axes[len(above) :], shown.items(), strict=True):
         _op_panel(axis, title, rows)
@@ -51,7 +52,7 @@ def _legend(axis) -> None:
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _sparsity_panel(axis, rows: list[dict], limits: Mapping[str, float]) -> None:
+def _sparsity_panel(axis, rows: list[dict]) -> None:
     """How many times as fast as the fastest int8 linear of others, and what the bytes and operations would allow."""
     curves: dict[str, list[dict]] = {}
     for row in rows:
@@ -60,7 +61,7 @@ def _sparsity_panel(axis, rows: list[dict], limits: Mapping[str, float]) -> None
     for i, (name, of) in enumerate(curves.items()):
         colour, marker = (OWN, *PEERS)[i % (1 + len(PEERS))], MARKERS[i % len(MARKERS)]
         sparsity, speed = [row["sparsity"] for row in of], [fastest_int8(row)[1] for row in of]  # type: ignore[index]
-        allowed = [s / row["fraction_of_limit"] for s, row in zip(speed, of, strict=True)]
+        allowed = [s / min(1.0, row["fraction_of_limit"]) for s, row in zip(speed, of, strict=True)]
         axis.plot(sparsity, speed, marker + "-", color=colour, label=name)
         axis.plot(sparsity, allowed, ":", color=colour, linewidth=1)
     axis.axhline(1, color=LIMIT, linewidth=1)
@@ -73,7 +74,7 @@ def _sparsity_panel(axis, rows: list[dict], limits: Mapping[str, float]) -> None
     _legend(axis)
 
 
-def _models_panel(axis, rows: list[dict], limits: Mapping[str, float]) -> None:
+def _models_panel(axis, rows: list[dict]) -> None:
     """Milliseconds of a whole model, as a share of float32's."""
     names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
     width = 0.8 / len(names)
@@ -93,7 +94,7 @@ def _models_panel(axis, rows: list[dict], limits: Mapping[str, float]) -> None:
     axis.set_title(f"{rows[0]['op']}, end to end", fontsize=10, loc="left")
 
 
-def _roofline_panel(axis, rows: list[dict], limits: Mapping[str, float]) -> None:
+def _roofline_panel(limits: Mapping[str, float], axis, rows: list[dict]) -> None:
     """Operations a second over operations a byte, under the machine's bandwidths and its arithmetic rates."""
     ops = list(dict.fromkeys(row["op"] for row in rows))
     intensity = [row["operations"] / max(1, row["moved"]) for row in rows]
@@ -139,7 +140,9 @@ def _op_panel(axis, title: str, rows: list[dict]) -> None:
     axis.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(left=0)
-    axis.set_xlabel("speed as a fraction of the machine's limit for our bytes and operations (line: 1)", fontsize=8)
+    axis.set_xlabel(
+        "speed as a fraction of the machine's limit, as measured, for our bytes and operations (line: 1)", fontsize=8
+    )
     axis.set_title(title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     _legend(axis)

@@ -1,4 +1,4 @@
-"""Tables from what `engine bench --json` wrote: every row into docs/measured.md, a few into the README.
+"""Tables from what `engine bench --json` wrote: every row into docs/measured.md, a summary into the README.
 
     python bench/tables.py bench/results/*.json
 
@@ -7,21 +7,21 @@ Nothing in them is written by hand.
 
 import argparse
 import json
+import math
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from engine.bench.common import coarse
+from engine.bench.common import coarse, exceeds
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSE = ("fp32", "F.linear fp32")
 NOT_INT8_OF_OTHERS = ("int8", "bitmap", "block", "fp32", "onnxruntime fp32", "F.linear", "clone")  # how names begin
-# For the README: an op with the beginnings of the cases that say most about it.
-CHOSEN = {
-    "bitmap_int8_linear": ("M 1, 8192x8192", "M 4, 8192x8192", "M 16, 8192x8192"),
-    "int8_linear": ("M 1, N 8192", "M 16, N 4096", "M 1024, N 4096", "M 1024, N 1536"),
-    "minilm": ("1 x 16", "8 x 128"),
-}
+DENSE_INT8 = "int8_linear"  # the engine's own, which a compressed form has to beat
+# The README has every row of these ops, summed up by how many rows the activations have.
+SUMMED_UP = ("int8_linear", "bitmap_int8_linear", "semi_structured_int8_linear", "block_int8_linear", "minilm")
+BANDS = (1, 4, 128, math.inf)  # the most of M: one token, a few, some, many
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -53,6 +53,17 @@ def machine(results: dict) -> str:
     )
 
 
+def of_limit(row: dict, limits: Mapping[str, float]) -> str:
+    """The fraction of the limit; where it would be above 1, the speed alone, in the unit of what bounds the row."""
+    if not exceeds(row["fraction_of_limit"]):
+        return f"{row['fraction_of_limit']:.0%}"
+    limits, own = row.get("limits", limits), row["timings"][row["own"]]["median"]
+    bandwidth, rate = limits[f"{row['traffic']}_gbps"], limits.get(f"{row['arithmetic']}_gops")
+    if rate and row["operations"] / rate > row["moved"] / bandwidth:
+        return f"{row['operations'] / own / 1e9:.0f} GOP/s"
+    return f"{row['moved'] / own / 1e9:.0f} GB/s"
+
+
 def every_row(results: dict) -> list[str]:
     """Every op's rows beside every peer."""
     lines, groups = [f"## {machine(results)}", ""], {}
@@ -65,7 +76,7 @@ def every_row(results: dict) -> list[str]:
             own, peers = row["timings"][row["own"]], peers_of(row)
             spread = f"{own['median'] * 1e6:.0f} ({own['p10'] * 1e6:.0f} to {own['p90'] * 1e6:.0f})"
             ratios = [f"{peers[name]:.2f}" if name in peers else "" for name in names]
-            table.append([row["case"], spread, f"{row['fraction_of_limit']:.0%}", *ratios])
+            table.append([row["case"], spread, of_limit(row, results["limits"]), *ratios])
         lines += [f"### {op}{f', {note}' if note else ''}", ""]
         worst: dict[str, float] = {}
         for row in rows:
@@ -78,32 +89,78 @@ def every_row(results: dict) -> list[str]:
     return lines
 
 
-def chosen_rows(results: dict) -> list[str]:
-    """The README's table."""
-    rows = []
-    for op, beginnings in CHOSEN.items():
-        for row in (row for row in results["rows"] if row["op"] == op and row["case"].startswith(beginnings)):
-            peers, best = peers_of(row), fastest_int8(row)
-            if best and (error := coarse(row.get("errors"), best[0], row["own"])):
-                best = (f"{best[0]}, {error}", best[1])
-            dense = next((peers[name] for name in DENSE if name in peers), None)
-            rows.append(
-                [
-                    f"`{op}`, {re.sub(' ?x ?', ' × ', row['case'])}",
-                    f"{row['timings'][row['own']]['median'] * 1e6:.0f}",
-                    f"{row['fraction_of_limit']:.0%}",
-                    f"{best[1]:.2f} ({best[0]})" if best else "",
-                    f"{dense:.1f}" if dense else "",
-                ]
-            )
-    header = [
-        "op, rows of activations M, weight; or model",
-        "µs",
-        "of the machine's limit",
-        "× fastest int8 peer",
-        "× float32",
+def summary(results: dict) -> list[str]:
+    """The README's table: all rows of an op with about as many rows of activations in a line."""
+    table: list[list[str]] = []
+    fastest: dict[str, list[dict]] = {}
+    for rows in _groups(results["rows"]):
+        peers, best = [peers_of(row) for row in rows], [(row, found) for row in rows if (found := fastest_int8(row))]
+        for row, (name, _) in best:
+            fastest.setdefault(name, []).append(row)
+        table.append(
+            [
+                f"`{rows[0]['op']}`",
+                _rows_in_words(rows),
+                str(len(rows)),
+                _spread([row["fraction_of_limit"] for row in rows], _percent),
+                _spread([of[DENSE_INT8] for of in peers if DENSE_INT8 in of]),
+                _spread([ratio for _, (_, ratio) in best]),
+                _spread([of[name] for of in peers for name in DENSE if name in of]),
+            ]
+        )
+    header = ["op", "rows of activations M, or input", "shapes", "of the machine's limit"]
+    header += ["× own dense `int8_linear`", "× fastest int8 of others", "× float32"]
+    names = ", ".join(f"{name}{_error_of(name, rows)}" for name, rows in sorted(fastest.items()))
+    return [
+        "Every shape that was measured is in it: the median over a line's shapes, then the least and the most of them.",
+        "`≈100%` is what came out above the limit as measured, which others' use of the machine lowers.",
+        "",
+        *markdown(header, table),
+        "",
+        f"On {machine(results)}. Fastest of others, by shape: {names}.",
     ]
-    return [*markdown(header, rows), "", f"On {machine(results)}."]
+
+
+def _groups(rows: Sequence[dict]) -> list[list[dict]]:
+    """The rows of each line: of one op, and with M in one band; a model's by themselves."""
+    groups: dict[tuple, list[dict]] = {}
+    of = [row for row in rows if row["op"] in SUMMED_UP]
+    for row in sorted(of, key=lambda row: (SUMMED_UP.index(row["op"]), _rows_of_activations(row) or 0)):
+        m = _rows_of_activations(row)
+        band = row["case"] if m is None else next(most for most in BANDS if m <= most)
+        groups.setdefault((row["op"], band), []).append(row)
+    return list(groups.values())
+
+
+def _error_of(name: str, rows: Sequence[dict]) -> str:
+    """The largest error of a peer that computes with fewer bits than the op, in brackets."""
+    worst = max(rows, key=lambda row: (row.get("errors") or {}).get(name, 0.0))
+    error = coarse(worst.get("errors"), name, worst["own"])
+    return f" ({error})" if error else ""
+
+
+def _rows_of_activations(row: dict) -> int | None:
+    found = re.match(r"M[ =](\d+)", row["case"])
+    return int(found[1]) if found else None
+
+
+def _rows_in_words(rows: Sequence[dict]) -> str:
+    counts = sorted({m for row in rows if (m := _rows_of_activations(row)) is not None})
+    return ", ".join(map(str, counts)) if counts else rows[0]["case"].replace(" x ", " × ")
+
+
+def _percent(fraction: float) -> str:
+    return "≈100%" if exceeds(fraction) else f"{fraction:.0%}"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _spread(values: Sequence[float], words: Callable[[float], str] = _ratio) -> str:
+    if len(values) < 2:
+        return "".join(map(words, values))
+    return f"{words(statistics.median(values))} ({words(min(values))} to {words(max(values))})"
 
 
 def main() -> None:
@@ -118,8 +175,10 @@ def main() -> None:
         "Made by `bench/tables.py` from the files under `bench/results/`; `engine bench` measures your own machine.",
         "Peers ran in the same loop, each round in another order; times are medians, and `×` says how many times as",
         "fast as the peer the op is. The limit is what the machine's bandwidth and arithmetic rate, measured in the",
-        "same run, allow for the op's own bytes and operations. Where others use the machine too it varies, and a row",
-        "may exceed it.",
+        "same run, allow for the op's own bytes and operations: bandwidth at the start and, in files that hold limits",
+        "for each row, again just before and just after an op's rows; the best counts. A row that is faster all the",
+        "same shows a limit that was measured too low (others use the machine too, or its caches hold more than was",
+        "reckoned with): it has no fraction, but its GB/s of the bytes that it has to move.",
         "",
         "![Speed-up over sparsity, whole models, the roofline, and every row as a fraction of the limit](measured.png)",
         "",
@@ -134,7 +193,7 @@ def main() -> None:
     _, mark, after = rest.partition("<!-- /bench -->")
     if not mark:
         raise SystemExit("README.md has no place marked <!-- bench --> ... <!-- /bench -->")
-    table = "\n".join(("<!-- bench -->", *chosen_rows(files[0]), "<!-- /bench -->"))
+    table = "\n".join(("<!-- bench -->", *summary(files[0]), "<!-- /bench -->"))
     readme.write_text(before + table + after, encoding="utf-8")
 
 

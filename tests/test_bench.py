@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from engine import backends, ops
-from engine.bench import OPS, common, peer_models, plot, run, tables
+from engine.bench import OPS, common, limits, peer_models, plot, run, tables
 from engine.bench.common import Row, Timing
 from engine.bench.limits import Limits, measure_limits
 from engine.bench.peers import int8_linears
@@ -57,11 +57,11 @@ def test_floor(row, seconds):
 
 @needs_native
 def test_limits_are_measured():
-    limits = measure_limits()
-    assert limits.read_gbps > 0.5 and limits.copy_gbps > 0.5 and limits.cache_gbps > limits.read_gbps / 4
+    found = measure_limits()
+    assert found.read_gbps > 0.5 and found.copy_gbps > 0.5 and found.cache_gbps > found.read_gbps / 4
     if backends.cpu_variant() != "portable":
-        assert limits.fp32_gops > 1 and limits.int8_gops > limits.fp32_gops and limits.int8_by
-    assert "GB/s" in str(limits) and measure_limits() is limits
+        assert found.fp32_gops > 1 and found.int8_gops > found.fp32_gops and found.int8_by
+    assert "GB/s" in str(found) and measure_limits() is found
 
 
 def test_peers_compute_the_same_task():
@@ -70,7 +70,7 @@ def test_peers_compute_the_same_task():
         peers = int8_linears(linear, 16)
         assert "_int_mm" in peers
         for name, peer in peers.items():
-            expected = linear(x) - (linear.bias if name == "_weight_int8pack_mm" else 0)
+            expected = linear(x)
             assert (peer(x) - expected).norm() < 0.1 * expected.norm(), name
 
 
@@ -111,7 +111,7 @@ def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(importlib.import_module("engine.bench.bench_int8_quantize"), "main", main)
     monkeypatch.setattr(common, "RESULTS", [])
-    monkeypatch.setattr(common, "measure_limits", lambda: LIMITS)
+    monkeypatch.setattr(common, "limits_of_rows", lambda: LIMITS)
     run.run(["int8_quantize"], tmp_path / "rows.json", tmp_path / "rows.png")
     text = capsys.readouterr().out
     assert "2000.0 µs [1000, 3000]" in text and "100% of limit" in text
@@ -120,7 +120,12 @@ def test_run_prints_and_saves(monkeypatch, tmp_path, capsys):
     saved = json.loads((tmp_path / "rows.json").read_text())
     assert saved["torch"] == torch.__version__ and saved["limits"]["read_gbps"] > 0
     first = saved["rows"][0]
-    assert first["case"] == "8x8" and first["fraction_of_limit"] == 1 and first["timings"]["clone"]["median"] == 4e-3
+    assert (
+        first["case"] == "8x8"
+        and first["fraction_of_limit"] == 1
+        and first["limits"]["copy_gbps"] == 5
+        and first["timings"]["clone"]["median"] == 4e-3
+    )
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     model = {
         **first,
@@ -145,22 +150,70 @@ def test_bad_arguments(arguments, message):
     assert result.exit_code == 2 and message in result.output
 
 
-def test_tables_hold_what_was_measured():
-    def row(op, case, **medians):
-        timings = {name: {"p10": 1e-6, "median": t * 1e-6, "p90": 9e-6} for name, t in medians.items()}
-        return {"op": op, "note": "", "own": op, "fraction_of_limit": 0.5, "case": case, "timings": timings}
+def _row(op, case, fraction=0.5, **medians):
+    timings = {name: {"p10": 1e-6, "median": t * 1e-6, "p90": 9e-6} for name, t in medians.items()}
+    bound = {"moved": 2_000_000, "operations": 2_000_000, "traffic": "read", "arithmetic": "int8"}
+    return {"op": op, "note": "", "own": op, "fraction_of_limit": fraction, "case": case, "timings": timings, **bound}
 
-    limits = {"read_gbps": 30.0, "int8_gops": 900.0, "fp32_gops": 230.0}
-    machine = {"processor": "P", "instruction_set": "avx2", "threads": 2, "torch": "2.13", "date": "2026-11-26"}
+
+MACHINE = {
+    **{"processor": "P", "instruction_set": "avx2", "threads": 2, "torch": "2.13", "date": "2026-11-26"},
+    "limits": {"read_gbps": 30.0, "int8_gops": 900.0, "fp32_gops": 230.0},
+}
+
+
+def test_tables_hold_what_was_measured():
     rows = [
-        row("bitmap_int8_linear", "M 1, 8192x8192, 50%", bitmap_int8_linear=4, int8_linear=3, a=8, b=6, fp32=40),
-        row("int8_linear", "M 3, N 5, K 7", int8_linear=2, fp32=4),
+        _row("bitmap_int8_linear", "M 1, 8192x8192, 50%", bitmap_int8_linear=4, int8_linear=3, a=8, b=6, fp32=40),
+        _row("int8_linear", "M 3, N 5, K 7", int8_linear=2, fp32=4),
     ]
     rows[0]["errors"] = {"bitmap_int8_linear": 0.01, "a": 0.03, "b": 0.02, "fp32": 0.0}
-    results = {**machine, "limits": limits, "rows": rows}
-    _, _, chosen, _, where = tables.chosen_rows(results)
-    assert chosen == "| `bitmap_int8_linear`, M 1, 8192 × 8192, 50% | 4 | 50% | 1.50 (b, error 2.0%) | 10.0 |"
-    assert "900 GOP/s" in where
-    every = "\n".join(tables.every_row(results))
+    every = "\n".join(tables.every_row({**MACHINE, "rows": rows}))
     assert "of the table: bitmap_int8_linear 1.0%, a 3.0%, b 2.0%." in every
     assert "| M 3, N 5, K 7 | 2 (1 to 9) | 50% | 2.00 |" in every and "| 0.75 | 2.00 | 1.50 | 10.00 |" in every
+
+
+def test_summary_holds_every_shape():
+    rows = [
+        _row("bitmap_int8_linear", "M 1, 8x8, 50%", 1.2, bitmap_int8_linear=4, int8_linear=3, a=8, b=6, fp32=40),
+        _row("bitmap_int8_linear", "M 1, 8x8, 70%", 0.8, bitmap_int8_linear=4, int8_linear=8, a=2, b=6, fp32=4),
+        _row("bitmap_int8_linear", "M 1, 8x8, 80%", 0.3, bitmap_int8_linear=4, int8_linear=6, a=9, b=8, fp32=8),
+        _row("bitmap_int8_linear", "M 64, 8x8, 80%", bitmap_int8_linear=4, int8_linear=2, b=4, fp32=4),
+        _row("bitmap_int8_linear", "M 16, 8x8, 80%", bitmap_int8_linear=4, int8_linear=3, b=6, fp32=4),
+        _row("int8_linear", "M 1, N 8, K 8", int8_linear=2, fp32=4),
+        _row("minilm", "8 x 128 tokens", minilm=2, b=3, fp32=7),
+        _row("int8_quantize", "8 x 8", int8_quantize=2, clone=1),
+    ]
+    rows[0]["errors"] = {"bitmap_int8_linear": 0.01, "a": 0.03, "b": 0.02, "fp32": 0.0}
+    lines = tables.summary({**MACHINE, "rows": rows})
+    assert [line for line in lines if line.startswith("| `")] == [
+        "| `int8_linear` | 1 | 1 | 50% |  |  | 2.00 |",
+        "| `bitmap_int8_linear` | 1 | 3 | 80% (30% to ≈100%) | 1.50 (0.75 to 2.00) | 1.50 (0.50 to 2.00) "
+        "| 2.00 (1.00 to 10) |",
+        "| `bitmap_int8_linear` | 16, 64 | 2 | 50% (50% to 50%) | 0.62 (0.50 to 0.75) | 1.25 (1.00 to 1.50) "
+        "| 1.00 (1.00 to 1.00) |",
+        "| `minilm` | 8 × 128 tokens | 1 | 50% |  | 1.50 | 3.50 |",
+    ]
+    assert "900 GOP/s" in lines[-1] and lines[-1].endswith("Fastest of others, by shape: a, b (error 2.0%).")
+
+
+def test_no_row_is_a_fraction_above_the_limit():
+    row = _row("int8_linear", "M 1, N 8, K 8", 1.234, int8_linear=50, fp32=4)
+    assert "| 50 (1 to 9) | 40 GB/s | 0.08 |" in "\n".join(tables.every_row({**MACHINE, "rows": [row]}))
+    measured_beside_it = {**MACHINE["limits"], "read_gbps": 1000.0}
+    row = {**row, "operations": 10**8, "limits": measured_beside_it}
+    assert "| 50 (1 to 9) | 2000 GOP/s | 0.08 |" in "\n".join(tables.every_row({**MACHINE, "rows": [row]}))
+    assert not common.exceeds(1.004) and common.exceeds(1.01)
+
+
+@needs_native
+def test_limits_of_rows_are_the_best_of_start_before_and_after(monkeypatch):
+    start = measure_limits()
+    around = [(0.0, 1e9, 0.0), (2e9, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)]
+    monkeypatch.setattr(limits, "_recent", {})
+    monkeypatch.setattr(limits, "_bandwidths", lambda threads, seconds: around.pop(0))
+    replaced = dataclasses.replace
+    assert limits.limits_of_rows() == replaced(start, copy_gbps=1e9)
+    assert limits.limits_of_rows() == replaced(start, read_gbps=2e9, copy_gbps=1e9)
+    assert limits.limits_of_rows() == replaced(start, read_gbps=2e9)
+    assert limits.limits_of_rows() == start
