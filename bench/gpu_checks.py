@@ -185,35 +185,35 @@ def _csr_checks(x: Tensor, n: int) -> Iterator:
     yield (x, *REFERENCES["prune_to_csr"](dense, torch.tensor(0.0)), torch.randn(n)), dense
 
 
-def _to_dense_checks(x: Tensor, n: int) -> Iterator:
+def _to_dense_checks(x: Tensor) -> Iterator:
     for dtype in (x.dtype, torch.int8):
         yield (*bitmap(*x.shape, 0.5, dtype), x.shape[1]), None
 
 
-def _block_to_dense_checks(x: Tensor, n: int) -> Iterator:
+def _block_to_dense_checks(x: Tensor) -> Iterator:
     for dtype in (x.dtype, torch.int8):
         yield (*blocks(*x.shape, 32, 0.5, dtype, x.device), *x.shape), None
 
 
-def _semi_structured_to_dense_checks(x: Tensor, n: int) -> Iterator:
+def _semi_structured_to_dense_checks(x: Tensor) -> Iterator:
     values, metadata = REFERENCES["prune_to_semi_structured"](x.nan_to_num())
     yield (values, metadata, x.shape[1]), None
     yield (values.clamp(-100, 100).to(torch.int8), metadata, x.shape[1]), None
 
 
-def _fake_quantize_checks(x: Tensor, n: int) -> Iterator:
+def _fake_quantize_checks(x: Tensor) -> Iterator:
     for scale in (None, torch.tensor(0.02)):
         yield (x, scale), None
 
 
-def _encode_checks(x: Tensor, n: int) -> Iterator:
+def _encode_checks(x: Tensor) -> Iterator:
     flat = x.float().flatten()
     for codec, residual in itertools.product(("bf16", "int8"), (None, torch.randn(flat.shape))):
         wire = torch.empty(wire_bytes(codec, len(flat)), dtype=torch.uint8)
         yield (flat.clone(), residual, codec, wire), None
 
 
-def _prune_encode_checks(x: Tensor, n: int) -> Iterator:
+def _prune_encode_checks(x: Tensor) -> Iterator:
     flat = x.float().flatten()
     for residual in (None, torch.randn(flat.shape)):
         wire = torch.empty(wire_bytes("bitmap", len(flat)), dtype=torch.uint8)
@@ -222,7 +222,7 @@ def _prune_encode_checks(x: Tensor, n: int) -> Iterator:
 
 def _decode_checks(x: Tensor, n: int) -> Iterator:
     for encodes in (_encode_checks, _prune_encode_checks):
-        for (flat, residual, codec, wire), _ in encodes(x, n):
+        for (flat, residual, codec, wire), _ in encodes(x):
             op = "ring_encode" if isinstance(codec, str) else "ring_prune_encode"
             REFERENCES[op](flat, residual, codec, wire)
             yield (
@@ -231,47 +231,47 @@ def _decode_checks(x: Tensor, n: int) -> Iterator:
             )
 
 
-def _gather_checks(x: Tensor, n: int) -> Iterator:
+def _gather_checks(x: Tensor) -> Iterator:
     bitmask, row_offsets, values = bitmap(*x.shape, 0.5, x.dtype)
     yield (x, bitmask, row_offsets, values.shape[0]), None
 
 
-def _thresholds(x: Tensor, n: int) -> Iterator:
+def _thresholds(x: Tensor) -> Iterator:
     for threshold in (torch.tensor(0.7), torch.rand(x.shape[0], 1), torch.rand(x.shape)):
         yield (x, threshold), None
 
 
 CHECKS: dict[str, Callable[[Tensor, int], Iterator]] = {
-    "bitmap_gather": _gather_checks,
+    "bitmap_gather": lambda x, n: _gather_checks(x),
     "bitmap_int8_linear": _bitmap_int8_checks,
     "bitmap_linear": _bitmap_linear_checks,
-    "bitmap_to_dense": _to_dense_checks,
+    "bitmap_to_dense": lambda x, n: _to_dense_checks(x),
     "block_int8_linear": _block_int8_checks,
     "block_linear": _block_checks,
     "csr_linear": _csr_checks,
-    "block_to_dense": _block_to_dense_checks,
+    "block_to_dense": lambda x, n: _block_to_dense_checks(x),
     "int8_dequantize": lambda x, n: (((*REFERENCES["int8_quantize"](x), d), None) for d in FLOATS),
     "int8_embedding": lambda x, n: (
         ((torch.randint(0, len(x), (n,)), random_values(x.shape, torch.int8), torch.rand(len(x)), d), None)
         for d in FLOATS
     ),
-    "int8_fake_quantize": _fake_quantize_checks,
+    "int8_fake_quantize": lambda x, n: _fake_quantize_checks(x),
     "int8_linear": _int8_linear_checks,
     "int8_quantize": lambda x, n: [((x,), None)],
     "int8_scaled_mm": _scaled_mm_checks,
     "int8_weight_linear": _int8_weight_checks,
     "magnitude_threshold": lambda x, n: (((x.nan_to_num(), s, w), None) for s in (0.3, 0.9) for w in ("tensor", "row")),
     "magnitude_threshold_of_list": lambda x, n: [(([x.nan_to_num(), torch.randn(n, 3)], 0.5), None)],
-    "prune_quantize_to_bitmap": _thresholds,
-    "prune_to_bitmap": _thresholds,
+    "prune_quantize_to_bitmap": lambda x, n: _thresholds(x),
+    "prune_to_bitmap": lambda x, n: _thresholds(x),
     "prune_to_block": lambda x, n: [((x, torch.rand(-(-x.shape[0] // 16), -(-x.shape[1] // 32)) < 0.5, 16, 32), None)],
-    "prune_to_csr": _thresholds,
+    "prune_to_csr": lambda x, n: _thresholds(x),
     "prune_to_semi_structured": lambda x, n: [((x,), None)],
     "ring_decode": _decode_checks,
-    "ring_encode": _encode_checks,
-    "ring_prune_encode": _prune_encode_checks,
+    "ring_encode": lambda x, n: _encode_checks(x),
+    "ring_prune_encode": lambda x, n: _prune_encode_checks(x),
     "semi_structured_int8_linear": _semi_structured_int8_checks,
     "semi_structured_linear": _semi_structured_checks,
-    "semi_structured_to_dense": _semi_structured_to_dense_checks,
-    "threshold_prune": _thresholds,
+    "semi_structured_to_dense": lambda x, n: _semi_structured_to_dense_checks(x),
+    "threshold_prune": lambda x, n: _thresholds(x),
 }

@@ -7,6 +7,7 @@ happens next: `engine.bench.gpu` does, which reads the lines and has no work of 
 import dataclasses
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -87,7 +88,7 @@ class Calls:
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Timing]:
-    """Times a case's functions in turn. Our own must run as the case says.
+    """Times a case's functions once a round, each round in an order of its own. Our own must run as the case says.
 
     A peer is captured where ours is, unless the case says that no graph can hold it; one that fails is left out. A
     capture that fails would leave PyTorch's allocator in the middle of it, so that none is tried on the chance.
@@ -103,9 +104,11 @@ def measure(case: Case, device: torch.device) -> dict[str, Timing]:
         except Exception as error:
             print(f"    (without {name}: {first_line(error)})", file=sys.stderr)
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle  # so that none always follows the same other
     for _ in range(ROUNDS if device.type == "cuda" else 2):
-        for name, call in calls.items():
-            times[name].append(call())
+        shuffle(order)
+        for name in order:
+            times[name].append(calls[name]())
     return {name: _timing(seconds) for name, seconds in times.items()}
 
 

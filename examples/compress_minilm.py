@@ -8,8 +8,10 @@ Every number in the table is measured by this run. The report of each layer is l
 import argparse
 import ast
 import copy
+import datetime
 import logging
 import os
+import random
 import statistics
 import sysconfig
 import time
@@ -82,22 +84,27 @@ def nearest(vectors: torch.Tensor) -> torch.Tensor:
 def time_models(
     models: dict[str, torch.nn.Module], inputs: dict[str, torch.Tensor], seconds: float
 ) -> dict[str, float]:
-    """Median seconds of a forward pass of each model, run in turn."""
+    """Median seconds of a forward pass of each model, all once a round, each round in an order of its own."""
     times: dict[str, list[float]] = {name: [] for name in models}
+    order, shuffle = list(models), random.Random(0).shuffle  # so that none always follows the same other
     begun = time.perf_counter()
     with torch.inference_mode():
-        while len(times[next(iter(models))]) < 8 or time.perf_counter() - begun < seconds:
-            for name, model in models.items():
+        while len(times[order[0]]) < 8 or time.perf_counter() - begun < seconds:
+            shuffle(order)
+            for name in order:
                 start = time.perf_counter()
-                model(**inputs)
+                models[name](**inputs)
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 def compress_and_reload(
     name: str, original: torch.nn.Module, inputs: dict, calibration: engine.Calibration, out: Path
-) -> tuple[torch.nn.Module, int]:
-    """Compresses a copy of the model, saves it, loads it into a fresh one and makes sure that nothing changed."""
+) -> tuple[torch.nn.Module, int, dict]:
+    """Compresses a copy of the model, saves it, loads it into a fresh one and makes sure that nothing changed.
+
+    Returns the fresh one, the bytes of the file, and what the report says of the machine.
+    """
     model = copy.deepcopy(original)
     report = engine.compress_(model, RECIPES[name], example_inputs=inputs, calibration=calibration)
     stem = name.replace(" % + ", "-").replace(" ", "-")
@@ -111,7 +118,7 @@ def compress_and_reload(
     with torch.inference_mode():
         if not torch.equal(model(**inputs).last_hidden_state, fresh(**inputs).last_hidden_state):
             raise SystemExit(f"{path} gives other outputs than the model that was saved")
-    return fresh, path.stat().st_size
+    return fresh, path.stat().st_size, report.machine
 
 
 def main() -> None:
@@ -140,7 +147,7 @@ def main() -> None:
     models = {"original": original}
     sizes = {"original": (folder / "model.safetensors").stat().st_size}
     for name in RECIPES:
-        models[name], sizes[name] = compress_and_reload(name, original, batches[8, 128], calibration, out)
+        models[name], sizes[name], machine = compress_and_reload(name, original, batches[8, 128], calibration, out)
 
     vectors = {name: embed(model, tokenizer, texts) for name, model in models.items()}
     cosine = {name: (v * vectors["original"]).sum(-1).mean().item() for name, v in vectors.items()}
@@ -157,11 +164,14 @@ def main() -> None:
             row.append(f"{mine * 1e3:.1f} ms" + (f" ({dense / mine:.2f}×)" if name != "original" else ""))
         rows.append(row)
 
-    table = Table(*header, title=f"{torch.get_num_threads()} threads, {engine.backends.cpu_variant()}")
+    words = (machine["processor"], machine["instruction_set"], f"{machine['threads']} threads")
+    where = f"On {', '.join(words)}, torch {machine['torch']}, {datetime.date.today()}."
+    table = Table(*header, title=where)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
     markdown = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    markdown += ["", where]
     (out / "table.md").write_text("\n".join(markdown) + "\n", encoding="utf-8")
     if arguments.readme:
         before, _, rest = arguments.readme.read_text(encoding="utf-8").partition("<!-- demo -->")

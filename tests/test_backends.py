@@ -1,8 +1,12 @@
 """Who owns what, what can be forced, and what happens where a library is missing or broken."""
 
+import importlib
 import os
+import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ import engine
 from engine import backends
 from engine.backends import CPU_VARIANTS
 from engine.ops._library import REFERENCES
+
+ROOT = Path(__file__).parents[1]
 
 # The native owner of each (op, dispatch key). An op that is missing under CUDA runs there by its reference.
 OWNERS = {
@@ -65,6 +71,7 @@ OWNERS = {
         "int8_fake_quantize",
         "int8_linear",
         "int8_quantize",
+        "int8_scaled_mm",
         "int8_weight_linear",
         "magnitude_threshold",
         "magnitude_threshold_of_list",
@@ -84,13 +91,34 @@ OWNERS = {
 }
 
 
-@pytest.mark.parametrize("key", ["CPU", "CUDA"])
-def test_owners(key):
-    if key == "CUDA" and not torch.cuda.is_available():
-        assert set(engine.backends.TRITON_KERNELS) - {"ring_codec"} <= OWNERS["CUDA"]
-        pytest.skip("no GPU: its libraries are not loaded")
-    owned = {n for n in REFERENCES if torch._C._dispatch_has_kernel_for_dispatch_key(f"engine::{n}", key)}
-    assert owned == OWNERS[key]
+def owned(key: str) -> set[str]:
+    return {n for n in REFERENCES if torch._C._dispatch_has_kernel_for_dispatch_key(f"engine::{n}", key)}
+
+
+def test_owners_on_the_cpu():
+    assert owned("CPU") == OWNERS["CPU"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its libraries are not loaded")
+def test_owners_on_a_gpu():
+    assert owned("CUDA") == OWNERS["CUDA"]
+
+
+def test_owners_on_a_gpu_by_source(monkeypatch):
+    """What would be loaded there: each kernel's file is listed, and each op has one owner."""
+    pytest.importorskip("triton")
+    owners: list[str] = []
+    for kernel in engine.backends.TRITON_KERNELS:
+        module = importlib.import_module(f"engine.kernels.{kernel}")
+        monkeypatch.setattr(module, "own_cuda", lambda op, function: owners.append(op) if callable(function) else None)
+        module.register()
+    listed = runpy.run_path(str(ROOT / "setup.py"))["CUDA_OPS"]
+    for op in listed:
+        owners += re.findall(r'm\.impl\("(\w+)"', (ROOT / f"csrc/cuda/{op}.cu").read_text())
+    assert sorted(owners) == sorted(OWNERS["CUDA"])
+    assert {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} == set(listed)
+    kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
+    assert kernels == set(engine.backends.TRITON_KERNELS)
 
 
 def test_every_public_op_is_registered():
@@ -138,22 +166,30 @@ def test_no_package_named_kernels_is_installed():
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_reference_mode_covers_every_op():
-    calls = []
-    original = dict(REFERENCES)
-    try:
-        for name, function in original.items():
-            REFERENCES[name] = lambda *args, name=name, function=function, **kw: (
-                calls.append(name) or function(*args, **kw)
-            )
-        with engine.reference_mode():
-            engine.ops.int8_quantize(torch.randn(3, 4))
-            engine.ops.threshold_prune(torch.randn(3, 4), 0.5)
-    finally:
-        REFERENCES.update(original)
-    assert calls == ["int8_quantize", "threshold_prune"]
-    engine.ops.int8_quantize(torch.randn(3, 4))
-    assert len(calls) == 2
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_reference_mode_covers_every_op(name, monkeypatch):
+    class Called(Exception):
+        pass
+
+    def reference(*args):
+        raise Called(name)
+
+    monkeypatch.setitem(REFERENCES, name, reference)
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.engine, packet), overload or "default")
+    of_type = {"Tensor": torch.ones(1), "List[Tensor]": [torch.ones(1)], "int": 1, "float": 0.5, "bool": True}
+    of_type |= {"str": "int8", "Optional[Tensor]": None, "Optional[str]": None}
+    arguments = [of_type[str(argument.type)] for argument in op._schema.arguments]
+    with engine.reference_mode(), pytest.raises(Called, match=f"^{name}$"):
+        op(*arguments)
+
+
+def test_reference_mode_ends(monkeypatch):
+    monkeypatch.setitem(REFERENCES, "int8_quantize", lambda x: (torch.full_like(x, 7, dtype=torch.int8), x[:, 0]))
+    x = torch.randn(3, 4)
+    with engine.reference_mode():
+        assert (engine.ops.int8_quantize(x)[0] == 7).all()
+    assert not (engine.ops.int8_quantize(x)[0] == 7).all()
 
 
 def test_references_answer_row_by_row():

@@ -211,7 +211,7 @@ def test_limits_of_rows_are_the_best_of_start_before_and_after(monkeypatch):
     start = measure_limits()
     around = [(0.0, 1e9, 0.0), (2e9, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)]
     monkeypatch.setattr(limits, "_recent", {})
-    monkeypatch.setattr(limits, "_bandwidths", lambda threads, seconds: around.pop(0))
+    monkeypatch.setattr(limits, "_bandwidths", lambda *how: around.pop(0))
     replaced = dataclasses.replace
     assert limits.limits_of_rows() == replaced(start, copy_gbps=1e9)
     assert limits.limits_of_rows() == replaced(start, read_gbps=2e9, copy_gbps=1e9)

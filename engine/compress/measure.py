@@ -13,7 +13,8 @@ from torch import nn
 from engine.nn._replace import switches_of_fused_paths
 
 # A round is one forward pass of each side. Below the least, a median says nothing; the time limit bounds large models.
-LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 31, 15.0
+# Even numbers, so that as many rounds begin with one side as with the other.
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 8, 32, 15.0
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
@@ -151,26 +152,16 @@ def time_layers(
     """Median seconds `(dense, compressed)` of each candidate, in place inside whole forward passes, and of the model.
 
     Each round runs the dense model and the compressed one, one after the other, so that noise falls on both, and every
-    layer meets the caches as it will in use.
+    layer meets the caches as it will in use. Which goes first changes, as the second finds what the first left.
     """
     dense = {name: model.get_submodule(name) for name in candidates}
     # A module that stands under several names is timed once, under the first.
     first_names = {id(module): name for name, module in reversed(dense.items())}
     timed = [name for name, module in dense.items() if first_names[id(module)] == name]
     dense, compressed = {n: dense[n] for n in timed}, {n: candidates[n] for n in timed}
-    rounds: list[tuple[dict[str, float], float, dict[str, float], float]] = []
-    with evaluating(model):
-        begun = time.perf_counter()
-        for i in range(MOST_ROUNDS + 1):
-            first = _timed_pass(model, inputs, dense)
-            with replaced(model, candidates):
-                second = _timed_pass(model, inputs, compressed)
-            if i > 0:  # the first round warms up
-                rounds.append((*first, *second))
-            if i >= LEAST_ROUNDS and time.perf_counter() - begun > SECONDS:
-                break
-    layers = {name: (_median(r[0][name] for r in rounds), _median(r[2][name] for r in rounds)) for name in timed}
-    return layers, (_median(r[1] for r in rounds), _median(r[3] for r in rounds))
+    rounds = _rounds(model, inputs, [({}, dense), (candidates, compressed)])
+    layers = {name: (_median(d[0][name] for d, _ in rounds), _median(c[0][name] for _, c in rounds)) for name in timed}
+    return layers, (_median(d[1] for d, _ in rounds), _median(c[1] for _, c in rounds))
 
 
 def time_model(model: nn.Module, inputs: Any, candidates: Mapping[str, nn.Module]) -> tuple[float, float]:
@@ -181,22 +172,43 @@ def time_model(model: nn.Module, inputs: Any, candidates: Mapping[str, nn.Module
 
 def time_variants(model: nn.Module, inputs: Any, variants: Sequence[Mapping[str, nn.Module]]) -> list[float]:
     """Median seconds of a forward pass with each of the variants in place, interleaved and without hooks."""
-    times: list[list[float]] = []
+    rounds = _rounds(model, inputs, [(modules, {}) for modules in variants])
+    return [_median(seconds for _, seconds in passes) for passes in zip(*rounds, strict=True)]
+
+
+Pass = tuple[dict[str, float], float]  # seconds in each module that was timed, and in all
+
+
+def _rounds(
+    model: nn.Module, inputs: Any, sides: Sequence[tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]]]
+) -> list[list[Pass]]:
+    """The passes of each round, in the order of `sides`: each a pair of what to put in place and what to time."""
+    rounds = []
     with evaluating(model):
         begun = time.perf_counter()
         for i in range(MOST_ROUNDS + 1):
-            taken = []
-            for modules in variants:
+            passes = {}
+            for side in _order(i, len(sides)):
+                modules, timed = sides[side]
                 with replaced(model, modules):
-                    taken.append(_timed_pass(model, inputs, {})[1])
+                    passes[side] = _timed_pass(model, inputs, timed)
             if i > 0:  # the first round warms up
-                times.append(taken)
-            if i >= LEAST_ROUNDS and time.perf_counter() - begun > SECONDS:
+                rounds.append([passes[side] for side in range(len(sides))])
+            if i >= LEAST_ROUNDS and i % 2 == 0 and time.perf_counter() - begun > SECONDS:
                 break
-    return [_median(seconds) for seconds in zip(*times, strict=True)]
+    return rounds
 
 
-def _timed_pass(model: nn.Module, inputs: Any, modules: Mapping[str, nn.Module]) -> tuple[dict[str, float], float]:
+def _order(i: int, count: int) -> list[int]:
+    """The order of `count` sides in round `i`: turned round every other time, and begun one further after two.
+
+    Two sides go AB BA BA AB: as often first as second, and as often after themselves as after each other.
+    """
+    order = [(i // 2 + j) % count for j in range(count)]
+    return order[::-1] if i % 2 else order
+
+
+def _timed_pass(model: nn.Module, inputs: Any, modules: Mapping[str, nn.Module]) -> Pass:
     clock = _Clock(modules)
     try:
         start = clock.now()

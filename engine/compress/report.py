@@ -67,7 +67,7 @@ class Report:
     bytes_after: int = 0
     seconds_before: float | None = None
     seconds_after: float | None = None
-    machine: dict[str, Any] = dataclasses.field(default_factory=lambda: _machine())
+    machine: dict[str, Any] = dataclasses.field(default_factory=lambda: machine())
     others: dict[str, int] = dataclasses.field(default_factory=dict)
     fused_attention: int = 0
 
@@ -263,7 +263,8 @@ def _short(name: str, most: int = LONG_NAME) -> str:
     return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What was measured here holds for: processor, instruction set, threads, torch, GPU."""
     from engine import backends
 
     try:

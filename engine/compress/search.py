@@ -14,7 +14,7 @@ from engine.compress.calibrate import Calibration, calibrate, check_batches, pro
 from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.fingerprint import fingerprint
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
-from engine.compress.report import _machine
+from engine.compress.report import machine
 from engine.compress.search_bench import DENSE, Bench, Loss, relative_squared_error
 from engine.compress.search_result import Point, Search, best_within
 from engine.compress.targets import Target, find_targets
@@ -120,7 +120,7 @@ def _search(
     dense = bench.dense_seconds
     expected = [(float(frontier.losses[i]), dense + float(frontier.costs[i])) for i in range(0, len(frontier), every)]
     plain = {name: recipe.to_dict() for name, recipe in candidates.items()}
-    return Search(recipes, chosen, measured, table, expected, budget, plain, _machine())
+    return Search(recipes, chosen, measured, table, expected, budget, plain, machine())
 
 
 def _budget(loss: float | None, seconds: float | None, size: float | None) -> dict[str, float]:
@@ -147,7 +147,7 @@ def _identity(
             digest.update(f"{key} {_outline(value) if isinstance(value, Tensor) else value}".encode())
     for name, recipe in candidates.items():
         digest.update(f"{name} {json.dumps(recipe.to_dict(), sort_keys=True)}".encode())
-    digest.update(json.dumps([FORMAT, type(model).__name__, _machine()], sort_keys=True).encode())
+    digest.update(json.dumps([FORMAT, type(model).__name__, machine()], sort_keys=True).encode())
     return digest.hexdigest()
 
 
