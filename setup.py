@@ -6,6 +6,7 @@ Three libraries, each only where its compiler is: `_cpu` (ops for the CPU, libto
 
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -90,4 +91,6 @@ def extensions():
 
 
 if __name__ == "__main__":  # bench/build_cuda.py reads the lists above
+    if sys.platform != "linux":
+        raise SystemExit(f"compression-engine runs on Linux alone (futexes, memfd, fcntl), and this is {sys.platform}")
     setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -230,11 +230,8 @@ class TensorWriter:
         if self._keep:  # begun, but with nothing in it that counts
             self._temporary.unlink(missing_ok=True)
         try:
-            self._fd = os.open(
-                self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
-            )
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, self.nbytes)
+            self._fd = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            os.posix_fallocate(self._fd, 0, self.nbytes)
             self._write_at(0, memoryview(self._header))
         except OSError as error:  # about the file that was asked for, not the temporary one
             self._discard()
@@ -246,7 +243,7 @@ class TensorWriter:
 
     def _open_partial(self) -> None:
         """Opens what an earlier try left, after a look at its header."""
-        self._fd = os.open(self._temporary, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        self._fd = os.open(self._temporary, os.O_RDWR)
         header = os.read(self._fd, len(self._header))
         if header != self._header or os.fstat(self._fd).st_size > self.nbytes:
             os.close(self._fd)
