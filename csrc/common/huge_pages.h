@@ -3,26 +3,21 @@
 // reason.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
 
 #include "common/tensor.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace engine {
 
 // Asks the kernel to back the memory by huge pages, from 4 MB on. A hint: where it is refused nothing changes.
 inline void advise_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t kHuge = 2 << 20;
     if (bytes < static_cast<int64_t>(2 * kHuge)) return;
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1);
     const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    static_cast<void>(memory), static_cast<void>(bytes);
-#endif
 }
 
 // A new tensor for a kernel that writes all of it.
