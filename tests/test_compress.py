@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+import types
 
 import numpy as np
 import pytest
@@ -194,17 +195,52 @@ def test_speed_guard_gives_up_where_the_model_is_not_faster(monkeypatch):
     assert_unchanged(model, before)
 
 
-def test_speed_guard_really_measures():
+def test_speed_guard_really_measures(monkeypatch):
     model, x = Mlp(), torch.randn(4, 256)
-    seen = []
+    measured: dict[str, list] = {"second": [], "head": []}
+
+    def time_layers(*arguments, time_layers=measure.time_layers):
+        layers, whole = time_layers(*arguments)
+        for name, times in layers.items():
+            measured[name].append(times)
+        return layers, whole
+
+    monkeypatch.setattr(measure, "time_layers", time_layers)
     model.first.register_forward_hook(lambda *_: None)  # a hooked layer is left alone
     report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), x)
     assert report.left_alone["first"] == "it has hooks, which a replacement would lose"
+    assert measured["second"] and all(dense > 0 and small > 0 for times in measured.values() for dense, small in times)
     for layer in report.layers:
-        seen.append(layer.name)
-        assert layer.seconds_before > 0 and layer.seconds_after > 0
-    for name in ("second", "head"):
-        assert name in seen or "faster" in report.left_alone[name]
+        assert (layer.seconds_before, layer.seconds_after) in measured[layer.name]
+    for name in {"second", "head"} - {layer.name for layer in report.layers}:
+        assert "faster" in report.left_alone[name]
+
+
+def test_sides_take_turns_and_keep_their_times(monkeypatch):
+    clock, calls = [0.0], []
+
+    class Named(nn.Module):
+        def __init__(self, name, seconds):
+            super().__init__()
+            self.name, self.seconds = name, seconds
+
+        def forward(self, x):
+            calls.append(self.name)
+            clock[0] += self.seconds
+            return x
+
+    monkeypatch.setattr(measure, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    model, x = nn.Sequential(Named("a", 1.0)), torch.zeros(1)
+    b, c = {"0": Named("b", 2.0)}, {"0": Named("c", 3.0)}
+    layers, whole = measure.time_layers(model, x, b)
+    assert layers == {"0": (1.0, 2.0)} and whole == (1.0, 2.0)
+    assert "".join(calls[:10]) == "abbabaabab" and len(calls) % 4 == 2  # the round of warming up, then as many of each
+    firsts = calls[2::2]
+    assert firsts.count("a") == firsts.count("b") >= measure.LEAST_ROUNDS // 2
+    calls.clear()
+    assert measure.time_variants(model, x, [{}, b, c]) == [1.0, 2.0, 3.0]
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[:7] == ["abc", "cba", "bca", "acb", "cab", "bac", "abc"]
 
 
 def test_layers_that_the_inputs_never_reach():

@@ -67,10 +67,10 @@ def test_a_fit_finds_the_costs():
     cases += [dataclasses.replace(case, codec="int8") for case in cases if case.way == "engine"]
     points = [Point(case, seconds(case, COSTS, 2), 2) for case in cases]
     fitted, held_out = cost_model.split(points)
-    assert len(fitted) + len(held_out) == len(points) and {p.case.size for p in fitted} | {
-        p.case.size for p in held_out
-    }
-    assert not {p.case.size for p in fitted} & {p.case.size for p in held_out}
+    assert len(fitted) + len(held_out) == len(points)
+    fitted_sizes, held_out_sizes = ({p.case.size for p in some} for some in (fitted, held_out))
+    assert fitted_sizes | held_out_sizes == set(cost_model.SIZES) and not fitted_sizes & held_out_sizes
+    assert fitted_sizes and held_out_sizes
     costs = cost_model.fit(fitted)
     assert costs == pytest.approx(COSTS, rel=1e-6)
     assert max(abs(error) for _, error in cost_model.errors(held_out, costs)) < 1e-6

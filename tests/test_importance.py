@@ -277,8 +277,12 @@ def test_prune_by_importance():
     seen = engine.calibrate(model, [x], second_moment=True, progress=False)
     shares = engine.prune_(model, Prune(sparsity=0.5, importance="obs"), calibration=seen)
     assert all(share == pytest.approx(0.5, abs=5e-3) for share in shares.values())
+    model = Mlp()
     shares = engine.prune_(model, Prune(sparsity=0.5, pattern="2:4"))
-    assert all(share >= 0.5 for share in shares.values())
+    assert shares.keys() == {"first", "second", "head"}
+    for name, share in shares.items():
+        kept = (model.get_submodule(name).weight != 0).unflatten(1, (-1, 4)).sum(-1)
+        assert share == 0.5 and (kept == 2).all()
 
 
 def test_bad_choices():
