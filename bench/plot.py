@@ -124,13 +124,13 @@ def _roofline_panel(limits: Mapping[str, float], axis, rows: list[dict]) -> None
 def _op_panel(axis, title: str, rows: list[dict]) -> None:
     peers = sorted({name for row in rows for name in row["timings"]} - {row["own"] for row in rows})
     for y, row in enumerate(rows):
-        own = row["timings"][row["own"]]["median"]
-        axis.barh(y, row["fraction_of_limit"], 0.62, color=OWN, alpha=0.85)
+        own, fraction = row["timings"][row["own"]]["median"], min(1.0, row["fraction_of_limit"])
+        axis.barh(y, fraction, 0.62, color=OWN, alpha=0.85)
         for name, timing in row["timings"].items():
             if name != row["own"]:
                 colour = PEERS[peers.index(name) % len(PEERS)]
                 marker = MARKERS[peers.index(name) // len(PEERS) % len(MARKERS)]
-                axis.plot(row["fraction_of_limit"] * own / timing["median"], y, marker, color=colour, markersize=5)
+                axis.plot(fraction * own / timing["median"], y, marker, color=colour, markersize=5)
     axis.axvline(1, color=LIMIT, linewidth=1)
     for i, name in enumerate(peers):
         marker = MARKERS[i // len(PEERS) % len(MARKERS)]
@@ -141,7 +141,8 @@ def _op_panel(axis, title: str, rows: list[dict]) -> None:
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(left=0)
     axis.set_xlabel(
-        "speed as a fraction of the machine's limit, as measured, for our bytes and operations (line: 1)", fontsize=8
+        "speed as a fraction of the machine's limit for our bytes and operations (line: 1, and what came out above it)",
+        fontsize=8,
     )
     axis.set_title(title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
