@@ -4,7 +4,7 @@
 
 #include "cuda/blocks.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr int kTilePieces = 1024;         // columns of a CUDA block
@@ -92,6 +92,6 @@ Tensor block_to_dense(Tensor crow_in, Tensor col_in, Tensor values_in, int64_t r
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("block_to_dense", TORCH_BOX(&engine::block_to_dense)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("block_to_dense", TORCH_BOX(&engine::cuda::block_to_dense)); }

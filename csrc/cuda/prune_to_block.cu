@@ -4,7 +4,7 @@
 #include "cuda/blocks.cuh"
 #include "cuda/prune.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 // A warp has a row of blocks.
@@ -130,6 +130,6 @@ std::tuple<Tensor, Tensor, Tensor> prune_to_block(Tensor weight_in, Tensor keep_
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("prune_to_block", TORCH_BOX(&engine::prune_to_block)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("prune_to_block", TORCH_BOX(&engine::cuda::prune_to_block)); }
