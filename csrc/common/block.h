@@ -2,7 +2,8 @@
 //
 // A weight [N, K] is cut into blocks of R rows and C columns, both multiples of 16 from 16 to 256: crow_indices int32
 // [ceil(N / R) + 1] says where each row of blocks begins, col_indices int32 [B] in which column of blocks each kept one
-// stands, ascending within a row, and values [B, R, C] holds them. check_blocks, O(B), makes all of it safe to follow.
+// stands, ascending within a row, and values [B, R, C] holds them. Blocks checks the indices, O(B), and so makes all of
+// it safe to follow.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +23,9 @@ struct BlockShape {
 // Bytes of kept weights up to which asking memory for what comes next costs more than it brings: they stay in a cache.
 constexpr int64_t kLeastAsked = 4 << 20;
 
-// Asks for `rows` rows of weights further on than these: those that stay in a cache, a little and to L1; others, as
-// far on as `far` bytes, to L2.
+// Asks for `rows` rows of weights further on than these. Where `far` is 0 the weights stay in a cache, and what lies a
+// little further on is asked for, to L1. Else they come from memory: what lies `far` bytes further on is asked for, to
+// L2.
 template <int rows>
 ENGINE_INLINE void ask_ahead(const void* row, int64_t row_bytes, int64_t far) {
     constexpr int64_t kNear = 4 << 10;
