@@ -8,12 +8,16 @@
 
 #include <cstring>
 
+#include "common/bias.h"
 #include "common/block.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
 #include "common/block_int8_strips.h"
+#include "common/dtype.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
+#include "common/int8_activations.h"
+#include "common/patches.h"
 #if ENGINE_X86
 #include <immintrin.h>
 #endif
@@ -232,8 +236,8 @@ void linear(const LinearCall<T>& call, const Blocks& weight) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
     // Up to so many rows of activations dot products are the faster way. Of high blocks registers hold the sums of
-    // fewer rows, which are read in as many more pieces; where blocks don't fit AVX-512's vectors, AVX2's products
-    // remain.
+    // fewer rows, which are read in as many more pieces. Blocks that don't fit AVX-512's vectors are multiplied by
+    // AVX2's products there too.
     const bool vnni = variant() == Variant::avx_vnni;
     const int64_t few_avx512 = weight.shape.rows <= 32 ? DotAvx512::kMostRows : 4;
     const int64_t few_avx2 = isa() == Isa::avx512 ? 2 : vnni ? 6 : DotAvx2<SignedBytesAvx2>::kMostRows;

@@ -6,10 +6,12 @@
 #include <cstring>
 #include <span>
 
+#include "common/bias.h"
 #include "common/block.h"
 #include "common/block_avx512.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
+#include "common/dtype.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 
@@ -23,8 +25,8 @@ constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
 template <class T, class V>
 void line_portable(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
     const auto [high, wide] = weight.shape;
-    alignas(64) float sums[kMaxBlock][kDotRows][kLanes];
-    alignas(64) float w[kMaxBlock], last[kDotRows][kMaxBlock];
+    alignas(64) float sums[kMaxBlock][kFloatDotRows][kLanes];
+    alignas(64) float w[kMaxBlock], last[kFloatDotRows][kMaxBlock];
     for (int64_t r = 0; r < high; ++r) std::memset(sums[r], 0, call.m * sizeof sums[r][0]);
     for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
         const V* values = weight.blocks<V>() + i * high * wide;
@@ -327,7 +329,7 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
         return dot_linear<Dot>(call, weight);  // which fits every width
     }
 #endif
-    if (call.m > kDotRows) return float_panel_linear(call, BlockProvider<V>(weight));
+    if (call.m > kFloatDotRows) return float_panel_linear(call, BlockProvider<V>(weight));
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<BlockDotAvx2<FloatBlockStepAvx2<V>>>(call, weight);
 #endif
