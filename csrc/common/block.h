@@ -60,8 +60,8 @@ struct Blocks {
           k(k) {
         STD_TORCH_CHECK(n >= 0 && k >= 0 && values.dim() == 3, op, ": values: expected shape [B, R, C]");
         shape = checked_block_shape(op, values.size(1), values.size(2));
-        STD_TORCH_CHECK(crow.scalar_type() == ScalarType::Int && crow.dim() == 1 && crow.size(0) == high() + 1, op,
-                        ": crow_indices: expected int32 [ceil(N / R) + 1]");
+        STD_TORCH_CHECK(crow.scalar_type() == ScalarType::Int && crow.dim() == 1 && crow.size(0) == row_blocks() + 1,
+                        op, ": crow_indices: expected int32 [ceil(N / R) + 1]");
         STD_TORCH_CHECK(col.scalar_type() == ScalarType::Int && col.dim() == 1 && col.size(0) == values.size(0), op,
                         ": col_indices: expected int32 [B]");
         offsets_ = data<int32_t>(crow_indices);
@@ -71,7 +71,8 @@ struct Blocks {
         check_indices(op);
     }
 
-    int64_t high() const { return pieces_of(n, shape.rows); }
+    // Rows of blocks. What is high and wide elsewhere is a block.
+    int64_t row_blocks() const { return pieces_of(n, shape.rows); }
     const int32_t* offsets() const { return offsets_; }
     const int32_t* columns() const { return columns_; }
     template <class V>
@@ -88,13 +89,13 @@ struct Blocks {
 
     void check_indices(const char* op) const {
         const int32_t *from = offsets(), *column = columns();
-        const int64_t count = values.size(0), wide = pieces_of(k, shape.columns);
-        bool good = from[0] == 0 && from[high()] == count;
-        for (int64_t row = 0; row < high(); ++row) good &= from[row] <= from[row + 1];
+        const int64_t count = values.size(0), column_blocks = pieces_of(k, shape.columns);
+        bool good = from[0] == 0 && from[row_blocks()] == count;
+        for (int64_t row = 0; row < row_blocks(); ++row) good &= from[row] <= from[row + 1];
         STD_TORCH_CHECK(good, op, ": crow_indices: expected to rise from 0 to the number of blocks");
-        for (int64_t row = 0; row < high(); ++row) {
+        for (int64_t row = 0; row < row_blocks(); ++row) {
             for (int64_t i = from[row]; i < from[row + 1]; ++i) {
-                good &= column[i] >= 0 && column[i] < wide && (i == from[row] || column[i - 1] < column[i]);
+                good &= column[i] >= 0 && column[i] < column_blocks && (i == from[row] || column[i - 1] < column[i]);
             }
         }
         STD_TORCH_CHECK(good, op, ": col_indices: expected columns of blocks that ascend within a row");

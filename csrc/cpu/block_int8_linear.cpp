@@ -195,7 +195,7 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
                 task.run(line, slice * kGroup, band * tall, std::min(rows.rows, (band + 1) * tall));
             }
         };
-        parallel_rows(weight.high() * slices * bands, kGroup * call.k * tall / 32, tasks);
+        parallel_rows(weight.row_blocks() * slices * bands, kGroup * call.k * tall / 32, tasks);
     }
 }
 
@@ -212,7 +212,7 @@ void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call, 0, rows);
-    const int64_t lines = weight.high(), high = weight.shape.rows;
+    const int64_t lines = weight.row_blocks(), high = weight.shape.rows;
     parallel_rows(lines, weight.kept() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
         typename Dot::Sum sums[Dot::kMostRows][Dot::kMostBlock];
         for (int64_t line = begin; line < end; ++line) {

@@ -134,7 +134,7 @@ class BlockProvider {
 // A few rows of activations [m, stride] by Dot, whose registers hold the sums.
 template <class Dot, class T>
 void dot_lines(const FloatLinear<T>& call, const typename Dot::X* x, int64_t stride, const Blocks& weight) {
-    const int64_t lines = weight.high(), high = weight.shape.rows;
+    const int64_t lines = weight.row_blocks(), high = weight.shape.rows;
     const int64_t work = 2 * call.m * weight.kept() / std::max<int64_t>(1, lines);
     parallel_rows(lines, work, [&](int64_t begin, int64_t end) {
         float sums[Dot::kMostRows][Dot::kMostBlock];
@@ -304,7 +304,7 @@ void strip_linear(const FloatLinear<T>& call, const Blocks& weight) {
                 task.run(line, slice * kStripOutputs, band * tall, std::min(m, (band + 1) * tall));
             }
         };
-        parallel_rows(weight.high() * slices * bands, kStripOutputs * call.k * tall / 8, tasks);
+        parallel_rows(weight.row_blocks() * slices * bands, kStripOutputs * call.k * tall / 8, tasks);
         for (int64_t row = 0; row < m; ++row) {
             if (!finite[row]) fill_nan(call, chunk + row);
         }
@@ -333,7 +333,7 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<BlockDotAvx2<FloatBlockStepAvx2<V>>>(call, weight);
 #endif
-    const int64_t lines = weight.high();
+    const int64_t lines = weight.row_blocks();
     with_float_rows(call, [&](const FloatRows& rows) {
         parallel_rows(lines, 4 * call.m * weight.kept() / std::max<int64_t>(1, lines), [&](int64_t begin, int64_t end) {
             for (int64_t line = begin; line < end; ++line) line_portable<T, V>(call, rows, weight, line);

@@ -14,7 +14,7 @@ constexpr int kSlab = 8;  // rows that a CUDA block has, and a thread moves toge
 
 struct BlockMatrix {
     int64_t rows, row_pieces;  // of the dense matrix
-    int64_t wide;              // blocks
+    int64_t column_blocks;     // of the matrix
     int block_rows, block_pieces;
 };
 
