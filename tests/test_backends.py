@@ -138,6 +138,15 @@ def test_variants_can_be_forced():
         pass
 
 
+def test_every_feature_that_functions_are_compiled_for_is_asked_for():
+    """A processor that lacks one alone, as virtual ones may, would end the process at the first such instruction."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    strings = re.findall(r'"([a-z0-9]+,[a-z0-9,=-]+)"', (csrc / "common/isa.h").read_text())
+    compiled_for = {name for names in strings for name in names.split(",") if name and "=" not in name}
+    asked_for = re.split(r"[^a-z0-9]+", (csrc / "cpu/isa.cpp").read_text())
+    assert {"avx2", "lzcnt", "avx512vbmi2"} <= compiled_for <= set(asked_for)
+
+
 def test_status_says_why():
     status = {s.name: s for s in engine.backends.status()}
     assert status["cpu"].active and "best instruction set" in status["cpu"].detail

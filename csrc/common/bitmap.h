@@ -2,18 +2,17 @@
 // spreads kept weights over their places.
 //
 // A bitmap is a sparse matrix [N, K] as bitmask uint8 [N, ceil(K/8)] (weight k is kept where bit k % 8, the least
-// significant first, of byte k / 8 is set; bits beyond K are 0), row_offsets int64 [N + 1] and values [nnz], row after
-// row.
+// significant first, of byte k / 8 is set; bits beyond K are 0), row_offsets int64 [N + 1] and values [nnz], one row
+// after another.
 //
-// Nothing may read out of bounds whatever the three tensors hold, and to count the bits beforehand would cost a pass.
-// So:
-//   1. check_row_offsets, O(N), before the loop: every row begins and ends within values.
-//   2. A row reads at most one value a set bit, so at most K, and a vector reads at most kReadAhead beyond. Where that
-//   may
-//      leave the tensor, which is so for the last rows only, row_values gives a padded copy of the row instead.
-//   3. After each row the reader compares the position that it reached with row_offsets[row + 1], and records a row
-//   that
-//      differs in BadRow, which is raised after the loop.
+// Nothing may read out of bounds whatever the three tensors hold, and to count the bits beforehand would cost a pass. A
+// reader is safe in three steps:
+//   1. Before the loop check_row_offsets, O(N), makes sure that every row begins and ends within values.
+//   2. A row reads at most one value for each set bit, so at most K, and a vector reads at most kReadAhead beyond.
+//      Where that may leave the tensor, which is so for the last rows only, row_values gives a padded copy of the row
+//      instead.
+//   3. After each row the reader compares the position that it reached with row_offsets[row + 1]. A row that differs is
+//      recorded in BadRow, which is raised after the loop.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>

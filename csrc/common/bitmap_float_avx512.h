@@ -3,26 +3,10 @@
 #pragma once
 
 #include "common/bitmap_expand_float.h"
+#include "common/bitmap_float.h"
 #include "common/gemm_float.h"
 
 namespace engine {
-
-// Where a row of weights is read.
-template <class V>
-struct FloatColumn {
-    const uint8_t* mask;  // [ceil(k/8)]
-    const V* values;      // k + kReadAhead may be read; a kernel leaves it where it ended
-    // What memory is asked for at the pace of the mask, and how far beyond the values.
-    const uint8_t* ahead;  // [ceil(k/8)]
-    int64_t values_ahead;  // bytes
-};
-
-// How far ahead of a row that is read together with its neighbours memory is asked for: for the row after these, as
-// what comes next in memory is being read already; but no farther than L2 holds.
-ENGINE_INLINE int64_t bytes_ahead(int64_t after) {
-    constexpr int64_t kMost = 256 << 10, kNear = 8 << 10;
-    return after <= kMost ? after : kNear;
-}
 
 #if ENGINE_X86
 
@@ -143,7 +127,7 @@ struct FloatDotAvx512 {
     ENGINE_AVX512 static void tile(FloatColumn<V> (&columns)[C], int64_t k,
                                    const float* x,  // [M, stride]
                                    int64_t stride, float (&sums)[C][M]) {
-        constexpr int U = M == 1 ? 2 : 1;  // sums of an output, where else too few additions would run side by side
+        constexpr int U = M == 1 ? 2 : 1;  // sums of an output: for one row, one sum each would leave additions waiting
         __m512 acc[C][M][U];
         const V* p[C];
 #pragma GCC unroll 4
@@ -216,10 +200,10 @@ struct FloatDotAvx512 {
 };
 
 // As many rows of activations to a tile as divide all of them into tiles of one size, or nearly.
-template <class Step, class T, class Weights, int M = kDotRows>
+template <class Step, class T, class Weights, int M = kFloatDotRows>
 void bitmap_dots(const FloatLinear<T>& call, const Weights& weights) {
     if constexpr (M > 1) {
-        const int64_t tiles = (call.m + kDotRows - 1) / kDotRows;
+        const int64_t tiles = (call.m + kFloatDotRows - 1) / kFloatDotRows;
         if ((call.m + tiles - 1) / tiles < M) return bitmap_dots<Step, T, Weights, M - 1>(call, weights);
     }
     float_dot_linear(
@@ -234,7 +218,7 @@ void bitmap_dots(const FloatLinear<T>& call, const Weights& weights) {
 // taken).
 template <class T, class Weights>
 bool bitmap_dot_linear(const FloatLinear<T>& call, const Weights& weights) {
-    constexpr int64_t kMostPairRows = 3 * kDotRows, kMostRows = 2 * kDotRows;  // then panels are faster
+    constexpr int64_t kMostPairRows = 3 * kFloatDotRows, kMostRows = 2 * kFloatDotRows;  // then panels are faster
     using V = typename Weights::Value;
     if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, BFloat16>) {
         if (has_bf16()) {

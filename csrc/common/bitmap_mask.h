@@ -5,6 +5,7 @@
 
 #include "common/bitmap.h"
 #include "common/dtype.h"
+#include "common/floats.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -46,15 +47,6 @@ RowSummary mask_row_portable(const T* row, const float* threshold, int64_t step,
 }
 
 #if ENGINE_X86
-ENGINE_AVX2 ENGINE_INLINE __m256 load_8_avx2(const float* x) { return _mm256_loadu_ps(x); }
-ENGINE_AVX2 ENGINE_INLINE __m256 load_8_avx2(const Half* x) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
-ENGINE_AVX2 ENGINE_INLINE __m256 load_8_avx2(const BFloat16* x) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
 // Mask byte of row[0..8); the magnitudes of the kept are taken into `amax`.
 template <bool kAmax, class T>
 ENGINE_AVX2 ENGINE_INLINE uint64_t mask_8_avx2(const T* row, __m256 threshold, __m256i& amax) {
@@ -93,15 +85,6 @@ ENGINE_AVX2 RowSummary mask_row_avx2(const T* row, const float* threshold, int64
     return sum;
 }
 
-ENGINE_AVX512 ENGINE_INLINE __m512 load_16_avx512(const float* x) { return _mm512_loadu_ps(x); }
-ENGINE_AVX512 ENGINE_INLINE __m512 load_16_avx512(const Half* x) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
-ENGINE_AVX512 ENGINE_INLINE __m512 load_16_avx512(const BFloat16* x) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
 template <bool kAmax, class T>
 ENGINE_AVX512 RowSummary mask_row_avx512(const T* row, const float* threshold, int64_t step, int64_t k, uint8_t* mask) {
     RowSummary sum{0, 0};
@@ -138,7 +121,7 @@ struct ThresholdRows {
     Tensor tensor;  // keeps the memory
     const float* data;
     int64_t row_step;     // from one row's to the next
-    int64_t column_step;  // 0: one for the whole row; 1
+    int64_t column_step;  // 0: one for the whole row; 1: one for each column
 };
 
 inline ThresholdRows threshold_rows(const char* op, const Tensor& threshold, int64_t rows, int64_t k) {

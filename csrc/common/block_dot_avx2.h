@@ -11,6 +11,7 @@
 
 #include "common/block.h"
 #include "common/dot_bytes_avx2.h"
+#include "common/floats.h"
 #include "common/int8_activations.h"
 #if ENGINE_X86
 
@@ -24,7 +25,7 @@ struct FloatBlockStepAvx2 {
     using Sum = float;
     static constexpr int64_t kLanes = 8;
 
-    ENGINE_AVX2 ENGINE_INLINE static __m256 load(const V* w, int64_t) { return load_8_floats_avx2(w); }
+    ENGINE_AVX2 ENGINE_INLINE static __m256 load(const V* w, int64_t) { return load_8_avx2(w); }
     ENGINE_AVX2 ENGINE_INLINE static void multiply(__m256& sums, __m256 w, const float* x) {
         sums = _mm256_fmadd_ps(w, _mm256_load_ps(x), sums);
     }

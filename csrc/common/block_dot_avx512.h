@@ -11,6 +11,7 @@
 
 #include "common/block.h"
 #include "common/dot_int8.h"
+#include "common/floats.h"
 #include "common/gemm_float.h"
 #include "common/int8_activations_avx512.h"
 #if ENGINE_X86
@@ -52,9 +53,9 @@ struct FloatBlockStep {
     static constexpr int64_t kLanes = 16;
     static constexpr bool kShifted = false;
 
-    ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w) { return load_16_floats_avx512(w); }
+    ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w) { return load_16_avx512(w); }
     ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w, uint64_t inside) {
-        const __m512i bits = _mm512_castps_si512(load_16_floats_avx512(w));
+        const __m512i bits = _mm512_castps_si512(load_16_avx512(w));
         return _mm512_castsi512_ps(
             _mm512_maskz_add_epi32(static_cast<__mmask16>(inside), bits, _mm512_setzero_si512()));
     }

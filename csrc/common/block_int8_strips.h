@@ -131,16 +131,16 @@ struct StripPlan {
     }
     // The first row of a band; all are equally tall but for one row, as threads share them out by number.
     int64_t band_row(int64_t band) const { return m * band / bands; }
-    int64_t strips() const { return weight.high() * slices; }
+    int64_t strips() const { return weight.row_blocks() * slices; }
     int64_t tasks() const { return strips() * bands; }
     // In blocks; what a strip takes beside them counts as one.
     int64_t work_before(int64_t task) const {
         const int64_t strip = task % strips(), line = strip / slices;
         const auto until = [&](int64_t lines) { return (weight.offsets()[lines] + lines) * slices; };
         const int64_t within = strip % slices * (weight.offsets()[line + 1] - weight.offsets()[line] + 1);
-        return task / strips() * until(weight.high()) + until(line) + within;
+        return task / strips() * until(weight.row_blocks()) + until(line) + within;
     }
-    int64_t work() const { return (weight.values.size(0) + weight.high()) * slices * bands; }
+    int64_t work() const { return (weight.values.size(0) + weight.row_blocks()) * slices * bands; }
     // The first task before which there is as much work.
     int64_t task_at(int64_t before) const {
         int64_t low = 0, high = tasks();

@@ -1,5 +1,5 @@
-// Products of bytes on 256 bits, with and without AVX-VNNI: whose vpdpbusd multiplies 32 unsigned bytes by 32 signed
-// ones and adds the products by fours.
+// Products of bytes on 256 bits, with and without AVX-VNNI. Its instruction, vpdpbusd, multiplies 32 unsigned bytes by
+// 32 signed ones and adds the products by fours.
 #pragma once
 
 #include "common/isa.h"

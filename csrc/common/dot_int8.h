@@ -28,9 +28,9 @@ struct DotTile {
     int64_t stride, kc;
     const int8_t* ahead;  // what to ask memory for: at each step along K, [asked, ahead_stride] lines
     int64_t ahead_stride;
-    int64_t asked;            // 1 to kDotColumns
-    const Q* next_q;          // what the next tile begins with, and
-    const int8_t* next_w;     // lies in L2 by now
+    int64_t asked;    // 1 to kDotColumns
+    const Q* next_q;  // the activations and weights that the next tile begins with: asked for, from L2 to L1
+    const int8_t* next_w;
     int64_t ahead_step = 64;  // from what one step asks for to what the next does
     bool add = false;         // to the sums that are there
 };

@@ -8,7 +8,7 @@
 
 namespace engine {
 
-constexpr int64_t kDotRows = 128;  // at most so many rows of activations
+constexpr int64_t kInt8DotRows = 128;  // at most so many rows of activations
 
 #if ENGINE_X86
 
@@ -112,11 +112,12 @@ class DotBlocksAvx512 {
     }
 
   private:
-    static constexpr bool kStays = Tiles::kRows > Tiles::kColumns;  // activations in L1, else the weights of a tile
+    // Which side stays in L1 along a stretch of K: the activations if true, the weights of a tile if false.
+    static constexpr bool kStays = Tiles::kRows > Tiles::kColumns;
     static constexpr int64_t kMostGroups = kStays ? 4 : 1;
     static constexpr int64_t kAhead = 8 << 10, kPiecesAhead = 12 << 10;
     static constexpr int64_t kL1Bytes = 16 << 10;  // of L1, what activations may take where K is cut for them
-    static constexpr int64_t kMostTiles = (kDotRows + Tiles::kRows - 1) / Tiles::kRows;
+    static constexpr int64_t kMostTiles = (kInt8DotRows + Tiles::kRows - 1) / Tiles::kRows;
     static constexpr int64_t kGroupSums = kMostTiles * Tiles::kSums;
 
     static int64_t depth(int64_t m, int64_t k) {
@@ -223,12 +224,13 @@ class DotBlocksAvx512 {
     }
 
     int64_t m_, k_, tiles_;
-    int64_t depth_;         // how much of K at once
-    int64_t groups_;        // of outputs, for each of which it is done before the next
-    int64_t pieces_ahead_;  // how many of these further on memory is asked for what they will read; or 0, and
-    int64_t blocks_ahead_;  // it is asked for what lies so many bytes further on, at the same speed as it is read
-    int64_t asked_;         // lines at a step of a tile
-    int64_t ahead_step_;    // the bytes that they cover
+    int64_t depth_;   // how much of K is multiplied at once
+    int64_t groups_;  // of outputs; a stretch of K is multiplied for all of them before the next stretch
+    // Memory is asked for the piece of weights (one group by one stretch) that is read pieces_ahead_ pieces later. If
+    // that is 0, it is asked instead for what lies blocks_ahead_ bytes further on, at the same speed as it is read.
+    int64_t pieces_ahead_, blocks_ahead_;
+    int64_t asked_;       // lines asked for at a step of a tile
+    int64_t ahead_step_;  // the bytes that they cover
 };
 
 #endif

@@ -33,7 +33,7 @@ struct DotsAvx2 {
     struct Strip {
         const int8_t* w;  // [rows, stride]
         int64_t stride;
-        bool summed;                   // whether these are there:
+        bool summed;                   // whether `products` holds them yet
         int32_t products[kColumns];    // the sums of w0 w1 of each row
         int8_t tail[kColumns][kStep];  // the last weights of rows that don't end with a step, and zeros
     };

@@ -28,7 +28,11 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/int8_activations.h"
+#include "common/half.h"
+#include "common/isa.h"
+#include "common/quantize.h"
+#include "common/scratch.h"
+#include "common/tensor.h"
 #if ENGINE_X86
 #include "common/registers_avx512.h"
 #endif
@@ -62,13 +66,6 @@ ENGINE_INLINE T float_output(float sum, const FloatLinear<T>& call, int64_t colu
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The product of all sizes but the last.
-inline int64_t rows_of(const std::vector<int64_t>& sizes) {
-    int64_t rows = 1;
-    for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
-    return rows;
-}
-
 // Makes a row of outputs NaN.
 template <class T>
 void fill_nan(const FloatLinear<T>& call, int64_t row) {
@@ -100,8 +97,8 @@ void float_panel_linear(const FloatLinear<T>& call, const Provider& weights);
 
 // ---- a few rows -------------------------------------------------------------------------------------------------
 
-constexpr int64_t kDotRows = 8;       // rows of activations to a tile at most
-constexpr int64_t kMostDotRows = 64;  // and to a call
+constexpr int64_t kFloatDotRows = 8;  // rows of activations to a tile at most
+constexpr int64_t kMostDotRows = 64;  // rows of activations to a call at most
 
 // Activations as fp32 rows, for the length of a call.
 struct FloatRows {

@@ -3,44 +3,11 @@
 
 #include <immintrin.h>
 
+#include "common/floats.h"
 #include "common/gemm_float.h"
 #include "common/gemm_float_portable.h"
 
 namespace engine {
-
-ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const float* x) { return _mm256_loadu_ps(x); }
-ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const Half* x) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
-ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const BFloat16* x) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-ENGINE_AVX2 ENGINE_INLINE __m256 floats_8_avx2(const int8_t* x) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
-}
-
-ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(float* y, __m256 v) { _mm256_storeu_ps(y, v); }
-ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(Half* y, __m256 v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-ENGINE_AVX2 ENGINE_INLINE void store_8_avx2(BFloat16* y, __m256 v) {  // as from_float
-    const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_castsi256_si128(packed));
-}
-
-ENGINE_AVX2 ENGINE_INLINE float sum_8_avx2(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 
 ENGINE_AVX2 ENGINE_INLINE void transpose_8x8_avx2(__m256 (&v)[8]) {
     __m256 a[8], b[8];
@@ -84,7 +51,7 @@ struct FloatPanelAvx2 {
             int64_t i = 0;
             for (; i + 8 <= kc; i += 8) {
                 __m256 v[8];
-                for (int j = 0; j < 8; ++j) v[j] = floats_8_avx2(x + (row + j) * stride + i);
+                for (int j = 0; j < 8; ++j) v[j] = load_8_avx2(x + (row + j) * stride + i);
                 transpose_8x8_avx2(v);
                 for (int j = 0; j < 8; ++j) _mm256_store_ps(strip + (i + j) * width + row, v[j]);
             }

@@ -9,20 +9,6 @@
 
 namespace engine {
 
-ENGINE_AVX512 ENGINE_INLINE void store_16_avx512(float* y, __m512 v) { _mm512_storeu_ps(y, v); }
-ENGINE_AVX512 ENGINE_INLINE void store_16_avx512(Half* y, __m512 v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-ENGINE_AVX512 ENGINE_INLINE void store_16_avx512(BFloat16* y, __m512 v) {  // as from_float
-    const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtepi32_epi16(result));
-}
-
 ENGINE_AVX512 ENGINE_INLINE void transpose_16x16_avx512(__m512i (&v)[16]) {
     __m512i a[16], b[16];
 #pragma GCC unroll 8

@@ -1,5 +1,5 @@
-// The loops around the microkernels of common/gemm_float.h, the same for every instruction set. A microkernel is a
-// struct:
+// The loops around the microkernels of common/gemm_float.h, the same for every instruction set. A struct describes the
+// microkernel:
 //
 //   Element          what it multiplies: float, or BFloat16 in pairs along K
 //   kChain           how much of K is added up before it is added to the sums

@@ -1,5 +1,5 @@
-// The loops around the microkernels of common/gemm_int8.h, the same for every instruction set. A microkernel is a
-// struct:
+// The loops around the microkernels of common/gemm_int8.h, the same for every instruction set. A struct describes the
+// microkernel:
 //
 //   Q                the type of the activations it multiplies
 //   kRows, kColumns  the tile that it keeps in registers; kColumns is also the width of a strip of the panel
@@ -43,7 +43,7 @@ struct PanelPlan {
     int64_t groups;      // tasks along the outputs
     bool one_stretch;    // K fits one panel: sums need no memory but the tile's
     bool rows_first;     // tasks go through the outputs block by block; a thread quantises its own blocks, to its L2
-    bool by_thread;      // else: each thread quantises the chunk for itself; or all do it together, and share
+    bool by_thread;      // without rows_first: each thread quantises the chunk for itself, else all share one
     bool ask_outputs;    // y may not be in the caches
     bool wide;           // K is too long for int32 sums
 
@@ -147,8 +147,9 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
                          memory.strips + s * Kernel::kStripBytes);
         }
         const bool last = k0 + kc >= call.k;
-        const bool add = k0 % kExactDepth != 0;  // else a new stretch of int32 sums begins
-        const bool widen = plan.wide && (last || (k0 + kc) % kExactDepth == 0);  // and here it ends
+        // int32 sums begin anew every kExactDepth, at whose end they are added to the wide ones.
+        const bool add = k0 % kExactDepth != 0;
+        const bool widen = plan.wide && (last || (k0 + kc) % kExactDepth == 0);
         // Tiles as even as can be: a row alone uses the registers badly.
         const int64_t tiles = (end - begin + Kernel::kRows - 1) / Kernel::kRows;
         for (int64_t tile = 0, row = begin; tile < tiles; ++tile) {

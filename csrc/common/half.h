@@ -28,8 +28,8 @@ ENGINE_INLINE float to_float(Half x) {
 #else
     const uint32_t sign = (x.bits & 0x8000u) << 16;
     const uint32_t magnitude = x.bits & 0x7fffu;
-    // Normal numbers, infinity and NaN: the exponent moved up by 224, then scaled back by 2^-112 (224 - 112 = 127 -
-    // 15).
+    // Normal numbers, infinity and NaN: the exponent moved up by 224, then scaled back by 2^-112, as 224 - 112 is the
+    // difference of the two biases, 127 - 15.
     const float normal = std::bit_cast<float>((magnitude << 13) + (224u << 23)) * 0x1.0p-112f;
     // Subnormal numbers: the mantissa placed below 0.5, then 0.5 taken away again.
     const float subnormal = std::bit_cast<float>(magnitude | (126u << 23)) - 0.5f;

@@ -1,17 +1,16 @@
 // The activations of an int8 linear call: quantised once, row by row, into scratch from which every kernel reads them.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <optional>
+#include <algorithm>
+#include <cstdint>
 
-#include "common/dtype.h"
+#include "common/half.h"
 #include "common/int8_activations_avx2.h"
 #include "common/int8_activations_avx512.h"
 #include "common/isa.h"
+#include "common/linear_call.h"
 #include "common/quantize.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -21,60 +20,7 @@ namespace engine {
 // kernel's kDepth.
 constexpr int64_t kExactDepth = 32640;
 
-// 64-byte aligned memory for one call. Kept by its thread up to `kKept` bytes, so that calls neither allocate nor fault
-// pages in; the heap's beyond. `Tag` tells apart scratches that one thread uses at the same time.
-template <class Tag, int64_t kKept = 1 << 20>
-class Scratch {
-  public:
-    explicit Scratch(int64_t bytes) {
-        if (bytes > kKept) {
-            own_.reset(allocate(bytes));
-            memory_ = own_.get();
-            return;
-        }
-        thread_local Kept kept;
-        if (kept.size < bytes) {
-            kept.memory.reset();
-            kept.size = 0;
-            kept.memory.reset(allocate(bytes));
-            kept.size = bytes;
-        }
-        memory_ = kept.memory.get();
-    }
-    // `count` elements, 64-byte aligned, after what was taken before.
-    template <class T>
-    T* take(int64_t count) {
-        T* taken = reinterpret_cast<T*>(memory_ + used_);
-        used_ += bytes_for<T>(count);
-        return taken;
-    }
-    // What take<T>(count) uses.
-    template <class T>
-    static int64_t bytes_for(int64_t count) {
-        return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    }
-
-  private:
-    struct Free {
-        void operator()(char* memory) const { std::free(memory); }
-    };
-    struct Kept {
-        std::unique_ptr<char, Free> memory;
-        int64_t size = 0;
-    };
-    static char* allocate(int64_t bytes) {
-        void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-        if (memory == nullptr) throw std::bad_alloc();
-        return static_cast<char*>(memory);
-    }
-
-    std::unique_ptr<char, Free> own_;
-    char* memory_ = nullptr;
-    int64_t used_ = 0;
-};
-
 struct ActivationTag;   // the quantised activations of a call, held by the calling thread
-struct BiasScratch;     // tag: its bias as fp32
 struct InverseScratch;  // tag: the reciprocals of its channels' scales
 struct ScaledScratch;   // tag: one row divided by them, held by each thread
 struct PatchScratch;    // tag: one row put together of an image, held by each thread
@@ -114,102 +60,6 @@ struct QuantizedRows {
           k(k),
           stride(stride_for(k)) {}
 };
-
-// The patches of an image [B, H, W, C], a row of activations for each output of a convolution. A row is kh × kw runs of
-// values that lie together. Steps are in values.
-struct Patches {
-    int64_t height, width;                      // outputs of an image
-    int64_t image_step, row_step, column_step;  // from one image, or row or column of outputs, to the next
-    int64_t kh, kw, run;
-    int64_t kh_step, kw_step;  // from one run to the next
-
-    // From a view [B, Ho, Wo, kh, kw, C] of an image whose channels lie together.
-    explicit Patches(const Tensor& x)
-        : height(x.size(1)),
-          width(x.size(2)),
-          image_step(x.stride(0)),
-          row_step(x.stride(1)),
-          column_step(x.stride(2)),
-          kh(x.size(3)),
-          kw(x.size(4)),
-          run(x.size(5)),
-          kh_step(x.stride(3)),
-          kw_step(x.stride(4)) {
-        if (kw_step == run) {  // not dilated: a row of the kernel is one run
-            run *= kw;
-            kw = 1;
-        }
-    }
-};
-
-// x of a linear op as its binding got it: rows [..., K], or the patches [B, Ho, Wo, kh, kw, C] of an image, which are
-// read where they lie.
-struct LinearInput {
-    Tensor x;
-    std::optional<Patches> patches;
-    std::vector<int64_t> sizes;  // of y; the last is the binding's to say
-    int64_t m = 1, k;
-
-    LinearInput(const char* op, const Tensor& x_in, bool as_patches) : x(x_in), sizes(sizes_of(x_in)) {
-        STD_TORCH_CHECK(x.dim() >= 1, op, ": x: expected at least one dimension");
-        k = x.size(-1);
-        if (as_patches) {
-            STD_TORCH_CHECK(x.dim() == 6, op, ": x: expected patches [B, Ho, Wo, kh, kw, C]");
-            k *= x.size(3) * x.size(4);
-            sizes.resize(4);
-            if (x.stride(5) != 1 && x.size(5) > 1) x = as_contiguous(x);
-            patches.emplace(x);
-        } else {
-            x = as_contiguous(x);
-        }
-        for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
-    }
-    const Patches* where() const { return patches ? &*patches : nullptr; }  // for LinearCall
-};
-
-// The rows that are to be quantised.
-template <class T>
-struct ActivationSource {
-    const T* x;              // [m, k], or an image
-    const Patches* patches;  // or null
-
-    // One of them, [k]: where it lies, or put together in `scratch` [k].
-    const T* row(int64_t index, int64_t k, T* scratch) const {
-        if (!patches) return x + index * k;
-        const Patches& p = *patches;
-        const int64_t line = index / p.width;
-        const T* from =
-            x + line / p.height * p.image_step + line % p.height * p.row_step + index % p.width * p.column_step;
-        T* to = scratch;
-        for (int64_t i = 0; i < p.kh; ++i) {
-            for (int64_t j = 0; j < p.kw; ++j, to += p.run) {
-                std::memcpy(to, from + i * p.kh_step + j * p.kw_step, p.run * sizeof(T));
-            }
-        }
-        return scratch;
-    }
-    // Bytes of that scratch.
-    int64_t scratch_bytes(int64_t k) const { return patches ? k * static_cast<int64_t>(sizeof(T)) : 0; }
-};
-
-// By what activations are quantised: by nothing given (each row by its own maximum), by one scale, or by one for each
-// channel. In the last case the weights hold the channels' scales already, and a row's own scale is 1.
-struct InputScale {
-    const float* values = nullptr;  // [1] or [k], or null
-    bool by_channel = false;
-};
-
-inline void check_input_scale(const char* op, const std::optional<Tensor>& input_scale, int64_t k) {
-    if (!input_scale) return;
-    const bool fits = input_scale->numel() == 1 || (input_scale->dim() == 1 && input_scale->size(0) == k);
-    STD_TORCH_CHECK(fits && input_scale->scalar_type() == ScalarType::Float, op,
-                    ": input_scale: expected float32, one element or [K]");
-}
-
-inline InputScale input_scale_of(const std::optional<Tensor>& contiguous) {
-    if (!contiguous) return {};
-    return {data<float>(*contiguous), contiguous->numel() != 1};
-}
 
 // What kernels that shift their operands, or use Winograd's identity, have to take away (QuantizedRows::sum).
 template <class Q>
@@ -285,18 +135,6 @@ inline bool invert_scales(const float* scales, int64_t k, float* inverses) {
     }
     return usable;
 }
-
-// What a linear kernel works on.
-template <class T>
-struct LinearCall {
-    const T* x;  // [m, k], or the image of `patches`
-    InputScale input_scale;
-    const float* scale;  // [n], of the weights
-    const float* bias;   // [n], or null
-    T* y;                // [m, n]
-    int64_t m, n, k;
-    const Patches* patches = nullptr;
-};
 
 // Quantises rows of a call. Made once a call; its threads share it.
 template <class Q, class T>
@@ -396,41 +234,5 @@ void with_quantized_rows(const LinearCall<T>& call, int64_t bytes_per_output, co
     quantize.all(0, call.m, rows);
     parallel_rows(call.n, bytes_per_output, [&](int64_t begin, int64_t end) { f(rows, begin, end); });
 }
-
-// The last step of every kernel, always in this order and in fp32, then cast: (float(acc) · (s_x · s_w)) + bias.
-// `column` is the output's number.
-template <class T, class Acc>
-ENGINE_INLINE T linear_output(Acc acc, float row_scale, const LinearCall<T>& call, int64_t column) {
-    float y = static_cast<float>(acc) * (row_scale * call.scale[column]);
-    if (call.bias) y = y + call.bias[column];
-    return from_float<T>(y);
-}
-
-// A bias of any of the three dtypes as fp32, for the length of a call.
-class FloatBias {
-  public:
-    explicit FloatBias(const std::optional<Tensor>& bias)
-        : contiguous_(bias ? std::optional<Tensor>(as_contiguous(*bias)) : std::nullopt) {
-        if (!contiguous_) return;
-        if (contiguous_->scalar_type() == ScalarType::Float) {
-            data_ = engine::data<float>(*contiguous_);
-            return;
-        }
-        const int64_t n = contiguous_->numel();
-        scratch_.emplace(n * static_cast<int64_t>(sizeof(float)));
-        float* as_float = scratch_->take<float>(n);
-        dispatch_float(contiguous_->scalar_type(), "bias", [&](auto zero) {
-            const auto* from = engine::data<decltype(zero)>(*contiguous_);
-            for (int64_t i = 0; i < n; ++i) as_float[i] = to_float(from[i]);
-        });
-        data_ = as_float;
-    }
-    const float* data() const { return data_; }  // [n], or null
-
-  private:
-    std::optional<Tensor> contiguous_;
-    std::optional<Scratch<BiasScratch>> scratch_;
-    const float* data_ = nullptr;
-};
 
 }  // namespace engine

@@ -9,18 +9,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/floats.h"
 #include "common/quantize.h"
 
 namespace engine {
-
-ENGINE_AVX2 ENGINE_INLINE __m256 load_8_floats_avx2(const float* x) { return _mm256_loadu_ps(x); }
-ENGINE_AVX2 ENGINE_INLINE __m256 load_8_floats_avx2(const BFloat16* x) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-ENGINE_AVX2 ENGINE_INLINE __m256 load_8_floats_avx2(const Half* x) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
 
 // amax_bits of quantize.h.
 template <class T>
@@ -30,7 +22,7 @@ ENGINE_AVX2 uint32_t amax_bits_avx2(const T* x, int64_t k) {
     int64_t i = 0;
     for (; i + 16 <= k; i += 16) {
         for (int v = 0; v < 2; ++v) {
-            const __m256i bits = _mm256_castps_si256(load_8_floats_avx2(x + i + 8 * v));
+            const __m256i bits = _mm256_castps_si256(load_8_avx2(x + i + 8 * v));
             amax[v] = _mm256_max_epi32(amax[v], _mm256_and_si256(bits, magnitude));
         }
     }
@@ -47,7 +39,7 @@ ENGINE_AVX2 ENGINE_INLINE __m256i quantize_16_avx2(const T* x, __m256 inverse) {
     const __m256 least = _mm256_set1_ps(-127.0f), most = _mm256_set1_ps(127.0f);
     __m256i q[2];
     for (int v = 0; v < 2; ++v) {
-        const __m256 value = _mm256_mul_ps(load_8_floats_avx2(x + 8 * v), inverse);
+        const __m256 value = _mm256_mul_ps(load_8_avx2(x + 8 * v), inverse);
         q[v] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(value, least), most));
     }
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
@@ -86,7 +78,7 @@ ENGINE_AVX2 void scale_row_avx2(const T* x,            // [k]
                                 float* scaled) {  // [k]
     int64_t i = 0;
     for (; i + 8 <= k; i += 8) {
-        _mm256_storeu_ps(scaled + i, _mm256_mul_ps(load_8_floats_avx2(x + i), _mm256_loadu_ps(factors + i)));
+        _mm256_storeu_ps(scaled + i, _mm256_mul_ps(load_8_avx2(x + i), _mm256_loadu_ps(factors + i)));
     }
     for (; i < k; ++i) scaled[i] = to_float(x[i]) * factors[i];
 }

@@ -9,18 +9,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/floats.h"
 #include "common/quantize.h"
 
 namespace engine {
-
-ENGINE_AVX512 ENGINE_INLINE __m512 load_16_floats_avx512(const float* x) { return _mm512_loadu_ps(x); }
-ENGINE_AVX512 ENGINE_INLINE __m512 load_16_floats_avx512(const BFloat16* x) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-ENGINE_AVX512 ENGINE_INLINE __m512 load_16_floats_avx512(const Half* x) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
 
 // amax_bits of quantize.h.
 template <class T>
@@ -31,7 +23,7 @@ ENGINE_AVX512 uint32_t amax_bits_avx512(const T* x, int64_t k) {
     for (; i + 64 <= k; i += 64) {
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
-            const __m512i bits = _mm512_castps_si512(load_16_floats_avx512(x + i + 16 * v));
+            const __m512i bits = _mm512_castps_si512(load_16_avx512(x + i + 16 * v));
             amax[v] = _mm512_max_epi32(amax[v], _mm512_and_si512(bits, magnitude));
         }
     }
@@ -46,7 +38,7 @@ ENGINE_AVX512 ENGINE_INLINE __m512i quantize_64_avx512(const T* x, __m512 invers
     __m512i q[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-        const __m512 value = _mm512_mul_ps(load_16_floats_avx512(x + 16 * v), inverse);
+        const __m512 value = _mm512_mul_ps(load_16_avx512(x + 16 * v), inverse);
         q[v] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(value, least), most));
     }
     // Each lane of 128 bits holds four values of each vector by now: a 4 × 4 transpose of dwords.

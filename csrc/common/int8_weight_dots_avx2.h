@@ -1,6 +1,7 @@
 // The kernel of common/int8_weight_dots.h for AVX2.
 #pragma once
 
+#include "common/floats.h"
 #include "common/int8_weight_dots.h"
 #if ENGINE_X86
 #include <immintrin.h>

@@ -8,8 +8,8 @@ namespace engine {
 
 enum class Isa : int {
     portable = 0,  // plain C++: always works, on every processor
-    avx2 = 1,      // AVX2, FMA, F16C, BMI1/2
-    avx512 = 2,    // AVX-512 F, BW, DQ, VL with VNNI, VBMI, VBMI2
+    avx2 = 1,      // AVX2, FMA, F16C, BMI1/2, POPCNT, LZCNT
+    avx512 = 2,    // AVX-512 F, BW, DQ, VL, CD with VNNI, VBMI, VBMI2
 };
 
 // What can be chosen, worst first, as engine/backends.py numbers it. AVX-VNNI (Intel's processors without AVX-512) is
@@ -31,6 +31,7 @@ inline Isa isa() { return isa_of(variant()); }
 
 // A function compiled for an instruction set. A lambda does not inherit it (GCC), so that a parallel loop calls a free
 // function which carries it. A generic `inline` body without one, called from such a function, is compiled for it.
+// has_variant (csrc/cpu/isa.cpp) asks the processor for each feature that is named here.
 #if defined(__x86_64__)
 #define ENGINE_X86 1
 #if defined(ENGINE_EMULATE_AVX512)  // a test build: the 512-bit intrinsics are plain functions (tests/native/)

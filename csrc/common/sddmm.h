@@ -1,5 +1,5 @@
-// Products of two dense matrices at the kept places of a third alone (SDDMM): out[n, k] += sum over m of a[m, n] b[m,
-// k].
+// Products of two dense matrices at the kept places of a third alone (SDDMM):
+// out[n, k] += sum over m of a[m, n] b[m, k].
 //
 // Both are packed in strips of up to kWidth rows m, as in common/spmm.h: [n][row of the strip] and [k][row of the
 // strip]. A sum over a strip is then a dot product of two short runs of memory, and the run of `a` stays in registers

@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/floats.h"
 #include "common/gemm_float.h"
 #include "common/gemm_float_portable.h"
 #include "common/gemm_int8.h"
@@ -87,33 +88,6 @@ struct KeptRows {
     alignas(64) float values[kSpmmGroup * kStride];
     alignas(64) uint8_t columns[kSpmmGroup * kStride];
 };
-
-// Values as fp32. The body for every instruction set: it vectorises by itself where it is inlined.
-template <class V>
-ENGINE_INLINE void floats(const V* __restrict values, int64_t count, float* __restrict to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(values[i]);
-}
-template <class V>
-void floats_portable(const V* values, int64_t count, float* to) {
-    floats(values, count, to);
-}
-template <class V>
-using ToFloats = void (*)(const V* values, int64_t count, float* to);
-#if ENGINE_X86
-template <class V>
-ENGINE_AVX2 void floats_avx2(const V* values, int64_t count, float* to) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, floats_8_avx2(values + i));
-    floats(values + i, count - i, to + i);
-}
-#endif
-template <class V>
-ToFloats<V> to_floats() {
-#if ENGINE_X86
-    if (isa() != Isa::portable) return floats_avx2<V>;
-#endif
-    return floats_portable<V>;
-}
 
 }  // namespace engine
 

@@ -39,12 +39,14 @@ struct SpreadTiles {
         const uint8_t* mask;  // [columns, mask_stride], whole words; where weights are spread
         int64_t mask_stride;
         const int8_t* values[columns];  // left where they end
-        int64_t ahead[columns];         // where weights are spread and not kept: how far on values are asked for; else:
-        int8_t* kept;                   // [columns, kKeptStride], shifted
-        const int8_t* ask[2];           // what memory is asked for, and
-        int64_t pace[2];                // how much of it for each word
-        const int8_t* next_q;           // what the next tile begins with
-        bool add;                       // to the sums that are there
+        // Weights that are spread and not kept ask memory for values `ahead` bytes further on. In the other two cases
+        // memory is asked for two streams, which begin at `ask` and go on by `pace` bytes for each word.
+        int64_t ahead[columns];
+        int8_t* kept;  // [columns, kKeptStride]: spread weights, shifted
+        const int8_t* ask[2];
+        int64_t pace[2];
+        const int8_t* next_q;  // what the next tile begins with
+        bool add;              // to the sums that are there
     };
 
     // Unrolled by force, else GCC keeps the sums in memory. Rows are addressed from the first and the fourth: an
@@ -119,19 +121,19 @@ struct SpreadTiles {
     }
 };
 
-// Groups of weight rows, stretch by stretch along K, so that the activations of a stretch stay in L1. Weights are a
-// class:
+// Groups of weight rows, stretch by stretch along K, so that the activations of a stretch stay in L1. What the weights
+// are is said by a class:
 //
 //   kInTile                   whether a tile spreads them, else prepare() does
 //   kTallRows                 up to so many rows of activations tall tiles are the faster ones
 //   begin(first, count)       a group of at most 4 kColumns rows begins, all of K to come
-//   prepare(t, j, count, k, kc)  a stretch of rows first + j to first + j + count, at most kColumns: what a tile
-//   spreads
-//                             them from, and where one alone finds what comes next; or, spread, t.kept
+//   prepare(t, j, count, k, kc)  readies the stretch [k, k + kc) of rows first + j to first + j + count, kColumns at
+//                             most. With kInTile it says where the tile finds masks and values, and what to ask memory
+//                             for; without, it spreads the rows to t.kept
 //   next(j, c)                where the values of the row kColumns after row j + c lie, about
 //   pace(j)                   how many bytes of row j belong to 64 weights, about
-//   ask_places(t, j)          asks for the masks, or metadata, of a stretch of these next rows; inline by force: a call
-//                             that does nothing but ask GCC takes for one that does nothing
+//   ask_places(t, j)          asks for the masks, or metadata, of a stretch of these next rows. It is inlined by force,
+//                             as GCC drops the call of a function that only asks memory for something
 //   done(t, j, count)         the stretch was multiplied
 //   end(first, count)         and the group
 template <class Tiles, class Weights>
@@ -258,7 +260,7 @@ void spread_outputs_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t
     }
 }
 
-// Tiles of many rows of activations where these stay in L1; else of few, which read them less often.
+// Tall tiles, of many rows of activations, are for activations that stay in L1. Wide ones read them less often.
 using TallTiles = SpreadTiles<6, 4>;
 using WideTiles = SpreadTiles<4, 6>;
 

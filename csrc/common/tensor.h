@@ -38,6 +38,13 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
+// The product of all sizes but the last.
+inline int64_t rows_of(const std::vector<int64_t>& sizes) {
+    int64_t rows = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
+    return rows;
+}
+
 template <class T>
 const T* data(const Tensor& t) {
     return static_cast<const T*>(t.const_data_ptr());

@@ -5,11 +5,15 @@
 // spread; many go through the panels of common/gemm_int8.h, or where most weights are pruned on AVX2, meet the kept
 // ones only (common/spmm.h).
 
+#include "common/bias.h"
 #include "common/bitmap_blocks_avx512.h"
 #include "common/bitmap_dot.h"
 #include "common/bitmap_dot_avx2.h"
 #include "common/bitmap_dot_avx512.h"
 #include "common/bitmap_spmm.h"
+#include "common/dtype.h"
+#include "common/int8_activations.h"
+#include "common/patches.h"
 #include "common/tensor.h"
 
 namespace engine {

@@ -3,10 +3,14 @@
 // most are kept; for a few, each row of weights is spread register by register and multiplied at once. Memory is safe
 // by the scheme of common/bitmap.h.
 
+#include "common/bias.h"
 #include "common/bitmap.h"
 #include "common/bitmap_expand_float.h"
+#include "common/bitmap_float.h"
 #include "common/bitmap_float_avx512.h"
 #include "common/bitmap_spmm.h"
+#include "common/dtype.h"
+#include "common/floats.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 #include "common/tensor.h"
@@ -15,30 +19,6 @@ namespace engine {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 2 << 10;  // how far ahead of the value being read memory is asked for
-
-// A checked bitmap.
-template <class V>
-struct Bitmap {
-    using Value = V;
-    using Scratch = std::vector<V>;
-    const uint8_t* bitmask;      // [n, ceil(k/8)]
-    const int64_t* row_offsets;  // [n + 1]
-    const V* values;             // [nnz]
-    int64_t n, k, nnz;
-    BadRow* bad;
-
-    int64_t row_bytes() const { return mask_bytes(k) + nnz / n * static_cast<int64_t>(sizeof(V)); }
-    const uint8_t* mask(int64_t row) const { return bitmask + row * mask_bytes(k); }
-    FloatColumn<V> column(int64_t row, int64_t together, Scratch& scratch) const {
-        const int64_t values_after = row_offsets[std::min(row + together, n)] - row_offsets[row];
-        return {mask(row), row_values(values, row_offsets, row, k, nnz, scratch),
-                mask(row) + bytes_ahead(together * mask_bytes(k)),
-                bytes_ahead(values_after * static_cast<int64_t>(sizeof(V)))};
-    }
-    void check_row(int64_t row, int64_t taken) const {
-        if (taken != row_offsets[row + 1] - row_offsets[row] || has_padding_bits(mask(row), k)) bad->record(row);
-    }
-};
 
 // ---- panels -----------------------------------------------------------------------------------------------------
 
@@ -87,14 +67,14 @@ ExpandFloats<V> expand_floats() {
 }
 
 template <class V>
-struct BitmapProvider {
+struct FloatBitmapProvider {
     using Value = V;
-    Bitmap<V> weights;
+    FloatBitmap<V> weights;
     ExpandFloats<V> expand;
     std::array<int64_t, kFloatGroup> taken;           // values that each row of the group has given so far
     std::array<V, kFloatDepth + kReadAhead> scratch;  // the last values, where a vector would read beyond the tensor
 
-    explicit BitmapProvider(const Bitmap<V>& weights)
+    explicit FloatBitmapProvider(const FloatBitmap<V>& weights)
         : weights(weights), expand(expand_floats<V>()), taken{}, scratch{} {}
 
     void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) {
@@ -148,7 +128,7 @@ struct BitmapProvider {
 template <class Kernel>
 struct RowByRow {
     template <int M, class T, class V>
-    static void outputs(const FloatLinear<T>& call, const FloatRows& rows, const Bitmap<V>& weights, int64_t begin,
+    static void outputs(const FloatLinear<T>& call, const FloatRows& rows, const FloatBitmap<V>& weights, int64_t begin,
                         int64_t end) {
         std::vector<V> scratch;
         for (int64_t column = begin; column < end; ++column) {
@@ -243,8 +223,8 @@ struct DotAvx2 : RowByRow<DotAvx2> {
 };
 #endif
 
-template <class Kernel, class T, class V, int M = kDotRows>
-void dot_linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
+template <class Kernel, class T, class V, int M = kFloatDotRows>
+void dot_linear(const FloatLinear<T>& call, const FloatBitmap<V>& weights) {
     if constexpr (M > 1) {
         if (call.m < M) return dot_linear<Kernel, T, V, M - 1>(call, weights);
     }
@@ -254,14 +234,15 @@ void dot_linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
 }
 
 template <class T, class V>
-void linear(const FloatLinear<T>& call, const Bitmap<V>& weights) {
+void linear(const FloatLinear<T>& call, const FloatBitmap<V>& weights) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
     if (isa() == Isa::avx512 && bitmap_dot_linear(call, weights)) return;
 #endif
-    if (call.m > kDotRows) {
+    if (call.m > kFloatDotRows) {
         const auto [bitmask, row_offsets, values, n, k, nnz, bad] = weights;
-        if (!float_spmm_pays<T, V>(call.m, nnz, n * k)) return float_panel_linear(call, BitmapProvider<V>(weights));
+        if (!float_spmm_pays<T, V>(call.m, nnz, n * k))
+            return float_panel_linear(call, FloatBitmapProvider<V>(weights));
         return float_spmm(call, BitmapSource<V>(bitmask, row_offsets, values, k, nnz, *bad));
     }
 #if ENGINE_X86

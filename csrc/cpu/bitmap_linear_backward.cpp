@@ -2,8 +2,10 @@
 // matrices at the kept places alone. Where most weights are kept both are dense products, block by block of the
 // weight's rows, so that it is never dense as a whole. Memory is safe by the scheme of common/bitmap.h.
 
+#include "common/bitmap_float.h"
 #include "common/bitmap_pack.h"
 #include "common/bitmap_spmm.h"
+#include "common/dtype.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 #include "common/sddmm.h"
@@ -16,18 +18,6 @@ namespace {
 constexpr int64_t kFewestRows = 64;
 constexpr double kMostKept = 0.45;
 
-// A checked bitmap of float values.
-template <class V>
-struct Bitmap {
-    const uint8_t* bitmask;      // [n, ceil(k/8)]
-    const int64_t* row_offsets;  // [n + 1]
-    const V* values;             // [nnz]
-    int64_t n, k, nnz;
-    BadRow* bad;
-
-    const uint8_t* mask(int64_t row) const { return bitmask + row * mask_bytes(k); }
-};
-
 // ---- the gradient for x -----------------------------------------------------------------------------------------
 
 // A bitmap's columns, up to 64 side by side, stretch by stretch of its rows: the rows of the transposed weight, as a
@@ -35,7 +25,7 @@ struct Bitmap {
 template <class V>
 class Columns {
   public:
-    explicit Columns(const Bitmap<V>& weights) : w_(weights), position_(weights.n) {}
+    explicit Columns(const FloatBitmap<V>& weights) : w_(weights), position_(weights.n) {}
 
     // What is kept of the columns [column, column + count) × rows [row, row + rows); count ≤ 64.
     ENGINE_INLINE void kept(int64_t column, int64_t count, int64_t row, int64_t rows, KeptRows& kept) {
@@ -76,7 +66,7 @@ class Columns {
         return i < column ? count + popcount64(mask_bits(mask, i, w_.k) << (64 - (column - i))) : count;
     }
 
-    Bitmap<V> w_;
+    FloatBitmap<V> w_;
     std::vector<int64_t> position_;  // of the value with which each row goes on
     int64_t next_ = -1;              // the column that it belongs to
     bool continued_ = false;
@@ -97,7 +87,7 @@ ENGINE_AVX2 void kept_avx2(Columns<V>& columns, int64_t column, int64_t count, i
 template <class V>
 class ColumnSource {
   public:
-    explicit ColumnSource(const Bitmap<V>& weights) : columns_(weights), nnz_(weights.nnz) {}
+    explicit ColumnSource(const FloatBitmap<V>& weights) : columns_(weights), nnz_(weights.nnz) {}
     int64_t kept() const { return nnz_; }
     void rows(int64_t row, int64_t rows, int64_t k0, int64_t kc, KeptRows& kept) {
 #if ENGINE_X86
@@ -186,7 +176,7 @@ Tensor backward_input(Tensor grad_in, Tensor bitmask_in, Tensor row_offsets_in, 
         const FloatLinear<T> call{data<T>(grad), nullptr, nullptr, mutable_data<T>(result), m, columns, n};
         dispatch_float(values.scalar_type(), "bitmap_linear_backward_input: values", [&](auto zero) {
             using V = decltype(zero);
-            const Bitmap<V> weights{
+            const FloatBitmap<V> weights{
                 data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<V>(values), n, columns, nnz, &bad};
             float_spmm(call, ColumnSource<V>(weights));
         });
@@ -198,7 +188,7 @@ Tensor backward_input(Tensor grad_in, Tensor bitmask_in, Tensor row_offsets_in, 
 // ---- the gradient for the values --------------------------------------------------------------------------------
 
 template <class G, class X>
-void kept_products(const G* grad, const X* x, int64_t m, const Bitmap<float>& sums) {
+void kept_products(const G* grad, const X* x, int64_t m, const FloatBitmap<float>& sums) {
     const BitmapSource<float> source(sums.bitmask, sums.row_offsets, sums.values, sums.k, sums.nnz, *sums.bad);
 #if ENGINE_X86
     if (isa() != Isa::portable) return sddmm<SddmmAvx2, FloatPanelAvx2>(grad, x, m, sums.n, sums.k, source);
@@ -207,7 +197,7 @@ void kept_products(const G* grad, const X* x, int64_t m, const Bitmap<float>& su
 }
 
 // As dense products of some rows of the weight at a time, of which the kept places are taken.
-void dense_products(const Tensor& grad, const Tensor& x, const Bitmap<float>& sums, float* to) {
+void dense_products(const Tensor& grad, const Tensor& x, const FloatBitmap<float>& sums, float* to) {
     const int64_t step = block_rows(sums.k);
     Tensor g = torch::stable::to(grad, ScalarType::Float);
     const Tensor inputs = torch::stable::to(x, ScalarType::Float);
@@ -246,7 +236,8 @@ Tensor backward_values(Tensor grad_in, Tensor x_in, Tensor bitmask_in, Tensor ro
     Tensor sums = new_output(x, {nnz}, ScalarType::Float);
     torch::stable::zero_(sums);
     BadRow bad;
-    const Bitmap<float> places{data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<float>(sums), n, k, nnz, &bad};
+    const FloatBitmap<float> places{
+        data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<float>(sums), n, k, nnz, &bad};
     dispatch_float(grad.scalar_type(), "bitmap_linear_backward_values: grad", [&](auto grad_zero) {
         dispatch_float(x.scalar_type(), "bitmap_linear_backward_values: x", [&](auto x_zero) {
             if (sddmm_pays(m, nnz, n * k)) {

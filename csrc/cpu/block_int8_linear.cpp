@@ -8,12 +8,16 @@
 
 #include <cstring>
 
+#include "common/bias.h"
 #include "common/block.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
 #include "common/block_int8_strips.h"
+#include "common/dtype.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
+#include "common/int8_activations.h"
+#include "common/patches.h"
 #if ENGINE_X86
 #include <immintrin.h>
 #endif
@@ -191,7 +195,7 @@ void panel_linear(const LinearCall<T>& call, const Blocks& weight) {
                 task.run(line, slice * kGroup, band * tall, std::min(rows.rows, (band + 1) * tall));
             }
         };
-        parallel_rows(weight.high() * slices * bands, kGroup * call.k * tall / 32, tasks);
+        parallel_rows(weight.row_blocks() * slices * bands, kGroup * call.k * tall / 32, tasks);
     }
 }
 
@@ -208,7 +212,7 @@ void dot_linear(const LinearCall<T>& call, const Blocks& weight) {
     ActivationScratch scratch(Rows::scratch_bytes(call.m, call.k));
     const Rows rows(scratch, call.m, call.k);
     quantize_activations(call, 0, rows);
-    const int64_t lines = weight.high(), high = weight.shape.rows;
+    const int64_t lines = weight.row_blocks(), high = weight.shape.rows;
     parallel_rows(lines, weight.kept() / std::max<int64_t>(1, lines) * call.m, [&](int64_t begin, int64_t end) {
         typename Dot::Sum sums[Dot::kMostRows][Dot::kMostBlock];
         for (int64_t line = begin; line < end; ++line) {
@@ -232,8 +236,8 @@ void linear(const LinearCall<T>& call, const Blocks& weight) {
     if (call.m == 0 || call.n == 0) return;
 #if ENGINE_X86
     // Up to so many rows of activations dot products are the faster way. Of high blocks registers hold the sums of
-    // fewer rows, which are read in as many more pieces; where blocks don't fit AVX-512's vectors, AVX2's products
-    // remain.
+    // fewer rows, which are read in as many more pieces. Blocks that don't fit AVX-512's vectors are multiplied by
+    // AVX2's products there too.
     const bool vnni = variant() == Variant::avx_vnni;
     const int64_t few_avx512 = weight.shape.rows <= 32 ? DotAvx512::kMostRows : 4;
     const int64_t few_avx2 = isa() == Isa::avx512 ? 2 : vnni ? 6 : DotAvx2<SignedBytesAvx2>::kMostRows;

@@ -6,10 +6,12 @@
 #include <cstring>
 #include <span>
 
+#include "common/bias.h"
 #include "common/block.h"
 #include "common/block_avx512.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
+#include "common/dtype.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 
@@ -23,8 +25,8 @@ constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
 template <class T, class V>
 void line_portable(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
     const auto [high, wide] = weight.shape;
-    alignas(64) float sums[kMaxBlock][kDotRows][kLanes];
-    alignas(64) float w[kMaxBlock], last[kDotRows][kMaxBlock];
+    alignas(64) float sums[kMaxBlock][kFloatDotRows][kLanes];
+    alignas(64) float w[kMaxBlock], last[kFloatDotRows][kMaxBlock];
     for (int64_t r = 0; r < high; ++r) std::memset(sums[r], 0, call.m * sizeof sums[r][0]);
     for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
         const V* values = weight.blocks<V>() + i * high * wide;
@@ -132,7 +134,7 @@ class BlockProvider {
 // A few rows of activations [m, stride] by Dot, whose registers hold the sums.
 template <class Dot, class T>
 void dot_lines(const FloatLinear<T>& call, const typename Dot::X* x, int64_t stride, const Blocks& weight) {
-    const int64_t lines = weight.high(), high = weight.shape.rows;
+    const int64_t lines = weight.row_blocks(), high = weight.shape.rows;
     const int64_t work = 2 * call.m * weight.kept() / std::max<int64_t>(1, lines);
     parallel_rows(lines, work, [&](int64_t begin, int64_t end) {
         float sums[Dot::kMostRows][Dot::kMostBlock];
@@ -302,7 +304,7 @@ void strip_linear(const FloatLinear<T>& call, const Blocks& weight) {
                 task.run(line, slice * kStripOutputs, band * tall, std::min(m, (band + 1) * tall));
             }
         };
-        parallel_rows(weight.high() * slices * bands, kStripOutputs * call.k * tall / 8, tasks);
+        parallel_rows(weight.row_blocks() * slices * bands, kStripOutputs * call.k * tall / 8, tasks);
         for (int64_t row = 0; row < m; ++row) {
             if (!finite[row]) fill_nan(call, chunk + row);
         }
@@ -327,11 +329,11 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
         return dot_linear<Dot>(call, weight);  // which fits every width
     }
 #endif
-    if (call.m > kDotRows) return float_panel_linear(call, BlockProvider<V>(weight));
+    if (call.m > kFloatDotRows) return float_panel_linear(call, BlockProvider<V>(weight));
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<BlockDotAvx2<FloatBlockStepAvx2<V>>>(call, weight);
 #endif
-    const int64_t lines = weight.high();
+    const int64_t lines = weight.row_blocks();
     with_float_rows(call, [&](const FloatRows& rows) {
         parallel_rows(lines, 4 * call.m * weight.kept() / std::max<int64_t>(1, lines), [&](int64_t begin, int64_t end) {
             for (int64_t line = begin; line < end; ++line) line_portable<T, V>(call, rows, weight, line);

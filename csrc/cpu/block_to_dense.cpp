@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "common/block.h"
+#include "common/dtype.h"
 #include "common/huge_pages.h"
 
 namespace engine {

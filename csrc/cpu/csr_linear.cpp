@@ -10,8 +10,9 @@
 #include <atomic>
 #include <limits>
 
-#include "common/bitmap_mask.h"
+#include "common/bias.h"
 #include "common/dtype.h"
+#include "common/floats.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -136,12 +137,6 @@ ENGINE_AVX2 bool outputs_avx2(const Csr<V, I>& w, const Block& block, int64_t be
         write_output(w, block, row, all);
     }
     return clamp.inside();
-}
-
-ENGINE_AVX2 ENGINE_INLINE float sum_8_avx2(__m256 v) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
 // Eight products of values with a single row of x, gathered, on top of `sum`.
@@ -316,7 +311,9 @@ void linear(const Csr<V, I>& w,
         if (most > 1 && rows <= 8) inside &= block_of_rows<8>(w, from, rows, as_float, xt);
         if (most > 1 && rows > 8) inside &= block_of_rows<16>(w, from, rows, as_float, xt);
         if constexpr (sizeof(T) != 4) {
-            for (int64_t i = 0; i < rows * w.n; ++i) to[i] = from_float<T>(as_float[i]);
+            const FromFloats<T> convert = from_floats<T>();
+            parallel_rows(rows * w.n, sizeof(float) + sizeof(T),
+                          [&](int64_t begin, int64_t end) { convert(as_float + begin, end - begin, to + begin); });
         }
     }
     STD_TORCH_CHECK(inside, "csr_linear: col_indices: expected columns in [0, ", w.k, ")");
@@ -329,18 +326,6 @@ void check_offsets(const I* crow,  // [n + 1]
     bool rises = crow[0] == 0 && crow[n] == nnz;
     for (int64_t row = 0; row < n; ++row) rises &= crow[row] <= crow[row + 1];
     STD_TORCH_CHECK(rises, "csr_linear: crow_indices: expected offsets rising from 0 to ", nnz);
-}
-
-std::vector<float> float_bias(const std::optional<Tensor>& bias, int64_t n) {
-    if (!bias.has_value()) return {};
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "csr_linear: bias: expected shape [N]");
-    const Tensor contiguous = as_contiguous(*bias);
-    std::vector<float> result(n);
-    dispatch_float(contiguous.scalar_type(), "csr_linear: bias", [&](auto zero) {
-        const auto* from = data<decltype(zero)>(contiguous);
-        for (int64_t i = 0; i < n; ++i) result[i] = to_float(from[i]);
-    });
-    return result;
 }
 
 Tensor csr_linear(Tensor x_in, Tensor crow_in, Tensor columns_in, Tensor values_in, std::optional<Tensor> bias_in) {
@@ -359,17 +344,15 @@ Tensor csr_linear(Tensor x_in, Tensor crow_in, Tensor columns_in, Tensor values_
     STD_TORCH_CHECK(k > 0 || nnz == 0, "csr_linear: col_indices: expected none, as x has no columns");
     sizes.back() = n;
     Tensor y = new_tensor(x, sizes, x.scalar_type());
-    int64_t m = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-
-    const std::vector<float> bias = float_bias(bias_in, n);
+    const int64_t m = rows_of(sizes);
+    STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == n), "csr_linear: bias: expected shape [N]");
+    const FloatBias bias(bias_in);
     auto run = [&](auto x_zero, auto value_zero, auto index_zero) {
         using T = decltype(x_zero);
         using V = decltype(value_zero);
         using I = decltype(index_zero);
         check_offsets(data<I>(crow), n, nnz);
-        const float* as_float = bias.empty() ? nullptr : bias.data();
-        const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), as_float, n, k};
+        const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), bias.data(), n, k};
         linear(w, data<T>(x), m, mutable_data<T>(y));
     };
     dispatch_float(x.scalar_type(), "csr_linear: x", [&](auto x_zero) {

@@ -1,6 +1,7 @@
 // int8_dequantize: q * scale by row. Memory decides: one byte read for two or four written.
 
 #include "common/dequantize.h"
+#include "common/dtype.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "common/dequantize.h"
+#include "common/dtype.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 

@@ -5,10 +5,14 @@
 
 #include <cstring>
 
+#include "common/bias.h"
 #include "common/dot_int8_avx512.h"
 #include "common/dot_tiles_avx2.h"
+#include "common/dtype.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
+#include "common/int8_activations.h"
+#include "common/patches.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -86,7 +90,7 @@ __attribute__((noinline)) void add_dots(const QuantizedRows<typename Kernel::Q>&
 template <class Kernel, class Total, class T>
 void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel::Q>& rows, const int8_t* weight,
                  int64_t begin, int64_t end) {
-    Total totals[kDotRows * kDotBlock];
+    Total totals[kInt8DotRows * kDotBlock];
     const int64_t step = Kernel::depth(call.m);
     // Four rows of weights lie one after another, and so do their successors: one stream, asked for 8 KB ahead.
     const int64_t group = kDotColumns * std::max<int64_t>(1, call.k),
@@ -99,7 +103,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
             const int64_t part_end = std::min(columns, part + Kernel::kTogether);
             for (int64_t k = 0; k < call.k; k += step) {
                 const int64_t kc = std::min(step, call.k - k);
-                // Else what comes next is the rows' next stretch, and after the last the next part.
+                // Rows that are not multiplied whole continue with their next stretch; after the last stretch comes the
+                // first one of the next part's rows.
                 const int64_t ahead = groupwise ? next_groups : k + kc < call.k ? kc : Kernel::kTogether * call.k - k;
                 for (int64_t j = part; j < part_end; j += kDotColumns) {
                     add_dots<Kernel>(rows, k, kc, weight + (block + j) * call.k + k,
@@ -112,7 +117,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 }
 
 #if ENGINE_X86
-// Where the activations stay in L1, tiles read many rows of them. Where they come from L2, few, by more of weights.
+// Tall tiles, of many rows of activations, are for activations that stay in L1. Where these come from L2, wide tiles,
+// which multiply fewer rows of them by more rows of weights, read them less often.
 using TallTiles = DotTiles<6, 4, 3>;
 using WideTiles = DotTiles<4, 6, 3>;
 constexpr int64_t kTallRows = 24;
@@ -122,7 +128,7 @@ struct DotAvx512 {
     // Wide tiles beat panels at long K as long as half of L2 holds the activations.
     static int64_t rows(int64_t, int64_t k) {
         const int64_t most = DotTilesAvx512::rows(k);
-        return k >= 4096 ? std::clamp<int64_t>((512 << 10) / k, most, kDotRows) : most;
+        return k >= 4096 ? std::clamp<int64_t>((512 << 10) / k, most, kInt8DotRows) : most;
     }
 };
 
@@ -135,7 +141,7 @@ ENGINE_AVX512 void finish_avx512(const FinishRows<T>& f, const Total* totals) {
 template <class Tiles, class Total, class T>
 void dot_outputs_avx512(const LinearCall<T>& call, const QuantizedRows<int8_t>& rows, const int8_t* weight,
                         int64_t begin, int64_t end) {
-    Total totals[kDotRows * kDotBlock];
+    Total totals[kInt8DotRows * kDotBlock];
     const DotBlocksAvx512<Tiles> dots(call.m, call.k);
     for (int64_t block = begin; block < end; block += kDotBlock) {
         const int64_t columns = std::min(kDotBlock, end - block);

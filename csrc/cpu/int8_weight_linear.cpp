@@ -1,6 +1,8 @@
 // int8_weight_linear: float activations times int8 weights [N, K] as they lie, in fp32. For many rows of activations
 // the panels of common/gemm_float.h; for a few, dot products straight from the weights, which memory bounds.
 
+#include "common/bias.h"
+#include "common/dtype.h"
 #include "common/gemm_float.h"
 #include "common/int8_weight_dots_avx2.h"
 #include "common/int8_weight_dots_avx512.h"
@@ -144,7 +146,7 @@ void linear(const FloatLinear<T>& call, const int8_t* weight) {
         if (multiplies_bfloat16<T, int8_t>() && call.m <= kMostPairRows) return pairs_linear(call, weight);
     }
 #endif
-    if (call.m > kDotRows) return float_panel_linear(call, Int8Provider{weight, call.k, converter()});
+    if (call.m > kFloatDotRows) return float_panel_linear(call, Int8Provider{weight, call.k, converter()});
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<WeightDotsAvx2>(call, weight);
     if (isa() == Isa::avx512) return dot_linear<WeightDotsAvx512<FloatStepAvx512>>(call, weight);

@@ -8,6 +8,14 @@ namespace engine {
 namespace {
 
 #if ENGINE_X86 && !defined(ENGINE_EMULATE_AVX512)
+// Read from cpuid, as not every compiler's __builtin_cpu_supports knows the names. Whether the system saves the
+// registers that the instructions use is part of its answer for AVX2, which is asked for beside these.
+bool has_f16c_and_lzcnt() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+    return f16c && __get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 5 & 1) != 0;
+}
+
 bool has_avx_vnni() {
 #if ENGINE_AVX_VNNI
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -27,9 +35,10 @@ bool has_variant(Variant variant) {
     return true;
 #else
     __builtin_cpu_init();
+    // Every feature that ENGINE_AVX2 and ENGINE_AVX512 compile for.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                      __builtin_cpu_supports("popcnt");
+                      __builtin_cpu_supports("popcnt") && has_f16c_and_lzcnt();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni") &&

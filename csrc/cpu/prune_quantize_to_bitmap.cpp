@@ -4,6 +4,8 @@
 
 #include "common/bitmap_mask.h"
 #include "common/bitmap_pack.h"
+#include "common/dtype.h"
+#include "common/floats.h"
 #include "common/huge_pages.h"
 #include "common/quantize.h"
 #include "common/registers_avx512.h"

@@ -4,6 +4,7 @@
 
 #include "common/bitmap_mask.h"
 #include "common/bitmap_pack.h"
+#include "common/dtype.h"
 #include "common/huge_pages.h"
 
 namespace engine {

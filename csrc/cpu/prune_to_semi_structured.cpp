@@ -1,5 +1,6 @@
 // prune_to_semi_structured: of every four weights of a row the two largest magnitudes, packed with their places.
 
+#include "common/dtype.h"
 #include "common/huge_pages.h"
 #include "common/semi_structured.h"
 

@@ -7,9 +7,13 @@
 #include <array>
 #include <bit>
 
+#include "common/bias.h"
 #include "common/dot_bytes_avx2.h"
+#include "common/dtype.h"
 #include "common/gemm_int8.h"
 #include "common/huge_pages.h"
+#include "common/int8_activations.h"
+#include "common/patches.h"
 #include "common/semi_structured.h"
 #include "common/semi_structured_avx512.h"
 #include "common/spread_blocks_avx512.h"
@@ -20,9 +24,9 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kDotRows = 16;     // up to so many rows of activations dot products are the faster way,
-constexpr int64_t kDotRowsAvx2 = 8;  // and by AVX2, which spreads weights faster
-constexpr int64_t kBlock = 32;       // weight rows for which a stretch of the activations stays in L1
+// Up to so many rows of activations dot products are the faster way; to fewer on AVX2, which spreads weights faster.
+constexpr int64_t kSemiDotRows = 16, kSemiDotRowsAvx2 = 8;
+constexpr int64_t kBlock = 32;  // weight rows for which a stretch of the activations stays in L1
 constexpr int64_t kValuesAhead = 2 << 10, kMetadataAhead = 1 << 9;  // how far ahead memory is asked for
 
 using Weight = SemiStructured<int8_t>;
@@ -201,7 +205,7 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
     // One tile's activations are read once for each weight row: whole rows, which memory sees as one stream. More stay
     // in L1 by stretches.
     const int64_t depth = call.m <= Kernel::kRows ? kExactDepth : 1024;
-    int64_t totals[kBlock][kDotRows];
+    int64_t totals[kBlock][kSemiDotRows];
     for (int64_t first = begin; first < end; first += kBlock) {
         const int64_t columns = std::min(kBlock, end - first);
         for (int64_t j = 0; j < columns; ++j) std::fill_n(totals[j], call.m, int64_t{0});
@@ -380,7 +384,8 @@ void linear(const LinearCall<T>& call, const Weight& weight) {
         return linear_avx512(call, weight);
     }
 #endif
-    if (call.m > (isa() == Isa::avx2 ? kDotRowsAvx2 : kDotRows)) return int8_panel_linear(call, SemiProvider(weight));
+    if (call.m > (isa() == Isa::avx2 ? kSemiDotRowsAvx2 : kSemiDotRows))
+        return int8_panel_linear(call, SemiProvider(weight));
 #if ENGINE_X86
     if (variant() == Variant::avx_vnni) return dot_linear<DotAvx2<SignedBytesAvxVnni>>(call, weight);
     if (isa() == Isa::avx2) return dot_linear<DotAvx2<SignedBytesAvx2>>(call, weight);

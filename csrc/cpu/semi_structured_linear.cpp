@@ -3,7 +3,10 @@
 // for all rows; many meet the stored values only (common/spmm.h). With AVX-512 the panels of common/gemm_float.h, which
 // the weights are spread to, are faster below 64 rows, and in bfloat16.
 
+#include "common/bias.h"
 #include "common/bitmap_float_avx512.h"
+#include "common/dtype.h"
+#include "common/floats.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
 #include "common/semi_structured.h"
@@ -131,7 +134,7 @@ struct DotAvx2 {
     template <int M, class V>
     ENGINE_AVX2 ENGINE_INLINE static void step(const V* values, __m256i places, const float* x, int64_t stride,
                                                __m256 (&acc)[M]) {
-        const __m256 w = floats_8_avx2(values);
+        const __m256 w = load_8_avx2(values);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const __m256 even = _mm256_permutevar_ps(_mm256_load_ps(x + m * stride), places);
@@ -243,13 +246,13 @@ struct SemiBitmapProvider {
 
 template <class Kernel, class T, class V>
 void dot_linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
-    static constexpr DotRow<V> kDots[kDotRows] = {
+    static constexpr DotRow<V> kDots[kFloatDotRows] = {
         Kernel::template dot<1, V>, Kernel::template dot<2, V>, Kernel::template dot<3, V>, Kernel::template dot<4, V>,
         Kernel::template dot<5, V>, Kernel::template dot<6, V>, Kernel::template dot<7, V>, Kernel::template dot<8, V>};
     const DotRow<V> dot = kDots[call.m - 1];
     const auto dots = [&](int64_t begin, int64_t end, const FloatRows& rows) {
         for (int64_t column = begin; column < end; ++column) {
-            float sums[kDotRows];
+            float sums[kFloatDotRows];
             dot(weight.values_at(column, 0), weight.metadata_at(column, 0), call.k, rows.x, rows.stride, sums);
             for (int64_t m = 0; m < call.m; ++m) call.y[m * call.n + column] = float_output(sums[m], call, column);
         }
@@ -267,7 +270,7 @@ void linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
         if (!float_spmm_pays<T, V>(call.m, 1, 2)) return float_panel_linear(call, SemiBitmapProvider<V>(weight));
     }
 #endif
-    if (call.m > kDotRows) return float_spmm(call, SemiSource<V>(weight));
+    if (call.m > kFloatDotRows) return float_spmm(call, SemiSource<V>(weight));
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weight);
 #endif

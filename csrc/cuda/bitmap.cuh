@@ -11,7 +11,7 @@
 
 #include "cuda/product.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // A sparse matrix [rows, columns], all on the device. What its tensors hold has not been checked.
 template <class V>
@@ -181,4 +181,4 @@ inline void check_bitmap(const char* op, const Tensor& bitmask, const Tensor& ro
                     ": values: expected one device for all tensors");
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

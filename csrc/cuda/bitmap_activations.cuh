@@ -7,7 +7,7 @@
 
 #include "cuda/quantize_rows.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kStepsAStretch = 2, kStretchBytes = 256;
 
@@ -131,4 +131,4 @@ struct ArrangedRows {
     }
 };
 
-}  // namespace engine
+}  // namespace engine::cuda

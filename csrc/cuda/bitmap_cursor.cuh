@@ -10,7 +10,7 @@
 #include "cuda/bitmap.cuh"
 #include "cuda/quantize_rows.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kGroupRows = 8;  // of w, of one lane each
 // A row's values in one stage, with up to 15 bytes before the first.
@@ -211,4 +211,4 @@ struct Stage {
     }
 };
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -15,7 +15,7 @@
 
 #include "cuda/bitmap_cursor.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kDecodeRows = 16;  // of x, at most
 constexpr int64_t kExactStages = kExactSpans * 128 / kFragmentStage;
@@ -296,4 +296,4 @@ void multiply_few(const Bitmap<V>& w, const Fragments& x, const Output& output, 
     start(one, false_type{}, integral_constant<int, 10>{}, fill);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

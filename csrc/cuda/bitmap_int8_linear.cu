@@ -8,7 +8,7 @@
 #include "cuda/bitmap_tile.cuh"
 #include "cuda/quantize_rows.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr const char* kBitmapInt8Linear = "bitmap_int8_linear";
@@ -56,6 +56,8 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("bitmap_int8_linear", TORCH_BOX(&engine::bitmap_int8_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
+    m.impl("bitmap_int8_linear", TORCH_BOX(&engine::cuda::bitmap_int8_linear));
+}

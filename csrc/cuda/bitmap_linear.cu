@@ -11,7 +11,7 @@
 #include "cuda/fp32_product.cuh"
 #include "cuda/quantize_rows.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr const char* kBitmapLinear = "bitmap_linear";
@@ -92,6 +92,6 @@ Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tens
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("bitmap_linear", TORCH_BOX(&engine::bitmap_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("bitmap_linear", TORCH_BOX(&engine::cuda::bitmap_linear)); }

@@ -10,7 +10,7 @@
 
 #include "cuda/bitmap.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kTileM = 128, kTileN = 64, kTileThreads = 256;
 constexpr int kWarpM = 32, kWarpN = 32, kWarpsN = kTileN / kWarpN;
@@ -135,4 +135,4 @@ void multiply_bitmap(const Bitmap<V>& w, const Activations& x, const Output& out
     launch(kernel, what, tiles_m * tiles_n, kTileThreads, device, w, x, output, poison, tiles_m);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -4,7 +4,7 @@
 #include "cuda/bitmap_activations.cuh"
 #include "cuda/bitmap_cursor.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // A row's values in a stretch, up to 15 bytes before the first, and what is read ahead. Rows begin 12 banks apart: the
 // lanes' words, 8 banks apart where half of the weights are kept, then lie evenly in the banks.
@@ -162,4 +162,4 @@ __device__ inline void spread_step(FragmentA (&out)[4], ValueReader (&readers)[2
     }
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

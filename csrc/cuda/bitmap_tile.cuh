@@ -21,7 +21,7 @@
 #include "cuda/tma.cuh"
 #include "cuda/wgmma.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kWgmmaTileThreads = kTileConsumers + kWarpgroup;  // registers are given to whole warpgroups
 constexpr int kStages = 4;
@@ -222,4 +222,4 @@ void multiply_bitmap_tiles(const Bitmap<V>& w, const ArrangedRows<V>& x, const O
     multiply_tiles<256>(work, parts, output, what, device);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/bitmap_stretch.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kTileRows = 128, kTileWarps = 8, kTileConsumers = kTileWarps * kWarp;
 constexpr int kStagedRow = kTileRows + 4;  // floats: the lanes that write a fragment are in 32 banks
@@ -100,4 +100,4 @@ __global__ void __launch_bounds__(kTileConsumers, 4) reduce_kernel(TileWork<V> w
                   first_row, work.w.rows, work.factor, fits);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

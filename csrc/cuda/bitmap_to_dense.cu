@@ -13,7 +13,7 @@
 #include "cuda/bitmap.cuh"
 #include "cuda/tiles.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 // Bits set in bytes [0, end) of a row's mask, for all lanes of the warp.
@@ -273,9 +273,9 @@ Tensor bitmap_gather(Tensor dense_in, Tensor bitmask_in, Tensor row_offsets_in, 
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
-    m.impl("bitmap_to_dense", TORCH_BOX(&engine::bitmap_to_dense));
-    m.impl("bitmap_gather", TORCH_BOX(&engine::bitmap_gather));
+    m.impl("bitmap_to_dense", TORCH_BOX(&engine::cuda::bitmap_to_dense));
+    m.impl("bitmap_gather", TORCH_BOX(&engine::cuda::bitmap_gather));
 }

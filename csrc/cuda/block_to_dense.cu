@@ -4,7 +4,7 @@
 
 #include "cuda/blocks.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr int kTilePieces = 1024;         // columns of a CUDA block
@@ -12,11 +12,12 @@ constexpr int kMostAcross = kTilePieces;  // blocks in them: one of 16 int8 is a
 
 template <class Piece>
 __global__ void __launch_bounds__(kBlockThreads)
-    spread_blocks_kernel(const int32_t* crow_indices,  // [high + 1]
+    spread_blocks_kernel(const int32_t* crow_indices,  // [row_blocks + 1]
                          const int32_t* col_indices,   // [count]
                          const Piece* values,          // [count, block_rows, block_pieces]
                          Piece* dense,                 // [rows, row_pieces]
-                         BlockMatrix m, int64_t high, int64_t count, int64_t tiles_across, volatile uint64_t* bad) {
+                         BlockMatrix m, int64_t row_blocks, int64_t count, int64_t tiles_across,
+                         volatile uint64_t* bad) {
     ENGINE_SHARED(places, int32_t[kMostAcross + 1]);
     const Slab slab(m, blockIdx.x / tiles_across);
     const int64_t begin_piece = blockIdx.x % tiles_across * kTilePieces;
@@ -27,10 +28,10 @@ __global__ void __launch_bounds__(kBlockThreads)
     __syncthreads();
     const int64_t begin = crow_indices[slab.line], end = crow_indices[slab.line + 1];
     bool fits = begin >= 0 && begin <= end && end <= count;
-    fits &= (slab.line > 0 || begin == 0) && (slab.line < high - 1 || end == count);
+    fits &= (slab.line > 0 || begin == 0) && (slab.line < row_blocks - 1 || end == count);
     for (int64_t i = begin + threadIdx.x; fits && i < end; i += kBlockThreads) {
         const int64_t column = col_indices[i], before = i > begin ? col_indices[i - 1] : -1;
-        if (column <= before || column >= m.wide) {
+        if (column <= before || column >= m.column_blocks) {
             *bad = 1;
         } else if (column >= first_column && column - first_column <= kMostAcross) {
             places[column - first_column] = static_cast<int32_t>(i);
@@ -61,17 +62,17 @@ Tensor block_to_dense(Tensor crow_in, Tensor col_in, Tensor values_in, int64_t r
     STD_TORCH_CHECK(values_in.dim() == 3 && rows >= 0 && columns >= 0, kOp, ": values: expected [B, R, C]");
     const auto size = size_of_blocks(values_in, "block_to_dense: values");
     const BlockShape shape = checked_block_shape(kOp, values_in.size(1), values_in.size(2));
-    const int64_t count = values_in.size(0), high = pieces_of(rows, shape.rows);
+    const int64_t count = values_in.size(0), row_blocks = pieces_of(rows, shape.rows);
     for (const Tensor* indices : {&crow_in, &col_in}) {
         STD_TORCH_CHECK(indices->scalar_type() == ScalarType::Int && indices->dim() == 1 &&
-                            indices->size(0) == (indices == &crow_in ? high + 1 : count) &&
+                            indices->size(0) == (indices == &crow_in ? row_blocks + 1 : count) &&
                             indices->device() == values_in.device(),
                         kOp, ": crow_indices, col_indices: expected int32 [ceil(N / R) + 1] and [B] beside values");
     }
     const Tensor crow = as_contiguous(crow_in), col = as_contiguous(col_in), values = as_contiguous(values_in);
     Tensor dense = new_tensor(values, {rows, columns}, values.scalar_type());
     const OnDeviceOf device(values);
-    if (high == 0) {
+    if (row_blocks == 0) {
         STD_TORCH_CHECK(count == 0 && read_back(data<int32_t>(crow), kOp, device) == 0, kOp, ": expected no blocks");
         return dense;
     }
@@ -85,13 +86,13 @@ Tensor block_to_dense(Tensor crow_in, Tensor col_in, Tensor values_in, int64_t r
         const int64_t across = std::max<int64_t>(1, pieces_of(m.row_pieces, kTilePieces));
         launch(spread_blocks_kernel<Piece>, kOp, pieces_of(rows, kSlab) * across, kBlockThreads, device,
                data<int32_t>(crow), data<int32_t>(col), static_cast<const Piece*>(values.const_data_ptr()),
-               static_cast<Piece*>(dense.mutable_data_ptr()), m, high, count, across, bad.on_device());
+               static_cast<Piece*>(dense.mutable_data_ptr()), m, row_blocks, count, across, bad.on_device());
     });
     STD_TORCH_CHECK(bad.after_all() == 0, kOp, ": expected indices that ascend within the matrix");
     return dense;
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("block_to_dense", TORCH_BOX(&engine::block_to_dense)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("block_to_dense", TORCH_BOX(&engine::cuda::block_to_dense)); }

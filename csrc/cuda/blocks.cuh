@@ -7,14 +7,14 @@
 #include "common/block.h"
 #include "cuda/ptx.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kBlockThreads = 256, kBlockWarps = kBlockThreads / kWarp;
 constexpr int kSlab = 8;  // rows that a CUDA block has, and a thread moves together: blocks have a multiple of it
 
 struct BlockMatrix {
     int64_t rows, row_pieces;  // of the dense matrix
-    int64_t wide;              // blocks
+    int64_t column_blocks;     // of the matrix
     int block_rows, block_pieces;
 };
 
@@ -45,4 +45,4 @@ inline size_t size_of_blocks(const Tensor& values, const char* what) {
     return dispatch_float(values.scalar_type(), what, [](auto zero) { return sizeof(zero); });
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -10,7 +10,7 @@
 
 #include "cuda/tiles.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int64_t kBracketFrom = int64_t{1} << 22;   // weights: of fewer, launches are what takes the time
 constexpr int kSampled = 8192;                       // chunks of eight
@@ -128,4 +128,4 @@ __global__ void __launch_bounds__(kBracketThreads) between_kernel(const T* w, in
         if (bins[i] > 0) atomicAdd(&total[i], static_cast<unsigned long long>(bins[i]));
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -7,7 +7,7 @@
 
 #include "cuda/quantize_rows.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kFp32Threads = 256, kFp32N = 64, kFp32Depth = 32;
 
@@ -71,4 +71,4 @@ void multiply_fp32(const Tensor& x, const Source& w, Rows rows, const FloatOutpu
     });
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -6,7 +6,7 @@
 #include "cuda/int8_warpgroup.cuh"
 #include "cuda/quantize_rows.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr const char* kOp = "int8_scaled_mm";
@@ -81,6 +81,6 @@ Tensor int8_scaled_mm(Tensor q, Tensor token_scale_in, Tensor weight, Tensor sca
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("int8_scaled_mm", TORCH_BOX(&engine::int8_scaled_mm)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("int8_scaled_mm", TORCH_BOX(&engine::cuda::int8_scaled_mm)); }

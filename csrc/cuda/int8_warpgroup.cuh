@@ -11,7 +11,7 @@
 
 #include "cuda/warpgroup_output.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // A tile of y, of rows of w by tokens (rows of q), and who makes it: kConsumers warpgroups of 64 rows each.
 template <int kConsumers_, int kTokens_>
@@ -87,4 +87,4 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -20,7 +20,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
     extern __shared__ __align__(1024) unsigned char engine_dynamic_shared[]; \
     auto& name = *reinterpret_cast<std::type_identity_t<__VA_ARGS__>*>(engine_dynamic_shared)
 
-namespace engine {
+namespace engine::cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
     STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
@@ -108,16 +108,36 @@ void launch_dependent(void (*kernel)(Parameters...), const char* what, int64_t b
     launch_with(attribute, kernel, what, blocks, threads, shared, device, args...);
 }
 
+// A word of the host's memory at which kernels can write, made when it is first asked for.
+class PinnedWord {
+  public:
+    PinnedWord() = default;
+    PinnedWord(const PinnedWord&) = delete;
+    PinnedWord& operator=(const PinnedWord&) = delete;
+    // An error is ignored: where the process ends, CUDA may have gone before, and its memory with it.
+    ~PinnedWord() {
+        if (word_ != nullptr) static_cast<void>(cudaFreeHost(word_));
+    }
+    uint64_t* word(const char* what) {
+        if (word_ == nullptr) {
+            void* made = nullptr;
+            check_cuda(cudaHostAlloc(&made, sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped), what);
+            word_ = static_cast<uint64_t*>(made);
+        }
+        return word_;
+    }
+
+  private:
+    uint64_t* word_ = nullptr;
+};
+
 // A word of the host's memory that a kernel writes, 0 until then: the CPU learns a number without a copy, and while the
 // kernel is still at work. One at a time in a thread.
 class HostWord {
   public:
     HostWord(const char* what, const OnDeviceOf& device) : what_(what), stream_(device.stream()) {
-        if (word_ == nullptr) {
-            void* made = nullptr;
-            check_cuda(cudaHostAlloc(&made, sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped), what);
-            word_ = static_cast<volatile uint64_t*>(made);
-        }
+        thread_local PinnedWord kept;
+        word_ = kept.word(what);
         *word_ = 0;
     }
     volatile uint64_t* on_device() const { return word_; }
@@ -139,7 +159,7 @@ class HostWord {
     }
 
   private:
-    static inline thread_local volatile uint64_t* word_ = nullptr;  // for as long as the process lives
+    volatile uint64_t* word_;
     const char* what_;
     cudaStream_t stream_;
 };
@@ -157,4 +177,4 @@ inline void fill_zero(void* on_device, size_t bytes, const char* what, const OnD
     check_cuda(cudaMemsetAsync(on_device, 0, bytes, device.stream()), what);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

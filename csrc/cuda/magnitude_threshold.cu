@@ -18,7 +18,7 @@
 #include "common/dtype.h"
 #include "cuda/bracket.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
@@ -305,9 +305,9 @@ Tensor magnitude_threshold_of_list(std::vector<Tensor> weights, double sparsity)
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
-    m.impl("magnitude_threshold", TORCH_BOX(&engine::magnitude_threshold));
-    m.impl("magnitude_threshold_of_list", TORCH_BOX(&engine::magnitude_threshold_of_list));
+    m.impl("magnitude_threshold", TORCH_BOX(&engine::cuda::magnitude_threshold));
+    m.impl("magnitude_threshold_of_list", TORCH_BOX(&engine::cuda::magnitude_threshold_of_list));
 }

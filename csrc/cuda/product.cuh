@@ -7,7 +7,7 @@
 #include "common/dtype.h"
 #include "cuda/ptx.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 template <class V>
 using Accumulator = std::conditional_t<sizeof(V) == 1, int32_t, float>;
@@ -83,4 +83,4 @@ struct FloatOutput {
     }
 };
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -17,7 +17,7 @@
 #include "common/quantize.h"
 #include "cuda/ptx.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kPruneThreads = 256, kPruneWarps = kPruneThreads / kWarp;
 constexpr int kStepBytes = kWarp;        // of the mask, that a warp fills at once: a byte, 8 weights, a lane
@@ -307,4 +307,4 @@ inline void check_weight(const Tensor& weight, const Tensor& threshold, const ch
     STD_TORCH_CHECK(threshold.device() == weight.device(), what, ": threshold: expected weight's device");
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -5,7 +5,7 @@
 #include "common/dtype.h"
 #include "cuda/prune_tiles.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 // A kept weight as int8, by its row's scale, which is written on the way.
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune_quantize_to_bitmap(Tensor weigh
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
-    m.impl("prune_quantize_to_bitmap", TORCH_BOX(&engine::prune_quantize_to_bitmap));
+    m.impl("prune_quantize_to_bitmap", TORCH_BOX(&engine::cuda::prune_quantize_to_bitmap));
 }

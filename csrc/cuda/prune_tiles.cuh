@@ -14,7 +14,7 @@
 
 #include "cuda/tiles.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // The largest magnitude of a chunk, as an integer of T's size.
 template <class T>
@@ -254,4 +254,4 @@ void pack_by_tiles(const Tensor& weight, Threshold threshold, uint8_t* bitmask, 
            device, data<T>(weight), threshold, tiling, counts, out, bitmask, offsets, columns);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

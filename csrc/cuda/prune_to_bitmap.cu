@@ -4,7 +4,7 @@
 #include "common/dtype.h"
 #include "cuda/prune_tiles.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> prune_to_bitmap(Tensor weight_in, Tensor threshold_in) {
@@ -40,6 +40,6 @@ std::tuple<Tensor, Tensor, Tensor> prune_to_bitmap(Tensor weight_in, Tensor thre
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("prune_to_bitmap", TORCH_BOX(&engine::prune_to_bitmap)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("prune_to_bitmap", TORCH_BOX(&engine::cuda::prune_to_bitmap)); }

@@ -6,7 +6,7 @@
 #include "common/dtype.h"
 #include "cuda/prune_tiles.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 template <class T, class I>
@@ -50,6 +50,6 @@ std::tuple<Tensor, Tensor, Tensor> prune_to_csr(Tensor weight_in, Tensor thresho
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("prune_to_csr", TORCH_BOX(&engine::prune_to_csr)); }
+STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) { m.impl("prune_to_csr", TORCH_BOX(&engine::cuda::prune_to_csr)); }

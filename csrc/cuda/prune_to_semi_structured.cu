@@ -4,7 +4,7 @@
 #include "common/dtype.h"
 #include "cuda/prune.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr int kPairThreads = 256, kPairEach = 4;  // chunks of eight that a thread has, kPairThreads apart
@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor> prune_to_semi_structured(Tensor weight_in) {
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
-    m.impl("prune_to_semi_structured", TORCH_BOX(&engine::prune_to_semi_structured));
+    m.impl("prune_to_semi_structured", TORCH_BOX(&engine::cuda::prune_to_semi_structured));
 }

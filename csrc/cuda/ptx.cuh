@@ -11,7 +11,7 @@
 #include "common/half.h"
 #include "cuda/launch.h"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -384,4 +384,4 @@ inline void store_release(uint64_t* at, uint64_t value) { *at = value; }
 
 #endif
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -11,7 +11,7 @@
 #include "common/quantize.h"
 #include "cuda/product.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 struct Rows {
     int64_t m, k;
@@ -261,4 +261,4 @@ struct PreparedRows {
     }
 };
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -12,7 +12,7 @@
 
 #include "cuda/quantize_rows.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // A 2:4 weight [rows, columns], all on the device. Whatever the metadata holds, nothing is read out of bounds.
 template <class V>
@@ -247,4 +247,4 @@ void multiply_semi_structured_by_warps(const SemiStructured<V>& w, const Activat
         : launch_semi_structured<128, false, false>(w, x, output, poison, what, device);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

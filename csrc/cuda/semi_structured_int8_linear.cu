@@ -4,7 +4,7 @@
 #include "common/dtype.h"
 #include "cuda/semi_structured_warpgroup.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr const char* kSemiStructuredInt8Linear = "semi_structured_int8_linear";
@@ -39,8 +39,8 @@ Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadat
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
-    m.impl("semi_structured_int8_linear", TORCH_BOX(&engine::semi_structured_int8_linear));
+    m.impl("semi_structured_int8_linear", TORCH_BOX(&engine::cuda::semi_structured_int8_linear));
 }

@@ -7,7 +7,7 @@
 #include "cuda/fp32_product.cuh"
 #include "cuda/semi_structured_warpgroup.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr const char* kSemiStructuredLinear = "semi_structured_linear";
@@ -74,8 +74,8 @@ Tensor semi_structured_linear(Tensor x_in, Tensor values_in, Tensor metadata_in,
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
-    m.impl("semi_structured_linear", TORCH_BOX(&engine::semi_structured_linear));
+    m.impl("semi_structured_linear", TORCH_BOX(&engine::cuda::semi_structured_linear));
 }

@@ -4,7 +4,7 @@
 #include "common/dtype.h"
 #include "cuda/semi_structured.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr int kSpreadThreads = 256, kSpreadEach = 4;  // bytes of metadata that a thread has, kSpreadThreads apart
@@ -117,8 +117,8 @@ Tensor semi_structured_to_dense(Tensor values_in, Tensor metadata_in, int64_t co
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CUDA, m) {
-    m.impl("semi_structured_to_dense", TORCH_BOX(&engine::semi_structured_to_dense));
+    m.impl("semi_structured_to_dense", TORCH_BOX(&engine::cuda::semi_structured_to_dense));
 }

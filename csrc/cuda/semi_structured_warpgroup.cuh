@@ -11,7 +11,7 @@
 #include "cuda/semi_structured.cuh"
 #include "cuda/warpgroup_output.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // A tile of y, of rows of w by tokens (rows of x), and who makes it: kConsumers warpgroups of 64 rows each.
 template <class V_, int kConsumers_, int kTokens_>
@@ -173,4 +173,4 @@ void multiply_semi_structured(const SemiStructured<V>& w, const Activations& x, 
     }
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -4,7 +4,7 @@
 
 #include "cuda/prune.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // A chunk is the eight weights under one byte of the mask. A lane has kLaneChunks of them, 32 apart from each other, a
 // warp 32 times as many without a gap, a tile those of a block's warps.
@@ -178,4 +178,4 @@ struct Span {
     }
 };
 
-}  // namespace engine
+}  // namespace engine::cuda

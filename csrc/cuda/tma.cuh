@@ -9,7 +9,7 @@
 
 #include "cuda/ptx.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 #if defined(__CUDACC__)
 
@@ -180,4 +180,4 @@ uint32_t pack_16(float low, float high, T) {
 
 #endif
 
-}  // namespace engine
+}  // namespace engine::cuda

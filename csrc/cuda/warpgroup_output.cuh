@@ -8,7 +8,7 @@
 #include "cuda/tma.cuh"
 #include "cuda/wgmma.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 // Where the tiles of y lie: rows of tiles go in groups, column by column, so that what is multiplied at a time comes
 // from the L2 cache.
@@ -174,4 +174,4 @@ __device__ inline void finish_tile(Shared& shared, int consumer, const Warpgroup
     warpgroup_barrier();  // what was staged may be written over
 }
 
-}  // namespace engine
+}  // namespace engine::cuda

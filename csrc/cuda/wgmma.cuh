@@ -14,7 +14,7 @@
 
 #include "cuda/ptx.cuh"
 
-namespace engine {
+namespace engine::cuda {
 
 constexpr int kWarpgroup = 128;
 
@@ -235,4 +235,4 @@ void wgmma_sparse(WarpgroupD<Acc, kN>& d, uint64_t a, uint32_t metadata, uint64_
 
 #endif
 
-}  // namespace engine
+}  // namespace engine::cuda

@@ -95,7 +95,8 @@ SharedMemory::SharedMemory(int rank, int world_size, const std::string& token)
 }
 
 SharedMemory::~SharedMemory() {
-    if (world_size_ > 1) fail("rank " + std::to_string(rank_) + " has left the group");
+    // A forked child says nothing, and may have inherited a lock that another thread held.
+    if (world_size_ > 1 && getpid() == process_) fail("rank " + std::to_string(rank_) + " has left the group");
     for (Peer& peer : peers_) {
         if (peer.segment) munmap(peer.segment, kSegmentBytes);
         if (peer.alive >= 0) close(peer.alive);
@@ -142,6 +143,7 @@ char* SharedMemory::input(int rank, uint32_t step) const {
 char* SharedMemory::output(int rank, uint32_t step) const { return input(rank, step) + kSlots * kChunk; }
 
 void SharedMemory::fail(const std::string& text) {
+    std::lock_guard lock(error_mutex_);
     if (error_.empty()) error_ = text;
     Header& own = header(rank_);
     if (own.failed.load() || getpid() != process_) return;
@@ -150,6 +152,11 @@ void SharedMemory::fail(const std::string& text) {
     own.error[length] = 0;
     own.failed.store(1);
     for (Counter* counter : {&own.published, &own.reduced}) advance(*counter, counter->steps.load());
+}
+
+std::string SharedMemory::error() const {
+    std::lock_guard lock(error_mutex_);
+    return error_;
 }
 
 void SharedMemory::interrupt(const std::string& text) {
@@ -161,7 +168,7 @@ void SharedMemory::interrupt(const std::string& text) {
 void SharedMemory::run(const Call& call, const void* in, void* out, double timeout_seconds,
                        const std::function<void(const std::string&)>& poll) {
     std::lock_guard lock(mutex_);
-    if (!error_.empty()) throw PeerFailure("this group failed before: " + error_);
+    if (const std::string before = error(); !before.empty()) throw PeerFailure("this group failed before: " + before);
     for (const Peer& peer : peers_)
         if (!peer.segment) throw std::runtime_error("not every peer's segment is open");
     Wait wait{timeout_seconds, {}, poll};

@@ -80,6 +80,7 @@ class SharedMemory {
     // From another thread: ends an operation that waits, and all later ones, with this text.
     void interrupt(const std::string& text);
     // Refuses further use, and tells the peers why.
+    // From any thread: it doesn't wait for an operation that runs.
     void fail(const std::string& text);
     // Names a peer that has died or failed; empty where all are well.
     std::string lost() const;
@@ -127,6 +128,7 @@ class SharedMemory {
     void spread();
     void await(int rank, bool reduced, uint32_t steps, Wait& wait);
     std::string trouble(Wait& wait);
+    std::string error() const;
     std::string name(int rank) const;
     Header& header(int rank) const;
     char* input(int rank, uint32_t step) const;
@@ -144,6 +146,7 @@ class SharedMemory {
     bool streams_ = false;              // this operation writes past the caches into its segment
     Pace pace_;                         // of rank 0
     std::string error_;                 // the first error's text: the group refuses further use with it
+    mutable std::mutex error_mutex_;    // of error_ and what the own header says of it; taken last
     std::mutex mutex_;                  // held by an operation
     std::atomic<bool> interrupted_{false};
     std::string interruption_;

@@ -150,5 +150,5 @@ class Block:
     @property
     def sparsity(self) -> float:
         """Fraction of blocks that are pruned."""
-        wide = -(-self.columns // self.values.shape[2])
-        return 1 - self.values.shape[0] / max(1, (self.crow_indices.shape[0] - 1) * wide)
+        row_blocks, column_blocks = self.crow_indices.shape[0] - 1, -(-self.columns // self.values.shape[2])
+        return 1 - self.values.shape[0] / max(1, row_blocks * column_blocks)

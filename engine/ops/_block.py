@@ -53,9 +53,10 @@ def check_block(op: str, crow_indices: Tensor, col_indices: Tensor, block_column
     if count == 0:
         return
     least, most = (int(bound) for bound in col_indices.aminmax())
-    wide = -(-columns // block_columns)
-    inside = least >= 0 and most < wide
-    _check.expect(inside, op, "col_indices", f"columns of blocks in [0, {wide})", least if least < 0 else most)
+    column_blocks = -(-columns // block_columns)
+    inside = least >= 0 and most < column_blocks
+    expected = f"columns of blocks in [0, {column_blocks})"
+    _check.expect(inside, op, "col_indices", expected, least if least < 0 else most)
     rows = block_rows_of(crow_indices, count)
     wrong = (rows[1:] == rows[:-1]) & (col_indices[1:] <= col_indices[:-1])
     if bool(wrong.any()):
@@ -76,19 +77,20 @@ def as_blocks(dense: Tensor, block_rows: int, block_columns: int) -> Tensor:
     A view where nothing has to be padded.
     """
     rows, columns = dense.shape
-    high, wide = -(-rows // block_rows), -(-columns // block_columns)
-    padding = (0, wide * block_columns - columns, 0, high * block_rows - rows)
+    row_blocks, column_blocks = -(-rows // block_rows), -(-columns // block_columns)
+    padding = (0, column_blocks * block_columns - columns, 0, row_blocks * block_rows - rows)
     padded = pad(dense, padding) if any(padding) else dense  # by nothing it would copy
-    return padded.reshape(high, block_rows, wide, block_columns).transpose(1, 2)
+    return padded.reshape(row_blocks, block_rows, column_blocks, block_columns).transpose(1, 2)
 
 
 def from_blocks(crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix with zeros where pruned: `[rows, columns]`."""
     count, block_rows, block_columns = values.shape
-    high, wide = crow_indices.shape[0] - 1, -(-columns // block_columns)
-    blocks = values.new_zeros(high, wide, block_rows, block_columns)
+    row_blocks, column_blocks = crow_indices.shape[0] - 1, -(-columns // block_columns)
+    blocks = values.new_zeros(row_blocks, column_blocks, block_rows, block_columns)
     blocks = blocks.index_put((block_rows_of(crow_indices, count), col_indices.long()), values)
-    return blocks.transpose(1, 2).reshape(high * block_rows, wide * block_columns)[:rows, :columns]
+    padded = blocks.transpose(1, 2).reshape(row_blocks * block_rows, column_blocks * block_columns)
+    return padded[:rows, :columns]
 
 
 def collect_blocks(dense: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ def block_norms(weight: Tensor, block_shape: tuple[int, int] = BLOCK_SHAPE) -> T
     blocks = as_blocks(weight, *block_shape)
     # In float64: squares of numbers far from 1 leave float32's range.
     norms = torch.linalg.vector_norm(blocks, dim=(2, 3), dtype=torch.float64).float()
-    high, wide = norms.shape
-    tall = (rows - block_rows * torch.arange(high, device=weight.device)).clamp(max=block_rows)
-    broad = (columns - block_columns * torch.arange(wide, device=weight.device)).clamp(max=block_columns)
+    row_blocks, column_blocks = norms.shape
+    tall = (rows - block_rows * torch.arange(row_blocks, device=weight.device)).clamp(max=block_rows)
+    broad = (columns - block_columns * torch.arange(column_blocks, device=weight.device)).clamp(max=block_columns)
     return norms / (tall.unsqueeze(1) * broad).float().sqrt()

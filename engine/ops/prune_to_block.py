@@ -57,8 +57,8 @@ def _check_arguments(
     _check.has_shape(OP, "weight", weight, ("N", "K"))
     check_block_shape(OP, *block_shape)
     assert threshold is not None
-    high, wide = -(-weight.shape[0] // block_shape[0]), -(-weight.shape[1] // block_shape[1])
-    check_threshold(OP, weight.new_empty(high, wide, device="meta"), threshold)
+    row_blocks, column_blocks = -(-weight.shape[0] // block_shape[0]), -(-weight.shape[1] // block_shape[1])
+    check_threshold(OP, weight.new_empty(row_blocks, column_blocks, device="meta"), threshold)
 
 
 @explained_by(_check_arguments)

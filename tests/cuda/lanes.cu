@@ -6,7 +6,7 @@
 #include "cuda/tma.cuh"
 #include "cuda/wgmma.cuh"
 
-namespace engine {
+namespace engine::cuda {
 namespace {
 
 constexpr const char* kLanes = "engine_lanes";
@@ -184,12 +184,12 @@ Tensor bytes(Tensor a, Tensor b, Tensor c) {
 }
 
 }  // namespace
-}  // namespace engine
+}  // namespace engine::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(engine_lanes, CUDA, m) {
-    m.impl("multiply", TORCH_BOX(&engine::multiply));
-    m.impl("warpgroup", TORCH_BOX(&engine::warpgroup));
-    m.impl("matrices", TORCH_BOX(&engine::matrices));
-    m.impl("transposed", TORCH_BOX(&engine::transposed));
-    m.impl("bytes", TORCH_BOX(&engine::bytes));
+    m.impl("multiply", TORCH_BOX(&engine::cuda::multiply));
+    m.impl("warpgroup", TORCH_BOX(&engine::cuda::warpgroup));
+    m.impl("matrices", TORCH_BOX(&engine::cuda::matrices));
+    m.impl("transposed", TORCH_BOX(&engine::cuda::transposed));
+    m.impl("bytes", TORCH_BOX(&engine::cuda::bytes));
 }

@@ -70,7 +70,7 @@ T atomicMax(T* at, T value) {
     return std::exchange(*at, std::max(*at, value));
 }
 
-namespace engine {
+namespace engine::cuda {
 
 struct OnDeviceOf {
     explicit OnDeviceOf(const Tensor&) {}
@@ -129,6 +129,6 @@ inline void fill_zero(void* on_device, size_t bytes, const char*, const OnDevice
     std::memset(on_device, 0, bytes);
 }
 
-}  // namespace engine
+}  // namespace engine::cuda
 
 #define CUDA CPU  // the key that STABLE_TORCH_LIBRARY_IMPL registers for
