@@ -171,7 +171,6 @@ def _by_network(
     collective = network.all_reduce(t, op, codec, residual, density)
     if async_op:
         return network.submit(collective, member.worker)
-    member.worker.drain()
     network.run(collective)
     return None
 

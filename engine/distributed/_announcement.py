@@ -66,6 +66,11 @@ class Announcement:
         except Exception as error:  # raised by `compare`, when it is this operation's turn
             self._error = error
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether the others are told of it."""
+        return len(self._others) > 0
+
     def has_arrived(self) -> bool:
         """Whether all others have called something, so that `compare` needn't wait. gloo can't be asked: it is seen."""
         return bool((self._theirs[:, -1] == HERE).all())

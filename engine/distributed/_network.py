@@ -1,7 +1,7 @@
 """Ranks that don't all share a host: their gloo connections, what they compare before each operation, and errors."""
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -93,6 +93,7 @@ class Network:
         self._place, self._local = self._find_place(group, [(boot, space) for boot, space, _ in where])
         self._error = ""
         self._waiting = _Waiting(timedelta(seconds=self.timeout), self.rank)
+        self._closing = threading.Lock()
         self._transfers: weakref.WeakSet[_Transfer] = weakref.WeakSet()
         self._number, self._order = 0, threading.Lock()  # of operations that were called
         self._turn = threading.Condition()
@@ -172,8 +173,10 @@ class Network:
 
     def run(self, collective: Collective) -> Tensor:
         """Does it in this thread, in its turn; returns its result."""
-        with self._leaving_on_interrupt():
+        number = 0
+        try:
             with self._order:
+                number = self._number + 1
                 announcement = self._announce(collective.call, by_worker=False)
             steps = self._steps(announcement, collective)
             while True:
@@ -181,15 +184,27 @@ class Network:
                     next(steps)
                 except StopIteration as end:
                     return end.value
+        except Exception:
+            raise
+        except BaseException:
+            self._give_up(number, "was interrupted")
+            raise
 
     def submit(self, collective: Collective, worker: Worker) -> Work:
         """Does it in the worker's thread, in its turn; its call goes out to the others at once."""
-        with self._leaving_on_interrupt(), self._order:
-            announcement = self._announce(collective.call, by_worker=True)
-            operation = Operation(lambda: self._steps(announcement, collective), touched=collective.touched)
-            if collective.overlaps:
-                operation.may_begin = lambda: announcement.has_arrived() and self._is_next(announcement.number)
-            return worker.submit_operation(operation)
+        number = 0
+        try:
+            with self._order:
+                number = self._number + 1
+                announcement = self._announce(collective.call, by_worker=True)
+                operation = Operation(lambda: self._steps(announcement, collective), numbered=True)
+                if collective.overlaps:
+                    operation.touched = collective.touched
+                    operation.may_begin = lambda: announcement.has_arrived() and self._is_next(number)
+                return worker.submit_operation(operation)
+        except BaseException as error:  # an interrupt, or no thread could be started
+            self._give_up(number, f"gave up ({error})" if isinstance(error, Exception) else "was interrupted")
+            raise
 
     def _announce(self, call: Call, by_worker: bool) -> Announcement:
         """Gives the call its number and sends it out; in the order of the numbers all is sent, and done."""
@@ -199,35 +214,34 @@ class Network:
         others = self._others if not self._error else []
         return Announcement(self._number, call, others, self._send, self._receive)
 
-    @contextlib.contextmanager
-    def _leaving_on_interrupt(self) -> Iterator[None]:
-        """An interrupt leaves the group, be it while an error is explained: the others wait for what won't come."""
-        try:
-            yield
-        except Exception:
-            raise
-        except BaseException:
-            self._error = f"{self._names[self.rank]} was interrupted in operation {self._number}"
-            self._leave(self._error, self._error)
-            with self._turn:
-                self._turn.notify_all()
-            raise
+    def _give_up(self, number: int, why: str) -> None:
+        """Leaves the group, be it while an error is explained: the others wait for what won't come."""
+        self._error = f"{self._names[self.rank]} {why} in operation {number or self._number}"
+        self._leave(self._error, self._error)
+        with self._turn:
+            self._turn.notify_all()
 
     def _steps(self, announcement: Announcement, collective: Collective) -> Steps:
-        """Those of an operation, once all ranks are known to call the same; its errors, explained."""
+        """Those of an operation, once all ranks are known to call the same; its errors, explained.
+
+        It ends, well or not, after all that came before: what goes wrong in one leaves the one before alone.
+        """
         kind, number = collective.call.kind, announcement.number
         try:
             with self._turn:
                 self._turn.wait_for(lambda: self._error or self._is_next(number))
             if self._error:
-                # Others may still answer, and gloo would never rest with an answer for which there is no room.
-                self._refused.append(announcement)
+                if announcement.is_sent:
+                    # Others may still answer, and gloo would never rest with an answer for which there is no room.
+                    self._refused.append(announcement)
                 raise PeerError(f"{kind}: this group failed before: {self._error}")
             self._begun[number] = time.monotonic()
             try:
                 announcement.compare(self.rank, self._names)
                 result = yield from collective.steps()
+                yield from self._until_first(number)
             except Exception as error:
+                yield from self._until_first(number)
                 if not self._error:  # of an operation that was under way besides
                     self._error = self._explain(error, number)
                 raise PeerError(f"{kind}: {self._error}") from None
@@ -238,10 +252,19 @@ class Network:
                 self._unfinished.pop(number, None)
                 self._turn.notify_all()
 
+    def _until_first(self, number: int) -> Iterator[bool]:
+        """Steps in which those before go on, until none is left."""
+        while True:
+            with self._turn:
+                if next(iter(self._unfinished)) == number:
+                    return
+            yield False
+
     def _is_next(self, number: int) -> bool:
         """Whether all operations before it have ended, or are the worker's as it is: that knows when one may begin."""
-        by_worker = self._unfinished[number]
-        return all(by_worker and theirs for other, theirs in self._unfinished.copy().items() if other < number)
+        with self._turn:
+            before = itertools.takewhile(lambda other: other < number, self._unfinished)
+            return all(self._unfinished[number] and self._unfinished[other] for other in before)
 
     def _reduce(
         self, t: Tensor, op: str, codec: str | None = None, residual: Tensor | None = None, density: float = 0.0
@@ -283,7 +306,10 @@ class Network:
 
     def _transfer(self, work: Any, rank: int) -> _Transfer:
         transfer = _Transfer(work, rank, self._waiting)
-        self._transfers.add(transfer)
+        with self._closing:
+            self._transfers.add(transfer)
+            if self._gloo is None:  # closed meanwhile
+                transfer.work = None
         return transfer
 
     def _explain(self, error: Exception, number: int) -> str:
@@ -310,19 +336,23 @@ class Network:
         self._close_connections(reason)
 
     def _close_connections(self, reason: str) -> None:
-        gloo, local, self._gloo, self._local = self._gloo, self._local, None, None
+        with self._closing:
+            gloo, local, self._gloo, self._local = self._gloo, self._local, None, None
+            transfers = list(self._transfers)
         if gloo is not None:
             gloo.abort()
         # Whatever holds one of its works, a traceback say, keeps the sockets open, and the others waiting.
-        for transfer in list(self._transfers):
+        for transfer in transfers:
             transfer.work = None
         if local is not None:
             local.close(reason)
 
     def close(self, reason: str) -> None:
-        """Ends an operation that waits, in whatever thread, and gives the connections back."""
+        """Gives the connections back. What waits in gloo, in another thread, ends with the group's timeout."""
         self._error = self._error or reason
         self._close_connections(reason)
+        with self._turn:
+            self._turn.notify_all()
 
     def _reports(self) -> dict[int, str]:
         """What others report, until one knows the cause; every survivor does, as a closed connection wakes the next."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 from collections import deque
@@ -76,37 +77,40 @@ class Operation:
         steps: makes what is run.
         may_begin: asked while others are under way that all let the next one begin; without it, it runs alone.
         touched: the tensors that it reads and writes: with one that touches the same it is never under way at once.
+        numbered: its place among all operations is fixed. What is chained to its future may call others, which wait
+            for those that are queued: that is run in a thread of its own.
     """
 
     steps: Callable[[], Steps]
     may_begin: Callable[[], bool] | None = None
     touched: tuple[torch.Tensor, ...] = ()
+    numbered: bool = False
     work: Work = dataclasses.field(default_factory=Work)
     lets_next_begin: bool = False
     _steps: Steps | None = None
 
-    def step(self) -> bool:
-        """Whether that was the last one. The work is then done."""
+    def step(self) -> Callable[[], None] | None:
+        """After the last one, what makes the work done."""
         try:
             if self._steps is None:
                 self._steps = self.steps()
             self.lets_next_begin = next(self._steps)
-            return False
+            return None
         except StopIteration as end:
-            self.work._finish(end.value, None)
+            return functools.partial(self.work._finish, end.value, None)
         except Exception as error:
-            self.work._finish(None, error)
-        return True
+            return functools.partial(self.work._finish, None, error)
 
     def fits_beside(self, others: "deque[Operation]") -> bool:
         """Whether it may begin while these are under way."""
         if self.may_begin is None or not all(other.lets_next_begin for other in others):
             return False
-        ranges = [_memory(t) for t in self.touched]
-        theirs = [_memory(t) for other in others for t in other.touched]
-        apart = all(
-            begin >= their_end or end <= their_begin for begin, end in ranges for their_begin, their_end in theirs
-        )
+        try:
+            mine = [_memory(t) for t in self.touched]
+            theirs = [_memory(t) for other in others for t in other.touched]
+        except RuntimeError:  # a tensor subclass without memory of its own
+            return False
+        apart = all(a_end <= b_begin or b_end <= a_begin for a_begin, a_end in mine for b_begin, b_end in theirs)
         return apart and self.may_begin()
 
 
@@ -120,8 +124,10 @@ class Worker:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._unfinished: list[Work] = []
+        self._ended: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # of numbered operations
+        self._threads: list[threading.Thread] = []
+        self._unfinished: deque[Work] = deque()
+        self._submitting = threading.Lock()
 
     def submit(self, function: Callable[[], torch.Tensor]) -> Work:
         """Runs it alone. Its result or error will be the work's."""
@@ -129,25 +135,34 @@ class Worker:
 
     def submit_operation(self, operation: Operation) -> Work:
         """Runs it in its turn."""
-        self._unfinished = [work for work in self._unfinished if not work.is_completed()] + [operation.work]
-        self._queue.put(operation)
-        if self._thread is None:
-            self._thread = threading.Thread(target=_serve, args=(self._queue,), name="engine.distributed", daemon=True)
-            self._thread.start()
+        with self._submitting:
+            if not self._threads:
+                self._start(_serve, self._queue, self._ended)
+            if operation.numbered and len(self._threads) == 1:
+                self._start(_finish, self._ended)
+            while self._unfinished and self._unfinished[0]._done.is_set():
+                self._unfinished.popleft()
+            self._queue.put(operation)
+            self._unfinished.append(operation.work)
         return operation.work
+
+    def _start(self, target: Callable[..., None], *queues: queue.SimpleQueue) -> None:
+        thread = threading.Thread(target=target, args=queues, name="engine.distributed", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def drain(self) -> None:
         """Waits until all that was submitted is done; its errors are its own works'."""
-        if threading.current_thread() is not self._thread:
-            for work in self._unfinished:
+        if threading.current_thread() not in self._threads:
+            for work in list(self._unfinished):
                 work._done.wait()
-            self._unfinished = []
 
     def stop(self) -> None:
         """Ends the thread once all is done."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        threads, self._threads = self._threads, []
+        if threads:
             self._queue.put(None)
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=2)
 
@@ -157,7 +172,15 @@ def _in_one_step(function: Callable[[], torch.Tensor]) -> Steps:
     yield  # which makes a generator of it
 
 
-def _serve(submitted: "queue.SimpleQueue[Operation | None]") -> None:
+def _finish(ended: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    while (finish := ended.get()) is not None:
+        finish()
+        del finish  # nothing is held while there is nothing to do
+
+
+def _serve(
+    submitted: "queue.SimpleQueue[Operation | None]", ended: "queue.SimpleQueue[Callable[[], None] | None]"
+) -> None:
     """Steps of what is under way, the oldest first; what comes next begins when the newest lets it, or none is left."""
     running: deque[Operation] = deque()
     held: deque[Operation | None] = deque(maxlen=1)  # taken from the queue, and not begun
@@ -166,10 +189,17 @@ def _serve(submitted: "queue.SimpleQueue[Operation | None]") -> None:
             with contextlib.suppress(queue.Empty):
                 held.append(submitted.get(block=not running))
         if held and not running and held[0] is None:
+            ended.put(None)
             return
         if held and held[0] is not None and (not running or held[0].fits_beside(running)):
             running.append(held.pop())  # type: ignore[arg-type]
         for _ in range(len(running)):  # nothing is held in a variable while there is nothing to do
-            if not running[0].step():
+            finish = running[0].step()
+            if finish is None:
                 running.append(running[0])
+            elif running[0].numbered:
+                ended.put(finish)
+            else:
+                finish()
+            del finish
             running.popleft()

@@ -183,6 +183,24 @@ def network_queued():
     assert not network()._unfinished and len(network()._pool) <= 2
 
 
+def network_callbacks():
+    """What is chained to a future may call other operations, also where more are queued behind; works end in order."""
+    ended, got = [], []
+
+    def call(done):
+        t = torch.ones(1000)
+        all_reduce(t, codec="int8")
+        got.append(t[0].item())
+
+    works = [all_reduce(torch.ones(n), codec="int8", async_op=True) for n in (3_000_000, 0, 1000, 500_000)]
+    for i, work in enumerate(works):
+        work.get_future().then(lambda done, i=i: ended.append(i))
+    works[0].get_future().then(call).wait()
+    for work in works:
+        work.wait()
+    assert ended == [0, 1, 2, 3] and got == [world_size], (ended, got)
+
+
 def network_queued_mismatch():
     """The second of three queued operations differs on the last rank: the first is done, the others say why not."""
     group = dist.new_group()

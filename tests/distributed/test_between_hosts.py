@@ -68,13 +68,13 @@ def test_pieces_cover_a_tensor_once(n, hosts, local_size, codec):
     [
         (
             2,
-            "network_residuals,network_not_finite,network_arguments,network_queued,network_queued_mismatch,"
+            "network_residuals,network_not_finite,network_arguments,network_queued,network_callbacks,network_queued_mismatch,"
             "network_from_threads,forked,hook_trains,hook_survives,network_interrupted,network_interrupted:int8,"
             "network_lost:stopped:int8",
         ),
         (
             3,
-            "network_values,network_codecs,network_queued,network_queued_mismatch,scatter_and_gather,unusual,"
+            "network_values,network_codecs,network_queued,network_callbacks,network_queued_mismatch,scatter_and_gather,unusual,"
             "network_mismatches,network_interrupted,network_interrupted:int8,network_lost:killed:int8",
         ),
         (2, "network_values,unusual,network_lost:killed:none"),
