@@ -101,4 +101,5 @@ def block_linear(
         ValueError: the shapes do not fit, `crow_indices` does not run from 0 to B without a step back, or a column of
             blocks lies outside the matrix or does not ascend.
     """
+    _check.expect(not isinstance(rows, Tensor), OP, "rows", "an int", "a tensor", TypeError)  # a bias, say
     return _op(x, crow_indices, col_indices, values, rows, bias)
