@@ -193,11 +193,9 @@ def network_callbacks():
         got.append(t[0].item())
 
     works = [all_reduce(torch.ones(n), codec="int8", async_op=True) for n in (3_000_000, 0, 1000, 500_000)]
-    for i, work in enumerate(works):
-        work.get_future().then(lambda done, i=i: ended.append(i))
-    works[0].get_future().then(call).wait()
-    for work in works:
-        work.wait()
+    chained = [work.get_future().then(lambda done, i=i: ended.append(i)) for i, work in enumerate(works)]
+    for future in [*chained, works[0].get_future().then(call)]:
+        future.wait()
     assert ended == [0, 1, 2, 3] and got == [world_size], (ended, got)
 
 
