@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import ops
 from engine._checkpoint_file import FORMAT_VERSION, WeightInfo, header_metadata, weight_parts
 from engine._journal import Journal
 from engine._safetensors import CheckpointError, Entry, TensorWriter, partial_path
 from engine._source import CONV1D, Source, choose
-from engine.compress.importance import TIED, beside_ties
+from engine.compress.importance import TIED, among_ties, limit_and_ties
 from engine.compress.recipe import Recipe
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
 from engine.nn.conv2d import as_matrix
@@ -58,11 +57,14 @@ class Result:
         return dataclasses.asdict(self)
 
 
+_Cut = tuple[Tensor, Tensor | None]  # the threshold and, where it is tied, the share of what equals it that stays
+
+
 @dataclasses.dataclass
 class _Plan:
-    """What the first pass found for one weight: the threshold, or None where none is asked; the form it will have."""
+    """What the first pass found for one weight: where to cut, None where nothing is asked; the form it will have."""
 
-    threshold: Tensor | float | None
+    cut: _Cut | None
     format: Format  # on the meta device
 
 
@@ -98,13 +100,12 @@ def _compress_all(
     left: dict[str, str],
     journal: Journal,
 ) -> Result:
-    threshold = journal.get("threshold of the model", lambda: _plain(_model_threshold(source, chosen, recipe)))
-    threshold = _tensor(threshold)
+    cut = _tensors(journal.get("cut of the model", lambda: _plain(_model_cut(source, chosen, recipe))))
     plans: dict[str, _Plan] = {}
     outcomes: list[Outcome] = []
     for name in source.files:
         if name in chosen:
-            plan = _plan(name, source, chosen[name], recipe, threshold, journal)
+            plan = _plan(name, source, chosen[name], recipe, cut, journal)
             before, after = source.entry(name).nbytes, plan.format.nbytes
             if recipe.guard == "size" and after >= before:
                 left[name] = f"not smaller: {before:,} → {after:,} bytes as {plan.format.label}"
@@ -165,24 +166,26 @@ def _dtype(source: Source, name: str) -> torch.dtype:
     return dtype
 
 
-def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> Tensor | float | None:
-    """The threshold that all weights share, or None where each has its own.
+def _model_cut(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> _Cut | None:
+    """Where all weights are cut, or None where each has a cut of its own.
 
-    For scope "model" that is what ops.magnitude_threshold gives for all of them together, but with one in memory at a
-    time. Magnitudes in float32 are ordered as their bits are, so two rounds of counting find the k-th smallest: by the
-    upper half of the bits, then, within the half where it lies, by the lower.
+    For scope "model" that is what `limit_and_ties` gives for all of them together, but with one in memory at a time.
+    Magnitudes in float32 are ordered as their bits are, so two rounds of counting find the k-th smallest: by the upper
+    half of the bits, then, within the half where it lies, by the lower.
     """
     prune = recipe.prune
+    if prune is not None and prune.threshold is not None:
+        return _tensors((prune.threshold, None))
     if prune is None or prune.sparsity is None or prune.scope != "model":
-        return None if prune is None else prune.threshold
+        return None
     names = [name for name, kind in chosen.items() if kind != "Embedding"]
     if prune.pattern == "block":
         norms = [block_norms(_matrix(source.read(name), chosen[name])) for name in names]
-        return beside_ties(norms, ops.magnitude_threshold(norms, prune.sparsity), prune.sparsity)
+        return limit_and_ties(norms, prune.sparsity)
     count = sum(math.prod(source.entry(name).shape) for name in names)
-    wanted = rank = round(prune.sparsity * count)
+    rank = round(prune.sparsity * count)
     if rank == 0:
-        return 0.0
+        return _tensors((0.0, None))
     prefix = 0
     for level in (0, 1):
         counts = torch.zeros(1 << HALF, dtype=torch.int64)
@@ -196,11 +199,9 @@ def _model_threshold(source: Source, chosen: Mapping[str, str], recipe: Recipe) 
         rank -= int(below[digit] - counts[digit])
         prefix = prefix << HALF | digit
         equal = int(counts[digit])
-    less = wanted - rank  # magnitudes below the threshold; as beside_ties
-    above = (less + equal) / count - prune.sparsity
-    if prefix > 0 and above > TIED and above >= prune.sparsity - less / count:
-        prefix -= 1
-    return torch.tensor(prefix, dtype=torch.int32).view(torch.float32)
+    excess = equal - rank  # beyond what is wanted; as limit_and_ties
+    stays = excess / equal if prefix > 0 and excess > TIED * count else None
+    return _tensors((torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item(), stays))
 
 
 def journal_path(out: Path) -> Path:
@@ -216,22 +217,21 @@ def _identity(source: Source, recipe: Recipe) -> str:
     return json.dumps([FORMAT_VERSION, states, recipe.to_dict()], sort_keys=True)
 
 
-def _plain(threshold: Tensor | float | None) -> Any:
-    return threshold.tolist() if isinstance(threshold, Tensor) else threshold
+def _plain(cut: _Cut | None) -> Any:
+    return None if cut is None else [None if part is None else part.tolist() for part in cut]
 
 
-def _tensor(threshold: Any) -> Tensor | None:
-    """The inverse of `_plain`: every float32 is a float, and comes back as it was."""
-    return None if threshold is None else torch.tensor(threshold, dtype=torch.float32)
+def _tensors(cut: Any) -> _Cut | None:
+    """The inverse of `_plain`: floats of either width come back as they were."""
+    if cut is None:
+        return None
+    limit, stays = cut
+    return torch.tensor(limit, dtype=torch.float32), None if stays is None else torch.tensor(stays, dtype=torch.float64)
 
 
-def _plan(
-    name: str, source: Source, kind: str, recipe: Recipe, threshold: Tensor | float | None, journal: Journal
-) -> _Plan:
+def _plan(name: str, source: Source, kind: str, recipe: Recipe, cut: _Cut | None, journal: Journal) -> _Plan:
     """What will become of a weight."""
-    found = journal.get(
-        f"plan of {name}", lambda: _look(name, _matrix(source.read(name), kind), kind, recipe, threshold)
-    )
+    found = journal.get(f"look at {name}", lambda: _look(name, _matrix(source.read(name), kind), kind, recipe, cut))
     rows, columns = source.entry(name).shape[0], math.prod(source.entry(name).shape[1:])
     if kind == CONV1D:
         rows, columns = columns, rows
@@ -245,38 +245,32 @@ def _plan(
         values = torch.empty(rows, 2 * -(-columns // 4), dtype=dtype, device="meta")
         metadata = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device="meta")
         return _Plan(None, SemiStructured(values, metadata, columns, scales))
-    limit, kept = _tensor(found["threshold"]), found["kept"]
+    own, kept = _tensors(found["cut"]), found["kept"]
     if recipe.prune.pattern == "block":
         values = torch.empty(kept, *BLOCK_SHAPE, dtype=dtype, device="meta")
         crow_indices = torch.empty(-(-rows // BLOCK_SHAPE[0]) + 1, dtype=torch.int32, device="meta")
         col_indices = torch.empty(kept, dtype=torch.int32, device="meta")
-        return _Plan(limit, Block(values, crow_indices, col_indices, rows, columns, scales))
+        return _Plan(own, Block(values, crow_indices, col_indices, rows, columns, scales))
     values = torch.empty(kept, dtype=dtype, device="meta")
     bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
     row_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
-    return _Plan(limit, Bitmap(values, bitmask, row_offsets, columns, scales))
+    return _Plan(own, Bitmap(values, bitmask, row_offsets, columns, scales))
 
 
-def _look(
-    name: str, weight: Tensor, kind: str, recipe: Recipe, threshold: Tensor | float | None
-) -> dict[str, Any] | None:
-    """The threshold of a weight to be pruned and how much it keeps; None for one that is only quantised."""
+def _look(name: str, weight: Tensor, kind: str, recipe: Recipe, cut: _Cut | None) -> dict[str, Any] | None:
+    """Where a weight to be pruned is cut and how much it keeps; None for one that is only quantised."""
     if not all(bool(chunk.isfinite().all()) for chunk in _chunks(weight)):
         raise ValueError(f"{name}: holds a NaN or an infinity")
     if kind == "Embedding" or recipe.prune is None:
         assert recipe.quantize is not None
         return None
     if recipe.prune.pattern == "2:4":  # what is kept follows from the shape
-        return {"threshold": None, "kept": None}
-    limit = threshold
+        return {"cut": None, "kept": None}
     magnitudes = block_norms(weight) if recipe.prune.pattern == "block" else weight
-    if limit is None:
+    if cut is None:
         assert recipe.prune.sparsity is not None
-        scope = "row" if recipe.prune.scope == "row" else "tensor"
-        limit = ops.magnitude_threshold(magnitudes, recipe.prune.sparsity, scope)
-        limit = beside_ties([magnitudes], limit, recipe.prune.sparsity)
-    kept = _count_kept(magnitudes, torch.as_tensor(limit, dtype=torch.float32))
-    return {"threshold": _plain(limit), "kept": kept}
+        cut = limit_and_ties([magnitudes], recipe.prune.sparsity, recipe.prune.scope == "row")
+    return {"cut": _plain(cut), "kept": _count_kept(magnitudes, among_ties(magnitudes, *cut))}
 
 
 def _compress(weight: Tensor, plan: _Plan) -> Format:
@@ -285,9 +279,10 @@ def _compress(weight: Tensor, plan: _Plan) -> Format:
     values = torch.int8 if plan.format.values.dtype == torch.int8 else None
     if isinstance(plan.format, SemiStructured):
         return SemiStructured.from_dense(weight, values)
-    assert plan.threshold is not None
-    kind = Block if isinstance(plan.format, Block) else Bitmap
-    return kind.from_dense(weight, plan.threshold, values)
+    assert plan.cut is not None
+    if isinstance(plan.format, Block):
+        return Block.from_dense(weight, among_ties(block_norms(weight), *plan.cut), values)
+    return Bitmap.from_dense(weight, among_ties(weight, *plan.cut), values)
 
 
 def _chunks(weight: Tensor) -> Iterable[Tensor]:
@@ -295,7 +290,7 @@ def _chunks(weight: Tensor) -> Iterable[Tensor]:
 
 
 def _count_kept(weight: Tensor, threshold: Tensor) -> int:
-    """How many weights lie above the threshold, `[]` or `[N, 1]`."""
+    """How many weights lie above the threshold, `[]`, `[N, 1]` or `[N, K]`."""
     limits = threshold.expand(weight.shape[0], 1) if threshold.dim() < 2 else threshold
     pairs = zip(_chunks(weight), limits.split(max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))), strict=True)
     return sum(int((chunk.float().abs() > limit).sum()) for chunk, limit in pairs)

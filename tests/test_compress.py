@@ -18,6 +18,8 @@ from engine.compress.report import Layer, Report, _short_names
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn.conv2d import as_matrix
 
+X = torch.randn(4, 256)
+
 BOTH = {"prune": Prune(sparsity=0.5), "quantize": Quantize(), "guard": "none"}
 
 
@@ -251,7 +253,7 @@ def test_layers_that_the_inputs_never_reach():
     model = Mlp()
     model.spare = nn.Linear(256, 256)
     report = engine.compress_(model, Recipe(quantize=Quantize("static"), guard="none"), torch.randn(4, 256))
-    assert "can't be calibrated" in report.left_alone["spare"]
+    assert "calibrated on never reach it" in report.left_alone["spare"]
 
 
 def with_nan(model):
@@ -660,14 +662,95 @@ def test_inputs_that_were_all_zero_give_no_static_scale():
 
 
 @pytest.mark.parametrize("scope", ["layer", "row", "model"])
-@pytest.mark.parametrize(("values", "most"), [((-1.0, 1.0), 0.0), ((-2.0, -1.0, 1.0, 1.0, 2.0), 0.61)])
-def test_sparsity_of_weights_on_a_coarse_grid(scope, values, most):
-    """Where a share of equals can't be split, the nearer of all and none of them goes."""
-    model = nn.Sequential(nn.Linear(100, 50))
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (-2.0, -1.0, 1.0, 1.0, 2.0), (-1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_sparsity_of_weights_on_a_coarse_grid(scope, values, sparsity):
+    """Of equals as many go as are to, from all rows and columns alike."""
+    model = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 100))
     grid = torch.tensor(values)
-    model[0].weight.data = grid[torch.arange(5000).view(50, 100) % len(values)]
-    report = engine.compress_(model, Recipe(prune=Prune(sparsity=0.5, scope=scope), guard="none"))
-    assert report.layers[0].sparsity == pytest.approx(most, abs=0.02)
+    for layer in model:
+        layer.weight.data = grid[torch.randint(len(values), layer.weight.shape)]
+    before = copy.deepcopy(model)
+    report = engine.compress_(model, Recipe(prune=Prune(sparsity=sparsity, scope=scope), guard="none"))
+    for row, small, dense in zip(report.layers, model, before, strict=True):
+        assert row.sparsity == pytest.approx(sparsity, abs=0.01)
+        kept = small.weight != 0
+        assert torch.equal(small.weight, torch.where(kept, dense.weight, 0.0))
+        for dim in (0, 1):
+            by_chance = (sparsity * (1 - sparsity) / kept.shape[dim]) ** 0.5
+            assert ((kept.float().mean(dim) - 1 + sparsity).abs() < 6 * by_chance).all()
+    pruned = engine.prune_(before, Prune(sparsity=sparsity, scope=scope))
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(before, model, strict=True))
+    assert list(pruned.values()) == pytest.approx([row.sparsity for row in report.layers])
+
+
+def test_zeros_go_beyond_the_sparsity():
+    """Nothing is lost by that."""
+    model = nn.Sequential(nn.Linear(100, 50))
+    model[0].weight.data[:, :70] = 0
+    report = engine.compress_(model, Recipe(prune=Prune(sparsity=0.5), guard="none"))
+    assert report.layers[0].sparsity == pytest.approx(0.7)
+
+
+def test_what_was_given_to_a_layer_stays():
+    class Gained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+            self.first.gain, self.first._is_ours = 2.0, True
+            self.second.values = "of another meaning"
+            self.third.doubled = types.MethodType(lambda layer, x: 2 * layer(x), self.third)
+
+        def forward(self, x):
+            return self.third.doubled(self.second(self.first(x))) * self.first.gain
+
+    model = Gained()
+    report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    assert isinstance(model.first, CompressedLinear) and model.first.gain == 2.0 and model.first._is_ours
+    assert "'values'" in report.left_alone["second"] and "methods" in report.left_alone["third"]
+    assert model(torch.randn(2, 64)).shape == (2, 64)
+    assert copy.deepcopy(model).first.gain == 2.0
+    student = Gained()
+    batch = torch.randn(8, 64)
+    recipe = Recipe(Prune(sparsity=0.5), guard="none", targets=("first",))
+    engine.distill(student, Gained(), [batch], steps=1, recipe=recipe, progress=False)
+    assert isinstance(student.first, CompressedLinear) and student.first.gain == 2.0
+
+
+@pytest.mark.parametrize("hook", ["register_state_dict_pre_hook", "register_load_state_dict_post_hook"])
+def test_hooks_of_state_dicts_are_hooks(hook):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    getattr(model[0], hook)(lambda *arguments: None)
+    report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    assert "hooks" in report.left_alone["0"] and isinstance(model[1], CompressedLinear)
+
+
+def test_no_recipes_leave_every_layer_alone():
+    model = Mlp()
+    before = state_of(model)
+    report = engine.compress_(model, {}, torch.randn(3, 256))
+    assert_unchanged(model, before)
+    assert report.left_alone == dict.fromkeys(("first", "second", "head"), "the recipes name no layer")
+    assert not report.layers and report.bytes_after == report.bytes_before and "left alone (3)" in str(report)
+
+
+def test_what_is_of_the_wrong_kind():
+    model, recipe = Mlp(), Recipe(quantize=Quantize(), guard="none")
+    for call, message in (
+        (lambda: engine.prune_(model, 0.5), "prune_: prune: expected engine.Prune, got float"),
+        (lambda: engine.prune_(model, recipe), "prune_: prune: expected engine.Prune, got Recipe"),
+        (lambda: engine.prune_(model, sparsity=0.5, calibration=5), "prune_: calibration: expected what engine.calib"),
+        (lambda: engine.compress_(model, recipe, calibration=5), "compress_: calibration: expected what engine.calib"),
+        (lambda: engine.search(model, [X], X, loss_budget=1, calibration=5), "search: calibration: expected what"),
+        (lambda: engine.search(model, [X], X, loss_budget=1, candidates=[recipe]), "candidates: expected a mapping"),
+        (lambda: Recipe.from_dict({"quantize": {}, "ignore": "lm_head"}), "ignore: expected a tuple of strings"),
+        (lambda: Recipe.from_dict({"quantize": {}, "targets": 5}), "targets: expected a tuple of strings"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    for values in (None, [], {"prune": 5}):
+        with pytest.raises(ValueError, match="expected a dict with keys among"):
+            Recipe.from_dict(values)
 
 
 def test_a_weight_that_the_model_reads_itself_is_left_alone(monkeypatch):

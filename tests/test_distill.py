@@ -359,7 +359,7 @@ def test_bad_arguments(tmp_path):
         ({"teacher_cache": -1}, "teacher_cache: expected bytes"),
         ({"gradual": 99}, "gradual: expected 0 to steps"),
         ({"gradual": 2, "recipe": Recipe(None, Quantize(), **HOW)}, "needs a recipe with an unstructured sparsity"),
-        ({"recipe": {}}, "at least one layer, got an empty mapping"),
+        ({"recipe": {}}, "names no layer"),
         ({"recipe": {"nowhere": BOTH}}, "nowhere"),
         ({"gradual": 2, "recipe": {"0": BOTH, "3": Recipe(Prune(threshold=0.1), **HOW)}}, "an unstructured sparsity"),
         ({"batches": []}, "gave none"),

@@ -252,7 +252,7 @@ def test_obs_with_dead_columns_and_a_singular_moment(caplog):
     x[:, 11] = 0
     pruned = importance.obs_prune(weight, x.t() @ x, 0.5)
     assert pruned.isfinite().all() and (pruned[:, 11] == 0).all()
-    assert importance.obs_prune(weight, torch.zeros(40, 40), 0.5).count_nonzero() == 0
+    assert importance.obs_prune(weight, torch.zeros(40, 40), 0.5).count_nonzero() == 320
     bad = x.t() @ x
     bad[0, 1] = bad[1, 0] = bad.diagonal().mean() * 3  # no moment of anything: only much damping helps
     with caplog.at_level(logging.WARNING, "engine"):
@@ -260,6 +260,119 @@ def test_obs_with_dead_columns_and_a_singular_moment(caplog):
     assert "deep.layer: its second moment can't be inverted with damping 0.01" in caplog.text
     with pytest.raises(ValueError, match="NaN or an infinity"):
         importance.obs_prune(weight, torch.full((40, 40), torch.nan), 0.5)
+
+
+BY_INPUTS = [("wanda", "unstructured"), ("wanda", "block"), ("wanda", "2:4"), ("obs", "unstructured"), ("obs", "2:4")]
+
+
+@pytest.mark.parametrize(("kind", "pattern"), BY_INPUTS)
+@pytest.mark.parametrize("dead", [0.3, 0.7])
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_what_was_never_seen_goes_first_but_no_more_than_asked(kind, pattern, dead, scope):
+    x = torch.randn(300, 320)
+    x[:, : round(320 * dead)] = 0
+    model = nn.Sequential(nn.Linear(320, 96))
+    weight = model[0].weight.detach().clone()
+    recipe = Recipe(Prune(0.5, pattern=pattern, importance=kind, scope=scope), guard="none")
+    report = engine.compress_(model, recipe, x)
+    assert report.layers[0].sparsity == pytest.approx(0.5, abs=1e-3)
+    unseen, mine = (w[:, : round(320 * dead)] for w in (weight, model[0].weight))
+    kept = mine != 0
+    torch.testing.assert_close(mine, torch.where(kept, unseen, 0.0))  # nothing was there to correct them by
+    if pattern == "unstructured" and kind == "wanda":
+        assert kept.any() == (dead == 0.7)
+        if dead == 0.7 and scope == "layer":  # of those the largest stay
+            assert unseen[kept].abs().min() >= unseen[~kept].abs().max()
+
+
+@pytest.mark.parametrize(("kind", "pattern"), BY_INPUTS)
+def test_a_layer_whose_inputs_were_all_zero_is_left_alone(kind, pattern, caplog):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    nn.init.constant_(model[0].bias, -100.0)
+    prune, x = Prune(0.5, pattern=pattern, importance=kind), torch.randn(50, 64)
+    seen = engine.calibrate(model, [x], second_moment=True, progress=False)
+    before = model[2].weight.clone()
+    assert engine.prune_(copy.deepcopy(model), prune, calibration=seen).keys() == {"0"}
+    assert "2: left alone: its inputs were all zero" in caplog.text
+    report = engine.compress_(model, Recipe(prune, guard="none"), calibration=seen)
+    assert [row.name for row in report.layers] == ["0"] and torch.equal(model[2].weight, before)
+    assert report.left_alone == {"2": "its inputs were all zero, so that no importance can be told"}
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-24, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("kind", ["wanda", "obs"])
+def test_inputs_of_any_size_are_told_apart(size, kind):
+    x = correlated(300, 64)
+    masks = []
+    for factor in (1.0, size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False))
+        batches = [torch.zeros(2, 64), *(x * factor).split(100)]
+        seen = engine.calibrate(model, batches, second_moment=True, progress=False)
+        engine.compress_(model, Recipe(Prune(sparsity=0.5, importance=kind), guard="none"), calibration=seen)
+        masks.append(model[0].weight != 0)
+    assert (masks[0] != masks[1]).float().mean() < 0.01
+    growing = InputStatistics.empty(64, x.device, True)
+    for factor in (1e-7, 1.0, 1e7):
+        growing.see(x * (size * 1e-2 * factor))
+    moment = growing.moment_sum.double() * growing.unit**2 / (size * 1e5) ** 2
+    torch.testing.assert_close(moment.float(), x.t() @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_a_moment_without_an_inverse_leaves_its_layer_alone(monkeypatch):
+    model, x = Mlp(), correlated(40, 256)
+    seen = engine.calibrate(model, [x], second_moment=True, progress=False)
+    moment = seen.layers["second"].moment_sum
+    moment.fill_(1.0).fill_diagonal_(1e-9)
+    report = engine.compress_(model, Recipe(Prune(sparsity=0.5, importance="obs"), guard="none"), calibration=seen)
+    assert report.left_alone == {"second": "the second moment of its input can't be inverted"}
+    assert [row.name for row in report.layers] == ["first", "head"]
+
+
+def test_a_calibration_of_another_model_is_refused():
+    model, other = Mlp(), Mlp(width=16)
+    seen = engine.calibrate(other, [torch.randn(9, 16)], second_moment=True, progress=False)
+    message = "second: the calibration is of another model: it saw inputs of 32 channels there, the layer takes 512"
+    only = {"targets": ("second",), "guard": "none"}
+    for kind in ("wanda", "obs"):
+        with pytest.raises(ValueError, match=message):
+            engine.compress_(model, Recipe(Prune(sparsity=0.5, importance=kind), **only), calibration=seen)
+        with pytest.raises(ValueError, match=message):
+            engine.prune_(model, Prune(sparsity=0.5, importance=kind), targets=("second",), calibration=seen)
+    with pytest.raises(ValueError, match=message):
+        engine.compress_(model, Recipe(quantize=Quantize("static"), **only), calibration=seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype):
+    x = correlated(100, 256)
+    recipe = Recipe(Prune(sparsity=0.5, importance="obs"), Quantize("static", smooth="least_squares"), guard="none")
+    weights = []
+    for default in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = Mlp()
+        torch.set_default_dtype(default)
+        try:
+            seen = engine.calibrate(model, [x], second_moment=True, progress=False)
+            engine.compress_(model, recipe, calibration=seen)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        weights.append(model.second.weight)
+    assert torch.equal(*weights)
+
+
+def test_autocast_is_for_the_model_alone():
+    x = with_outliers(100, 256)
+    recipe = Recipe(None, Quantize("static", smooth="least_squares", weight_clip="least_squares"), guard="none")
+    seen = engine.calibrate(Mlp(), [x], progress=False)
+    weights = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = Mlp()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            engine.compress_(model, recipe, calibration=seen)
+        weights.append(model.second.weight)
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 128, 131])

@@ -241,7 +241,6 @@ def test_recipes_by_layer():
 @pytest.mark.parametrize(
     ("recipes", "message"),
     [
-        ({}, "at least one"),
         ({"third": CANDIDATES["int8"]}, "matches no module"),
         ({"Linear": CANDIDATES["int8"]}, "'Linear' names no layer"),
         ({"embed": CANDIDATES["int8"], "lm_head": CANDIDATES["half"]}, "share a weight"),

@@ -43,14 +43,17 @@ def assert_as_its_weight_says(trained, x):
 
 
 @pytest.mark.parametrize("scope", ["layer", "row"])
-def test_gradual_pruning_of_a_coarse_grid_stops_beside_its_ties(scope):
-    """Of a ternary weight a third is zero: half can't go, but all or that third, which is nearer."""
+def test_gradual_pruning_of_a_coarse_grid(scope):
+    """Of a ternary weight all zeros go, and of the others as many as are to."""
     grid = torch.randint(-1, 2, (48, 128)).float()
     trained = layer()
     trained.begin_pruning(grid, engine.Prune(sparsity=0.5, scope=scope))
+    kept = torch.ones_like(grid, dtype=torch.bool)
     for share in (0.3, 0.8, 1.0):
         trained.prune_on(share)
-    assert torch.equal(trained.mask, grid != 0)
+        assert not (trained.mask & ~kept).any() and not (trained.mask & (grid == 0)).any()
+        kept = trained.mask.clone()
+    assert trained.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 def test_output_and_gradient(by_kept):

@@ -1,6 +1,7 @@
 """calibrate: what the input of each Linear and Conv2d looks like, gathered in one streaming pass over batches."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
@@ -18,6 +19,7 @@ METHODS = ("amax", "percentile", "least_squares")
 BINS = 2048  # of the histogram of |x|; when a larger value comes its range doubles, and bins are merged in pairs
 SMOOTHINGS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried; 1 would leave no channel room for more than was seen
 LEAST_SHARE = 2.0**-10  # of the largest channel's amax: a channel that was seen near 0 may hold more later
+UNSCALED = 2.0**30  # inputs as large as this, or as small as its inverse, are scaled before they are squared
 LEAST_FRACTION, FRACTIONS = 0.2, 81  # least-squares scales that are tried: from this share of amax up to amax itself
 
 
@@ -31,7 +33,8 @@ class InputStatistics:
         channel_sum_squares: float64 `[K]`.
         counts: float64 `[BINS]`, a histogram of |x| over [0, top].
         top: where the histogram ends.
-        moment_sum: float32 `[K, K]`, the sum of `x^T x` over all rows, where it was asked for.
+        moment_sum: float32 `[K, K]`, the sum of `x^T x` over all rows, where it was asked for; of `x / unit`.
+        unit: a power of two: 1, but where squares would leave float32's range.
     """
 
     rows: int
@@ -40,6 +43,7 @@ class InputStatistics:
     counts: Tensor
     top: float
     moment_sum: Tensor | None = None
+    unit: float = 1.0
 
     @property
     def amax(self) -> float:
@@ -56,7 +60,7 @@ class InputStatistics:
         """float32 `[K, K]`: the mean of `x^T x` over rows. ValueError where it was not gathered."""
         if self.moment_sum is None:
             raise ValueError("engine.calibrate: the second moment was not gathered: give second_moment=True")
-        return self.moment_sum / max(1, self.rows)
+        return self.moment_sum / max(1, self.rows) * self.unit**2
 
     def input_scale(self, method: str = "amax", percentile: float = 99.99) -> float:
         """The scale for all of the input (static quantisation): what int8's 127 stands for, divided by 127.
@@ -74,8 +78,8 @@ class InputStatistics:
             at = int(torch.searchsorted(self.counts.cumsum(0), wanted))
             limit = min(limit, self.top * (min(at, BINS - 1) + 1) / BINS)
         elif method == "least_squares" and limit >= SMALLEST_AMAX:
-            centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.top / BINS)
-            limits = limit * torch.linspace(LEAST_FRACTION, 1, FRACTIONS, dtype=torch.float64)
+            centres = (torch.arange(BINS, dtype=torch.float64, device="cpu") + 0.5) * (self.top / BINS)
+            limits = limit * torch.linspace(LEAST_FRACTION, 1, FRACTIONS, dtype=torch.float64, device="cpu")
             scale = limits.unsqueeze(1) / 127
             got = (centres / scale).round().clamp(max=127) * scale
             # Within the bin of 0 the centre says nothing; its values round to 0 under every scale that is tried.
@@ -104,11 +108,13 @@ class InputStatistics:
 
     def _expected_loss(self, weight: Tensor, scales: Tensor) -> float:
         """The expected squared error of a row of the output, roundings taken as independent and uniform."""
-        w, mean_square = weight.detach().float(), self.channel_mean_square.to(weight.device)
+        w, rows = weight.detach().float(), max(1, self.rows)
+        mean_square = (self.channel_sum_squares / rows).to(weight.device)
         # Where steps are coarser than the channel itself, it rounds to 0: no more than all of it is lost.
-        of_input = torch.minimum(scales.square() / 12, mean_square) @ w.square().sum(0)
-        steps = (w * scales).abs().amax(1) / 127
-        of_weight = steps.square().sum() / 12 * (mean_square / scales.square()).sum()
+        squares = scales.double().square()
+        of_input = torch.minimum(squares / 12, mean_square) @ w.square().sum(0, dtype=torch.float64)
+        steps = (w * scales).abs().amax(1).double() / 127
+        of_weight = steps.square().sum() / 12 * (mean_square / squares).sum()
         return (of_input + of_weight).item()
 
     def see(self, x: Tensor) -> None:
@@ -122,36 +128,48 @@ class InputStatistics:
         if not largest < float("inf"):  # NaN too
             raise ValueError("holds a NaN or an infinity")
         self.rows += rows.shape[0]
-        self.channel_amax = torch.maximum(self.channel_amax, amax)
-        self.channel_sum_squares += rows.square().sum(0, dtype=torch.float64)
         self._widen(largest)
+        self.channel_amax = torch.maximum(self.channel_amax, amax)
         if self.top:
             self.counts += torch.histc(magnitudes, BINS, 0, self.top).double().cpu()
         else:
             self.counts[0] += magnitudes.numel()
+        self._fit_unit()
+        if self.unit != 1:
+            rows = rows / self.unit
+        self.channel_sum_squares += rows.square().sum(0, dtype=torch.float64) * self.unit**2
         if self.moment_sum is not None:
             self.moment_sum.addmm_(rows.t(), rows)
+
+    def _fit_unit(self) -> None:
+        """Changes the unit where what was seen is too large or too small for it."""
+        if self.top == 0 or 1 / UNSCALED < self.top / self.unit < UNSCALED:
+            return
+        unit = 2.0 ** max(-126, math.floor(math.log2(self.top)))
+        if self.moment_sum is not None:  # it becomes smaller only while the sum is 0
+            self.moment_sum *= min(1.0, self.unit / unit) ** 2
+        self.unit = unit
 
     def _widen(self, largest: float) -> None:
         """Doubles the histogram's range until `largest` lies inside."""
         if self.top == 0 and largest > 0:
             zeros = self.counts.sum()
-            self.top, self.counts = largest, torch.zeros(BINS, dtype=torch.float64)
+            self.top, self.counts = largest, torch.zeros(BINS, dtype=torch.float64, device="cpu")
             self.counts[0] = zeros
         while self.top < largest:
             self.top *= 2
-            self.counts = torch.cat([self.counts.view(-1, 2).sum(1), torch.zeros(BINS // 2, dtype=torch.float64)])
+            self.counts = torch.cat([self.counts.view(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
 
     @classmethod
     def empty(cls, columns: int, device: torch.device, second_moment: bool) -> "InputStatistics":
         """Nothing seen yet."""
         return cls(
             rows=0,
-            channel_amax=torch.zeros(columns, device=device),
+            channel_amax=torch.zeros(columns, dtype=torch.float32, device=device),
             channel_sum_squares=torch.zeros(columns, dtype=torch.float64, device=device),
-            counts=torch.zeros(BINS, dtype=torch.float64),
+            counts=torch.zeros(BINS, dtype=torch.float64, device="cpu"),
             top=0.0,
-            moment_sum=torch.zeros(columns, columns, device=device) if second_moment else None,
+            moment_sum=torch.zeros(columns, columns, dtype=torch.float32, device=device) if second_moment else None,
         )
 
 
@@ -171,6 +189,13 @@ class Calibration:
     def input_scales(self, method: str = "amax", percentile: float = 99.99) -> dict[str, float]:
         """The static input scale of every layer, as :meth:`InputStatistics.input_scale`."""
         return {name: statistics.input_scale(method, percentile) for name, statistics in self.layers.items()}
+
+
+def check_calibration(owner: str, calibration: Any) -> None:
+    """Raises TypeError unless it is one, or None."""
+    if calibration is not None and not isinstance(calibration, Calibration):
+        kind = type(calibration).__name__
+        raise TypeError(f"engine.{owner}: calibration: expected what engine.calibrate returns, got {kind}")
 
 
 def check_batches(owner: str, batches: Any) -> None:

@@ -1,5 +1,6 @@
 """The compressed twin of each target: what a recipe makes of its weight, before anything is measured or replaced."""
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from engine.compress.recipe import Prune, Quantize, Recipe
 from engine.compress.targets import Target
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
-from engine.nn._replace import is_conv1d
+from engine.nn._replace import give_attributes, given_attributes, is_conv1d
 from engine.ops._block import block_norms
 
 Compressed = CompressedLinear | CompressedEmbedding | CompressedConv2d
@@ -31,7 +32,7 @@ def make_candidates(
     targets: list[Target], recipe: Recipe, calibration: Calibration | None, left: dict[str, str]
 ) -> dict[str, Compressed]:
     """The compressed module for every name; a target without one goes to `left` with the reason."""
-    quantize, prune, needs = recipe.quantize, recipe.prune, needs_inputs(recipe)
+    quantize, prune = recipe.quantize, recipe.prune
     prunable = [t for t in targets if t.prunable] if prune else []
     thresholds = thresholds_of(prunable, prune) if prune and is_plain(prune) and prunable else {}
     prunes = {target.name for target in prunable}
@@ -40,25 +41,28 @@ def make_candidates(
         if quantize is None and target.name not in prunes:
             left |= dict.fromkeys(target.names, "embeddings, and what is tied to one, are quantised but never pruned")
             continue
-        seen = (
-            next((calibration.layers[n] for n in target.names if n in calibration.layers), None)
-            if calibration
-            else None
-        )
+        seen = statistics_of(target, calibration, "compress_")
         static = quantize is not None and quantize.activation == "static" and target.multiplied
-        if needs and seen is None and (static or target.name in prunes):
-            left |= dict.fromkeys(target.names, "the example inputs never reach it, so it can't be calibrated")
+        looks = static or (prune is not None and prune.importance != "magnitude" and target.name in prunes)
+        if looks and seen is None:
+            left |= dict.fromkeys(target.names, "the inputs that were calibrated on never reach it")
             continue
-        if static and seen is not None and seen.amax == 0:
-            left |= dict.fromkeys(target.names, "its inputs were all zero, so that no static scale can be told")
+        if looks and seen is not None and seen.amax == 0:
+            what = "static scale" if static else "importance"
+            left |= dict.fromkeys(target.names, f"its inputs were all zero, so that no {what} can be told")
             continue
-        with torch.no_grad():
+        # The user's autocast is for the model: products here are to be in float32.
+        with torch.no_grad(), torch.autocast(target.weight.device.type, enabled=False):
             input_scale = _input_scale(target, quantize, seen) if static else None
             how: dict[str, Any] = {} if input_scale is None else {"input_scale": input_scale}
             if target.name in prunes:
                 assert prune is not None
                 limit = thresholds.get(target.name)
-                weight, threshold, scale = weight_to_pack(target, prune, quantize, seen, limit, input_scale)
+                try:
+                    weight, threshold, scale = weight_to_pack(target, prune, quantize, seen, limit, input_scale)
+                except importance.NotInvertible as error:
+                    left |= dict.fromkeys(target.names, str(error).rpartition(": ")[2])
+                    continue
                 values = torch.int8 if quantize is not None else None
                 format: Format
                 if prune.pattern == "2:4":
@@ -75,12 +79,32 @@ def make_candidates(
                     how["scale"] = importance.clip_scales(*_smoothed(target.matrix, mean_square, input_scale))
                 format = DenseInt8.from_dense(target.matrix, **how)
         twins: dict[int, Compressed] = {}
+        taken: list[str] = []
         for name, module in zip(target.names, target.modules, strict=True):
             if id(module) not in twins:
                 twins[id(module)] = _module_over(format, module)
+                taken += give_attributes(twins[id(module)], given_attributes(module))
                 format = twins[id(module)].format  # the next one shares these parameters
             made[name] = twins[id(module)]
+        if taken:
+            left |= dict.fromkeys(
+                target.names, f"it has an attribute {taken[0]!r}, of which a replacement has another use"
+            )
+            for name in target.names:
+                del made[name]
     return made
+
+
+def statistics_of(target: Target, calibration: Calibration | None, owner: str) -> InputStatistics | None:
+    """What was seen of the target's inputs; ValueError where it is of another layer's."""
+    layers = calibration.layers if calibration is not None else {}
+    seen = next((layers[name] for name in target.names if name in layers), None)
+    if seen is not None and seen.channel_amax.shape[0] != target.columns:
+        raise ValueError(
+            f"engine.{owner}: {target.name}: the calibration is of another model: "
+            f"it saw inputs of {seen.channel_amax.shape[0]} channels there, the layer takes {target.columns}"
+        )
+    return seen
 
 
 def thresholds_of(targets: list[Target], prune: Prune) -> dict[str, Tensor | float]:
@@ -92,15 +116,10 @@ def thresholds_of(targets: list[Target], prune: Prune) -> dict[str, Tensor | flo
     if prune.pattern == "block":
         weights = [block_norms(weight) for weight in weights]
     if prune.scope == "model":
-        shared = importance.beside_ties(weights, ops.magnitude_threshold(weights, prune.sparsity), prune.sparsity)
-        return dict.fromkeys((target.name for target in targets), shared)
-    scope = "row" if prune.scope == "row" else "tensor"
-    return {
-        target.name: importance.beside_ties(
-            [weight], ops.magnitude_threshold(weight, prune.sparsity, scope), prune.sparsity
-        )
-        for target, weight in zip(targets, weights, strict=True)
-    }
+        limits = importance.thresholds(weights, prune.sparsity)
+    else:
+        limits = [importance.thresholds([weight], prune.sparsity, prune.scope == "row")[0] for weight in weights]
+    return {target.name: limit for target, limit in zip(targets, limits, strict=True)}
 
 
 def is_plain(prune: Prune) -> bool:
@@ -126,7 +145,8 @@ def weight_to_pack(
         moment = seen.moment_sum if seen.moment_sum is not None else seen.second_moment
         weight, mean_square = _smoothed(weight, mean_square, input_scale)
         if isinstance(input_scale, Tensor):
-            moment = moment / input_scale / input_scale.unsqueeze(1)
+            relative = input_scale / 2.0 ** math.floor(math.log2(input_scale.amax().item()))
+            moment = moment / relative / relative.unsqueeze(1)
         if quantize is not None:
             scale = importance.clip_scales(weight, mean_square if quantize.weight_clip else None)
         how: dict[str, Any] = {"pattern": prune.pattern, "scope": prune.scope, "scale": scale, "name": target.name}
@@ -137,14 +157,14 @@ def weight_to_pack(
     if prune.pattern == "2:4":
         score = weight.float().abs()
         if prune.importance == "wanda":
-            assert mean_square is not None
-            score = score * mean_square.sqrt()
+            assert seen is not None
+            score = score * importance.input_norms(seen, weight.device)
         weight, threshold = importance.semi_structured(weight, score), 0.0
     elif prune.pattern == "block":
         score = weight
         if prune.importance == "wanda":
-            assert mean_square is not None
-            score = weight.float() * mean_square.sqrt()
+            assert seen is not None
+            score = weight.float() * importance.input_norms(seen, weight.device)
         weight, threshold = importance.block(weight, score, prune, threshold), 0.0
     elif prune.importance == "wanda":
         assert seen is not None

@@ -16,7 +16,7 @@ from torch import nn
 
 from engine._files import write_text
 from engine.compress import measure
-from engine.compress.calibrate import Calibration, calibrate, check_batches
+from engine.compress.calibrate import Calibration, calibrate, check_batches, check_calibration
 from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.fingerprint import fingerprint
 from engine.compress.losses import Loss, make_loss
@@ -132,6 +132,9 @@ def distill(
         FloatingPointError: the loss or gradient is not finite; names the step and the last good checkpoint.
     """
     recipes = [] if recipe is None else check_recipes(recipe, "distill")
+    if recipe is not None and not recipes:
+        raise ValueError("engine.distill: recipe: names no layer, so that there is nothing to train compressed")
+    check_calibration("distill", calibration)
     if checkpoint_every < 1:
         raise ValueError(f"engine.distill: checkpoint_every: expected at least 1, got {checkpoint_every}")
     _check(steps, accumulate, gradual, dtype, recipes, student)

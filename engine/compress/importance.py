@@ -5,6 +5,7 @@ places are zero already, to be packed at threshold 0.
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,41 +22,88 @@ COLUMNS_AT_ONCE = 128  # columns that are pruned before the rest of the layer is
 DAMPING = 0.01  # share of the mean diagonal that is added to it
 DAMPING_TRIES = 6  # each ten times the last
 TIED = 0.01  # a share of weights beyond the one wanted that tells of ties
-CLIP_FRACTIONS = torch.linspace(0.5, 1.0, 26)  # of a row's amax, tried as the clipping limit
+TIES_AT_ONCE = 1 << 22  # weights among which ties are spread in one step, so that it needs little memory
+GOLDEN = 0.6180339887498949  # its multiples lie evenly in [0, 1)
+LEAST_INPUT = 2.0**-20  # of the largest channel's norm: what a channel that was always zero counts as
+# Of a row's amax, tried as the clipping limit.
+CLIP_FRACTIONS = torch.linspace(0.5, 1.0, 26, dtype=torch.float32, device="cpu")
 
 logger = logging.getLogger(__name__)
 
 
-def beside_ties(weights: list[Tensor], threshold: Tensor, sparsity: float) -> Tensor:
-    """The threshold, or one just below where so many magnitudes equal it that this drops a share nearer to what is
-    wanted: of weights on a coarse grid (quantised before, signs alone) the threshold itself may drop all.
+class NotInvertible(ValueError):
+    """A second moment of which no inverse can be told."""
+
+
+def thresholds(scores: list[Tensor], sparsity: float, by_row: bool = False) -> list[Tensor]:
+    """For each of the scores a threshold, so that together (or, of a single matrix, by row) the smallest magnitudes go.
+
+    Of more equals than may go only some do: such a threshold has the scores' shape, infinity or -1.
     """
-    by_row = threshold.dim() > 0
-    count = weights[0].shape[1] if by_row else sum(weight.numel() for weight in weights)
+    limit, stays = limit_and_ties(scores, sparsity, by_row)
+    return [among_ties(score, limit, stays) for score in scores]
 
-    def dropped(limit: Tensor) -> Tensor:
-        each = [(weight.detach().float().abs() <= limit).sum(1) for weight in weights]
-        return (each[0] if by_row else torch.stack([rows.sum() for rows in each]).sum()).double() / max(1, count)
 
-    above = dropped(threshold) - sparsity
-    if not bool((above > TIED).any()):
-        return threshold
-    lower = torch.nextafter(threshold.float(), torch.zeros_like(threshold, dtype=torch.float32))
-    nearer = (above > TIED) & (above >= sparsity - dropped(lower))
-    return torch.where(nearer.reshape(threshold.shape), lower, threshold.float())
+def limit_and_ties(scores: list[Tensor], sparsity: float, by_row: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The magnitude up to which scores go, `[]` or `[N, 1]`, and which share of those that equal it stays; None: none.
+
+    Weights on a coarse grid (quantised before, signs alone) have so many equals that all of them would go. Zeros do go,
+    as nothing is lost by that.
+    """
+    what = scores[0] if len(scores) == 1 else scores
+    limit = ops.magnitude_threshold(what, sparsity, "row" if by_row else "tensor").float()
+    count = scores[0].shape[1] if by_row else sum(score.numel() for score in scores)
+
+    def counted(compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        each = [compare(score.detach().float().abs(), limit).sum(1) for score in scores]
+        return (each[0].unsqueeze(1) if by_row else torch.stack([rows.sum() for rows in each]).sum()).double()
+
+    excess = counted(torch.le) - round(sparsity * count)
+    split = (excess > TIED * count) & (limit > 0)
+    if not bool(split.any()):
+        return limit, None
+    return limit, torch.where(split, excess / counted(torch.eq).clamp_min(1), 0.0)
+
+
+def among_ties(score: Tensor, limit: Tensor, stays: Tensor | None) -> Tensor:
+    """The threshold for `score` `[N, K]` that `limit_and_ties` means."""
+    if stays is None:
+        return limit
+    magnitudes = score.detach().float().abs()
+    tied = magnitudes == limit
+    each = tied.sum(1, keepdim=True)
+    # By row, or as evenly over the rows as whole numbers can be.
+    keep = stays * each if stays.dim() else (stays * each.cumsum(0)).round().diff(dim=0, prepend=each.new_zeros(1, 1))
+    keep = keep.round().long()
+    # In each row from another place on, so that no column loses more than others.
+    rows = torch.arange(score.shape[0], dtype=torch.float64, device=score.device).unsqueeze(1)
+    begin = (rows * GOLDEN % 1 * each).long()
+    step = max(1, TIES_AT_ONCE // max(1, score.shape[1]))
+    parts = []
+    for part, n, all_of_them, first in zip(*(t.split(step) for t in (tied, keep, each, begin)), strict=True):
+        after = part.cumsum(1) * n + first
+        parts.append(part & (after // all_of_them.clamp_min(1) > (after - n) // all_of_them.clamp_min(1)))
+    gone = (magnitudes <= limit) & ~torch.cat(parts)
+    return torch.where(gone, torch.inf, -1.0)
+
+
+def input_norms(statistics: InputStatistics, device: torch.device) -> Tensor:
+    """The norm of each channel of the input, relative to the largest: fp32 `[K]`."""
+    norm = statistics.channel_sum_squares.sqrt()
+    return (norm / norm.amax().clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(LEAST_INPUT).float().to(device)
 
 
 def wanda_threshold(weight: Tensor, statistics: InputStatistics, prune: Prune) -> Tensor:
     """The threshold for each weight, `[N, K]`, that keeps the largest `|w| * norm(x)`.
 
-    Wanda: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023. A channel that was
-    always zero is dropped.
+    Wanda: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023. Channels that were
+    always zero go first.
     """
-    norm = statistics.channel_mean_square.sqrt().to(weight.device)
-    scope = "row" if prune.scope == "row" else "tensor"
+    norm = input_norms(statistics, weight.device)
     assert prune.sparsity is not None
-    limit = ops.magnitude_threshold(weight.detach().float() * norm, prune.sparsity, scope)
-    return torch.where(norm > 0, limit / norm.clamp_min(SMALLEST_AMAX), torch.inf).expand(weight.shape)
+    score = weight.detach().float() * norm
+    limit, stays = limit_and_ties([score], prune.sparsity, prune.scope == "row")
+    return among_ties(score, limit, stays) if stays is not None else (limit / norm).expand(weight.shape)
 
 
 def semi_structured(weight: Tensor, score: Tensor) -> Tensor:
@@ -74,7 +122,7 @@ def block(weight: Tensor, score: Tensor, prune: Prune, threshold: Tensor | float
     norms = block_norms(score)
     if threshold is None:
         assert prune.sparsity is not None
-        threshold = ops.magnitude_threshold(norms, prune.sparsity, "row" if prune.scope == "row" else "tensor")
+        (threshold,) = thresholds([norms], prune.sparsity, prune.scope == "row")
     keep = keep_mask(norms, as_threshold("prune_to_block", norms, threshold))
     inside = keep.repeat_interleave(BLOCK_SHAPE[0], 0).repeat_interleave(BLOCK_SHAPE[1], 1)
     return torch.where(inside[: weight.shape[0], : weight.shape[1]], weight.detach(), 0)
@@ -131,15 +179,17 @@ def obs_prune(
     dead = second_moment.diagonal() == 0
     upper = _inverse_factor(second_moment, dead, name)
     work = weight.detach().t().float().clone(memory_format=torch.contiguous_format)  # [K, N]: a column lies together
-    work[dead] = 0
     for begin in range(0, columns, COLUMNS_AT_ONCE):
         end = min(begin + COLUMNS_AT_ONCE, columns)
         block, factor = work[begin:end], upper[begin:end, begin:end]
         error = torch.empty_like(block)
-        diagonal = factor.diagonal().unsqueeze(1)
+        # Columns whose input was always zero go first.
+        diagonal = torch.where(dead[begin:end], factor.diagonal() / LEAST_INPUT, factor.diagonal()).unsqueeze(1)
         keep = None
         if pattern == "unstructured" and sparsity is not None:
-            keep = _keep(block.abs() / diagonal, sparsity, scope)
+            score = (block.abs() / diagonal).t().contiguous()
+            (threshold,) = thresholds([score], sparsity, scope == "row")
+            keep = (score > threshold).t()
         for i in range(end - begin):
             if pattern == "2:4" and i % 4 == 0 and begin + i + 4 <= columns:
                 # Chosen only now, as the columns before have changed these four.
@@ -159,20 +209,13 @@ def obs_prune(
     return work.t().contiguous()
 
 
-def _keep(score: Tensor, sparsity: float, scope: str) -> Tensor:
-    """Where the scores `[B, N]` of a block are above the threshold: of the block, or of each row of the weight."""
-    if scope == "row":
-        return score > ops.magnitude_threshold(score.t().contiguous(), sparsity, "row").t()
-    return score > ops.magnitude_threshold(score, sparsity)
-
-
 def _inverse_factor(second_moment: Tensor, dead: Tensor, name: str) -> Tensor:
     """The upper Cholesky factor of the damped second moment's inverse, `[K, K]`.
 
-    Raises the damping, and says so, until the matrix can be inverted.
+    Raises the damping, and says so, until the matrix can be inverted; NotInvertible where it never can.
     """
     if not bool(second_moment.isfinite().all()):
-        raise ValueError(f"engine.compress_: {name}: the second moment of its input holds a NaN or an infinity")
+        raise NotInvertible(f"engine.compress_: {name}: the second moment of its input holds a NaN or an infinity")
     diagonal = second_moment.diagonal()
     mean = diagonal.mean().item() or 1.0
     for attempt in range(DAMPING_TRIES):
@@ -187,4 +230,4 @@ def _inverse_factor(second_moment: Tensor, dead: Tensor, name: str) -> Tensor:
             if info.item() == 0 and bool(matrix.diagonal().isfinite().all()):
                 return matrix
         logger.warning("%s: its second moment can't be inverted with damping %g: trying ten times that", name, damping)
-    raise ValueError(f"engine.compress_: {name}: the second moment of its input can't be inverted")
+    raise NotInvertible(f"engine.compress_: {name}: the second moment of its input can't be inverted")

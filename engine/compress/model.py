@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.compress import measure
-from engine.compress.calibrate import Calibration, calibrate
-from engine.compress.candidates import Compressed, is_plain, needs_inputs, thresholds_of, weight_to_pack
+from engine.compress.calibrate import Calibration, InputStatistics, calibrate, check_calibration
+from engine.compress.candidates import Compressed, is_plain, needs_inputs, statistics_of, thresholds_of, weight_to_pack
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe, check_recipes, describe_recipes
 from engine.compress.report import Report
-from engine.compress.targets import find_targets, patterns_of, targets_by_recipe
+from engine.compress.targets import LOG, find_targets, patterns_of, targets_by_recipe
 from engine.compress.trial import guard_whole, model_bytes, try_recipe, try_unpruned
 from engine.nn.attention import why_not_unfused
 
@@ -41,11 +41,12 @@ def compress_(
             it, the example inputs are the one batch that is calibrated on.
 
     Raises:
-        TypeError: `recipe` is no Recipe and no mapping of names to such.
+        TypeError: `recipe` is no Recipe and no mapping of names to such, or `calibration` no Calibration.
         ValueError: the model is compressed already, a target matches nothing that can be compressed, a weight holds a
-            NaN or an infinity, or example inputs are missing.
+            NaN or an infinity, example inputs are missing, or the calibration is of another model.
     """
     recipes = check_recipes(recipe, "compress_")
+    check_calibration("compress_", calibration)
     if example_inputs is None and any(each.guard == "speed" for each in recipes):
         raise ValueError(
             "engine.compress_: guard='speed' measures layers on example inputs: give example_inputs=, "
@@ -137,25 +138,35 @@ def prune_(
         calibration: of :func:`engine.calibrate`, for an importance that looks at the inputs.
 
     Returns:
-        Fraction of zeros by qualified name of each pruned layer.
+        Fraction of zeros by qualified name of each pruned layer. One whose inputs were all zero is not among them where
+        the importance looks at these.
 
     Raises:
         ValueError: as :func:`compress_`; the model is as it was.
     """
     if prune is None:
         prune = Prune(sparsity=sparsity, threshold=threshold, scope=scope)
+    elif not isinstance(prune, Prune):
+        raise TypeError(f"engine.prune_: prune: expected engine.Prune, got {type(prune).__name__}")
     elif threshold is not None or sparsity is not None:
         raise ValueError("engine.prune_: give either a Prune or threshold and sparsity")
+    check_calibration("prune_", calibration)
     found, _ = find_targets(model, targets, ignore, "prune_")
     found = [target for target in found if target.prunable]
     if not found:
         raise ValueError(f"engine.prune_: targets {targets!r} match no Linear, Conv2d or Conv1D layer")
-    seen = {n: s for t in found for n in t.names if calibration and (s := calibration.layers.get(n))}
-    unseen = [target.name for target in found if prune.importance != "magnitude" and target.name not in seen]
-    if unseen:
-        raise ValueError(
-            f"engine.prune_: {unseen[0]}: importance {prune.importance!r} looks at inputs: give calibration="
-        )
+    seen: dict[str, InputStatistics] = {}
+    if prune.importance != "magnitude":
+        for target in found:
+            statistics = statistics_of(target, calibration, "prune_")
+            if statistics is None:
+                raise ValueError(
+                    f"engine.prune_: {target.name}: importance {prune.importance!r} looks at inputs: give calibration="
+                )
+            seen[target.name] = statistics
+        for name in [name for name, statistics in seen.items() if statistics.amax == 0]:
+            LOG.warning("engine.prune_: %s: left alone: its inputs were all zero", name)
+        found = [target for target in found if target.name not in seen or seen[target.name].amax > 0]
     thresholds = thresholds_of(found, prune) if is_plain(prune) else {}
     pruned: dict[str, float] = {}
     before: list[tuple[Tensor, Tensor]] = []

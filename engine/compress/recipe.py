@@ -181,13 +181,9 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The inverse of `to_dict`. ValueError on an unknown key or a bad value."""
-        values = dict(values)
-        for field, kind in (("prune", Prune), ("quantize", Quantize)):
-            if values.get(field) is not None:
-                values[field] = kind.from_dict(values[field])
-        for field in ("targets", "ignore"):
-            if field in values:
-                values[field] = tuple(values[field])
+        if isinstance(values, dict):
+            nested: dict[str, Any] = {"prune": Prune, "quantize": Quantize}
+            values = {k: nested[k].from_dict(v) if k in nested and v is not None else v for k, v in values.items()}
         return _from_dict(cls, values)
 
 
@@ -196,14 +192,11 @@ def check_recipes(recipe: Recipe | Mapping[str, Recipe], owner: str) -> list[Rec
 
     Raises:
         TypeError: it is neither.
-        ValueError: it is an empty mapping.
     """
     recipes = list(recipe.values()) if isinstance(recipe, Mapping) else [recipe]
     for each in recipes:
         if not isinstance(each, Recipe):
             raise TypeError(f"engine.{owner}: recipe: expected engine.Recipe, got {type(each).__name__}")
-    if not recipes:
-        raise ValueError(f"engine.{owner}: recipe: expected at least one layer, got an empty mapping")
     return recipes
 
 

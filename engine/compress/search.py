@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine._journal import Journal
 from engine.compress.allocate import Frontier
-from engine.compress.calibrate import Calibration, calibrate, check_batches, progressing
+from engine.compress.calibrate import Calibration, calibrate, check_batches, check_calibration, progressing
 from engine.compress.candidates import make_candidates, needs_inputs
 from engine.compress.fingerprint import fingerprint
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
@@ -80,10 +80,14 @@ def search(
             numbers or not the same when it is run again, or as `compress_`.
     """
     budget = _budget(loss_budget, time_budget, size_budget)
+    if candidates is not None and not isinstance(candidates, Mapping):
+        kind = type(candidates).__name__
+        raise TypeError(f"engine.search: candidates: expected a mapping of names to recipes, got {kind}")
     candidates = dict(CANDIDATES if candidates is None else candidates)
     if not candidates or DENSE in candidates or not all(isinstance(r, Recipe) for r in candidates.values()):
         raise ValueError(f"engine.search: candidates: expected recipes by name, none of them named {DENSE!r}")
     check_batches("search", batches)
+    check_calibration("search", calibration)
     batches = list(batches)
     if not batches:
         raise ValueError("engine.search: batches: expected at least one, got none")

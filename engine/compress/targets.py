@@ -65,6 +65,11 @@ class Target:
         return as_matrix(self.weight.detach(), self.transposed)
 
     @property
+    def columns(self) -> int:
+        """K."""
+        return self.weight.numel() // self.weight.shape[1 if self.transposed else 0]
+
+    @property
     def transposed(self) -> bool:
         """Whether the dense weight is `[K, N]`."""
         return is_conv1d(self.modules[0])
@@ -223,7 +228,7 @@ def _why_not(target: Target, others: set[str]) -> str | None:
     if len({is_conv1d(module) for module in target.modules}) > 1:
         return "its weight is shared between a Conv1D and others, which multiply by its transpose"
     if not all(is_as_made(module) for module in target.modules):
-        return "it has a forward or parts of its own, which a replacement would lose"
+        return "it has a forward or parts of its own, or methods bound to it, which a replacement would lose"
     if any(has_hooks(module) for module in target.modules):
         return "it has hooks, which a replacement would lose"
     return None
@@ -243,6 +248,9 @@ def targets_by_recipe(
         ValueError: as `find_targets`; tied layers are to differ; or a name is no layer's and no block's.
     """
     targets, left = find_targets(model, *patterns_of(recipe), owner)
+    if not recipe:  # as a search gives it where nothing pays
+        named = model.named_modules(remove_duplicate=False)
+        left = {name: "the recipes name no layer" for name, module in named if compressible(module)}
     if isinstance(recipe, Recipe):
         return [(recipe, targets)], left
     groups: dict[Recipe, list[Target]] = {}

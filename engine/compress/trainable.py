@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.compress.importance import beside_ties
+from engine.compress.importance import thresholds
 from engine.compress.recipe import Prune
 from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
 from engine.nn import CompressedConv2d, CompressedLinear
+from engine.nn._replace import give_attributes, given_attributes
 from engine.nn.conv2d import is_channels_last, patches
 from engine.ops._bitmap import bitmap_mask
 from engine.ops._semi_structured import spread
@@ -65,6 +66,7 @@ class TrainableLinear(nn.Module):
         self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
         self.bias = compressed.bias
         self.transposed = isinstance(compressed, CompressedLinear) and compressed.transposed
+        give_attributes(self, given_attributes(compressed))
         self.train(compressed.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -136,9 +138,7 @@ class TrainableLinear(nn.Module):
             return
         assert self._prune.sparsity is not None
         self.weight.mul_(self.mask)
-        scope = "row" if self._prune.scope == "row" else "tensor"
-        sparsity = share * self._prune.sparsity
-        limit = beside_ties([self.weight], ops.magnitude_threshold(self.weight, sparsity, scope), sparsity)
+        (limit,) = thresholds([self.weight], share * self._prune.sparsity, self._prune.scope == "row")
         self.mask.logical_and_(self.weight.abs() > limit)
         self.weight.mul_(self.mask)
 
@@ -164,6 +164,7 @@ class TrainableLinear(nn.Module):
             else:
                 format = Bitmap.from_dense(weight, threshold, self.values_dtype, self.input_scale)
         module = self._over(format).train(self.training)
+        give_attributes(module, given_attributes(self))
         if module.values.is_floating_point():
             module.values.requires_grad_(self.weight.requires_grad)
         return module

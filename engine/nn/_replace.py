@@ -1,10 +1,13 @@
 """What replacing a layer in a model has to mind: its kind, autocast, PyTorch's fused paths, and hooks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+GIVEN = "_given_attributes"  # of a replacement: the names that it has from the layer before
+SIZES: dict[type[nn.Module], tuple[int, ...]] = {nn.Linear: (1, 1), nn.Embedding: (1, 1), nn.Conv2d: (1, 1, 1)}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -43,9 +46,9 @@ def switches_of_fused_paths(model: nn.Module, name: str) -> Iterator[tuple[dict[
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks hang on `module` or its weight, which a replacement would lose."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     weight = module._parameters.get("weight")
-    return any(getattr(module, name) for name in hooks) or (weight is not None and has_tensor_hooks(weight))
+    hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+    return hooks or (weight is not None and has_tensor_hooks(weight))
 
 
 def has_tensor_hooks(parameter: Tensor) -> bool:
@@ -54,7 +57,33 @@ def has_tensor_hooks(parameter: Tensor) -> bool:
 
 
 def is_as_made(module: nn.Module) -> bool:
-    """Whether a layer computes with a weight and a bias as its class does: no other forward, no parts of its own."""
-    return "forward" not in vars(module) and not (
-        module._modules or module._buffers or set(module._parameters) - {"weight", "bias"}
-    )
+    """Whether a layer computes with a weight and a bias as its class does: no other forward, no parts of its own, no
+    methods bound to it.
+    """
+    parts = module._modules or module._buffers or set(module._parameters) - {"weight", "bias"}
+    bound = any(getattr(value, "__self__", None) is module for value in vars(module).values())
+    return not (parts or bound or vars(module).keys() & {"forward", "_compiled_call_impl"})
+
+
+def given_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that somebody gave a layer, dense or replaced, besides those of its class."""
+    names = vars(module).get(GIVEN, ())
+    if type(module) in SIZES or is_conv1d(module):
+        names = sorted(vars(module).keys() - _names_as_made(type(module)))
+    return {name: vars(module)[name] for name in names if name in vars(module)}
+
+
+def give_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> list[str]:
+    """Sets what `given_attributes` found on the layer's replacement; returns the names that this has other uses for."""
+    taken = [name for name in attributes if hasattr(module, name)]
+    given = {name: value for name, value in attributes.items() if name not in taken}
+    if given:
+        vars(module).update(given | {GIVEN: tuple(given)})
+    return taken
+
+
+def _names_as_made(kind: type[nn.Module]) -> set[str]:
+    """The attributes of a dense layer of this class as it is made."""
+    if kind in SIZES:
+        return set(vars(kind(*SIZES[kind], device="meta")))
+    return {*vars(nn.Module()), "nf", "nx"}
