@@ -16,10 +16,12 @@ Everything else has its name in `model.state_dict()`. The header's metadata says
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +32,31 @@ from engine.formats import Bitmap, Block, Csr, DenseInt8, Format, SemiStructured
 from engine.nn.conv2d import as_weight
 from engine.ops._check import FLOAT_DTYPES
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a folder, and of one with shards
 FORMAT_VERSION = "1"
 FORMATS: dict[str, type[Format]] = {kind.__name__: kind for kind in (DenseInt8, Bitmap, Csr, SemiStructured, Block)}
 WITH_OPTIONAL_SCALE = (Bitmap, SemiStructured, Block)  # there where values are int8
 DENSE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 INT8_OR_FLOAT = (torch.int8, *FLOAT_DTYPES)
 INDICES = (torch.int32, torch.int64)
+
+
+def weights_in(folder: Path) -> Path:
+    """The one file of a folder's weights.
+
+    Raises:
+        FileNotFoundError: there are none, not of another kind either.
+        CheckpointError: they lie in shards, or are no safetensors.
+    """
+    path = folder / WEIGHTS
+    if path.exists():
+        return path
+    if (folder / INDEX).exists():
+        raise CheckpointError(f"{folder}: has no {WEIGHTS}, but shards, which {INDEX} names: expected one file")
+    others = sorted(each.name for each in folder.glob("*.bin"))
+    if others:
+        raise CheckpointError(f"{folder}: has no {WEIGHTS}, only {others[0]}: save the model as safetensors first")
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 @dataclasses.dataclass(frozen=True)

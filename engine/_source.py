@@ -10,13 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine._checkpoint_file import CheckpointFile
+from engine._checkpoint_file import INDEX, WEIGHTS, CheckpointFile, weights_in
 from engine._safetensors import CheckpointError, Entry, explained
 from engine.compress.recipe import DEFAULT_TARGETS, Recipe
 from engine.compress.targets import check_patterns, matches
 from engine.ops._check import FLOAT_DTYPES
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What other tools keep weights in: never copied beside the compressed ones.
 WEIGHT_SUFFIXES = {
     ".bin",
@@ -78,11 +77,8 @@ def _all_of(file: CheckpointFile) -> Iterable[tuple[str, CheckpointFile]]:
 
 
 def _files_by_tensor(folder: Path) -> Iterable[tuple[str, CheckpointFile]]:
-    others = sorted(path.name for path in folder.glob("*.bin"))
-    if others and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder}: has no {WEIGHTS}, only {others[0]}: save the model as safetensors first")
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return _all_of(CheckpointFile(folder / WEIGHTS))
+        return _all_of(CheckpointFile(weights_in(folder)))
     where = f"{folder / INDEX}"
     with explained(where):
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -144,6 +140,16 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
     return chosen, left
 
 
+def ignored_in_vain(source: Source, recipe: Recipe) -> list[str]:
+    """The patterns to ignore that mean nothing in the model."""
+    names = [*source.files, *source.aliases]
+    homes = {name.rpartition(".")[0] for name in names}
+    kinds = {*DEFAULT_TARGETS}  # what a class's name may say of a weight
+    return [
+        pattern for pattern in recipe.ignore if pattern not in kinds and not any(_means(pattern, h, "") for h in homes)
+    ]
+
+
 def _transposed(source: Source) -> set[str]:
     """Weights `[K, N]` of Hugging Face's Conv1D, told by biases as long as they are wide.
 
@@ -190,6 +196,14 @@ def check_apart(model: Path, out: Path) -> None:
         raise ValueError(f"{out}: would be written into the model itself")
     if model.is_dir() and target in home.parents:
         raise ValueError(f"{out}: holds the model's own folder")
+
+
+def check_parent(out: Path) -> None:
+    """Raises unless there is a folder to write `out` into."""
+    if out.parent.exists() and not out.parent.is_dir():
+        raise ValueError(f"{out.parent}: is a file, not a folder to write into")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(2, "", str(out.parent))
 
 
 def copy_companions(folder: Path, out: Path) -> None:

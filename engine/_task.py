@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module, got {type(self.model).__name__}")
+        for name in ("batches", "measured"):
+            if isinstance(getattr(self, name), Iterator):
+                raise ValueError(
+                    f"{name}: expected batches that can be gone through again, got an iterator: use a list"
+                )
         if self.measured is None:
             self.measured = self.batches
         if self.example_inputs is None:
@@ -76,8 +81,11 @@ def _from_function(path: Path, name: str) -> Task:
         raise ValueError(f"{path}: has no function {name!r}")
     made = function()
     known = {field.name for field in dataclasses.fields(Task)}
-    if not isinstance(made, Mapping) or not {"model", "batches"} <= made.keys() <= known:
-        raise ValueError(f"{path}:{name}: expected a dict with model, batches and of the others {sorted(known)}")
+    needed = {"model", "batches"}
+    if not isinstance(made, Mapping) or not needed <= made.keys() <= known:
+        others = ", ".join(sorted(known - needed))
+        got = f"the keys {', '.join(map(str, made))}" if isinstance(made, Mapping) else type(made).__name__
+        raise ValueError(f"{path}:{name}: expected a dict with model and batches, and perhaps {others}; got {got}")
     return Task(**made)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, read_weight, weight_parts
+from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, read_weight, weight_parts, weights_in
 from engine._match_names import Slots, match_names
 from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
-from engine.nn._replace import has_hooks, is_conv1d, switches_of_fused_paths
+from engine.nn._replace import give_attributes, given_attributes, has_hooks, is_conv1d, switches_of_fused_paths
 from engine.nn.attention import attention_unfused
 from engine.nn.compressed import _Compressed
 from engine.nn.conv2d import why_not
@@ -101,16 +101,17 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Args:
         model: freshly constructed, or compressed in the same places.
-        path: the file.
+        path: the file, or a folder with it as `model.safetensors`, as `engine compress` makes it of a folder.
 
     Returns:
         `model`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, or not for this model; the message names the tensor.
+        FileNotFoundError: there is no such file, or none in the folder.
+        CheckpointError: the file is damaged, or not for this model; the message names the tensor. Or a folder's weights
+            are in shards.
     """
-    file = CheckpointFile(path)
+    file = CheckpointFile(weights_in(Path(path)) if Path(path).is_dir() else path)
     try:
         slots = Slots(model)
         names = match_names(file, slots)
@@ -244,6 +245,10 @@ def _twin(where: str, dense: Any, format: Format, dtype: torch.dtype) -> Any:
     module._dtype_marker.data = module._dtype_marker.data.to(module.values.device)
     if module.values.is_floating_point():
         module.values.requires_grad_(before.requires_grad)
+    if taken := give_attributes(module, given_attributes(dense)):
+        raise CheckpointError(
+            f"{where}: the model's layer has an attribute {taken[0]!r}, of which a replacement has another use"
+        )
     return module.train(dense.training)
 
 

@@ -335,7 +335,7 @@ def test_an_interrupt_while_modules_are_replaced_undoes_all(path, monkeypatch):
 def test_what_is_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_(Mlp(), tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="not a file"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_(Mlp(), tmp_path)
     (tmp_path / "empty").touch()
     with pytest.raises(CheckpointError, match="too short"):
@@ -343,6 +343,31 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "text").write_text("hello, I am no model at all")
     with pytest.raises(CheckpointError, match="text: "):
         load_(Mlp(), tmp_path / "text")
+
+
+def test_a_folder(tmp_path):
+    model = Mlp()
+    compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    save(model, tmp_path / "model.safetensors")
+    x = torch.randn(3, 256)
+    assert torch.equal(load_(Mlp(), tmp_path)(x), model(x))
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="but shards"):
+        load_(Mlp(), tmp_path)
+
+
+def test_what_was_given_to_a_layer_stays(path):
+    model = Mlp()
+    compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    save(model, path)
+    fresh = Mlp()
+    fresh.first.gain = 2.0
+    assert load_(load_(fresh, path), path).first.gain == 2.0
+    fresh = Mlp()
+    fresh.first.values = 2.0
+    with pytest.raises(CheckpointError, match=r"first\.weight: the model's layer has an attribute 'values'"):
+        load_(fresh, path)
 
 
 def edit_metadata(key, value):

@@ -128,6 +128,13 @@ def test_what_is_left_alone_is_said(model, out):
     assert set(CheckpointFile(out).weights) == {"first.weight"}
 
 
+def test_a_pattern_ignored_in_vain_is_said(model, out):
+    patterns = ("frist", "first", "re:sec", "Embedding")
+    options = [word for pattern in patterns for word in ("--ignore", pattern)]
+    result = CliRunner().invoke(cli.app, ["compress", str(model), "-o", str(out), "--int8", *options])
+    assert result.exit_code == 0 and result.stderr == "engine: --ignore frist matches nothing in the model\n"
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("options", [["--int8"], ["--sparsity", "0.7"], ["--sparsity", "0.7", "--int8"]], ids=str)
 def test_a_folder(shards, options, tmp_path):
@@ -235,6 +242,8 @@ def test_nothing_is_overwritten(model, out, tmp_path):
     assert "holds the model's own folder" in run("compress", folder, "-o", tmp_path, "--int8", "--force", code=1)
     assert "is a folder, but the model is a file" in run("compress", model, "-o", folder, "--int8", "--force", code=1)
     assert "is a file, but the model is a folder" in run("compress", folder, "-o", out, "--int8", "--force", code=1)
+    fresh = tmp_path / "fresh.safetensors"
+    assert "is a file's name, but the model is a folder" in run("compress", folder, "-o", fresh, "--int8", code=1)
     assert model.read_bytes() == before
 
 
@@ -261,9 +270,14 @@ def test_inspect(model, out):
     assert found["bytes"] == sum(row["bytes"] for row in found["tensors"]) < found["dense_bytes"]
     assert run("inspect", out.parent / "alone", code=1).endswith("no such file or folder\n")
     (out.parent / "alone").mkdir()
-    assert "holds 0 safetensors files: name one" in run("inspect", out.parent / "alone", code=1)
+    assert "model.safetensors: no such file" in run("inspect", out.parent / "alone", code=1)
+    (out.parent / "alone" / "pytorch_model.bin").touch()
+    assert "only pytorch_model.bin" in run("inspect", out.parent / "alone", code=1)
     shutil.copy(out, out.parent / "alone")
     assert "first.weight" in run("inspect", out.parent / "alone")
+    shutil.copy(out, out.parent / "alone" / "other.safetensors")
+    printed = run("inspect", out.parent / "alone", code=1)
+    assert "holds 2 safetensors files: name one of other.safetensors, small.safetensors" in printed
     tensors, file = load_file(out), CheckpointFile(out)
     tensors["first.weight.row_offsets"][1] = 2**62
     save_file(tensors, out, file.metadata)
@@ -415,6 +429,14 @@ def make():
     return {"model": model, "batches": [torch.randn(16, 64) for _ in range(3)], "measured": [torch.randn(16, 64)]}
 """
 
+ODD = """
+def once():
+    return {**make(), "batches": iter(make()["batches"])}
+
+def more():
+    return {"model": make()["model"], "x": 3}
+"""
+
 
 @pytest.fixture
 def task(tmp_path):
@@ -440,6 +462,18 @@ def test_search(task, tmp_path, monkeypatch):
     run("distill", task, "-o", trained, "--recipes", out / "search.json", "--steps", 3)
     recipes = {name: recipe.to_dict() for name, recipe in Search.load(out / "search.json").recipes.items()}
     assert recipes and CheckpointFile(trained / "model.safetensors").recipe == recipes
+
+
+def test_a_search_that_compresses_nothing(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(measure, "MOST_ROUNDS", 2)
+    out = tmp_path / "found"
+    run("search", task, "-o", out, "--size-budget", 0.03)
+    assert (out / "model.safetensors").exists()
+    assert "no layer is compressed" in run("search", task, "-o", out, "--loss-budget", 0)
+    assert not Search.load(out / "search.json").recipes and not (out / "model.safetensors").exists()
+    recipes = ("--recipes", out / "search.json")
+    assert "names no layer" in run("distill", task, "-o", tmp_path / "trained", *recipes, "--steps", 3, code=1)
 
 
 def test_distill(task, tmp_path):
@@ -482,6 +516,13 @@ def test_what_torch_saved_is_named(tmp_path):
         (("search", "TASKx", "--loss-budget", 1), 1, "has no function 'makex'"),
         (("search", "nowhere.py:make", "--loss-budget", 1), 1, "nowhere.py: no such file"),
         (("search", "nowhere", "--loss-budget", 1), 1, "nowhere: no such file"),
+        (("search", "TASK", "--loss-budget", 1, "-o", "missing/out"), 1, "missing: no such file"),
+        (("search", "ODD:once", "--loss-budget", 1), 1, "batches: expected batches that can be gone through again"),
+        (
+            ("search", "ODD:more", "--loss-budget", 1),
+            1,
+            "perhaps example_inputs, loss, measured; got the keys model, x",
+        ),
         (("search", "FOLDER", "--loss-budget", 1), 1, "needs --texts"),
         (("distill", "TASK", "--steps", 5), 2, "nothing to do"),
         (("distill", "TASK", "--steps", 5, "--sparsity", 2), 2, "sparsity"),
@@ -493,10 +534,13 @@ def test_what_torch_saved_is_named(tmp_path):
 )
 def test_search_and_distill_refuse(task, tmp_path, arguments, code, message):
     (tmp_path / "bad.json").write_text('{"recipes": []}')
+    (tmp_path / "odd.py").write_text(TASK + ODD)
     (tmp_path / "folder").mkdir()
     words = [str(a).replace("TASK", task).replace("FOLDER", str(tmp_path / "folder")) for a in arguments]
-    words = [word.replace("BAD", str(tmp_path / "bad.json")) for word in words]
-    assert message in run(*words, "-o", tmp_path / "out", code=code)
+    words = [word.replace("BAD", str(tmp_path / "bad.json")).replace("ODD", str(tmp_path / "odd.py")) for word in words]
+    if "-o" not in words:
+        words += ["-o", str(tmp_path / "out")]
+    assert message in run(*words, code=code)
 
 
 def test_ties_of_a_saved_model_stay(tmp_path):
@@ -514,9 +558,13 @@ def test_ties_of_a_saved_model_stay(tmp_path):
 
 @pytest.mark.parametrize("scope", ["layer", "row", "model"])
 def test_weights_on_a_coarse_grid(scope, tmp_path):
-    """All magnitudes alike can't be halved: none goes."""
+    """Half of equals go, from every row."""
     model, out = tmp_path / "signs.safetensors", tmp_path / "small.safetensors"
     save_file({"a.weight": torch.randn(64, 64).sign(), "b.weight": torch.randn(64, 64).sign()}, model)
     run("compress", model, "-o", out, "--sparsity", 0.5, "--scope", scope, "--int8")
     weights = load_file(out)
-    assert weights["a.weight.compressed"].numel() == weights["b.weight.compressed"].numel() == 64 * 64
+    for name in ("a", "b"):
+        assert weights[f"{name}.weight.compressed"].numel() == 64 * 32
+        assert (weights[f"{name}.weight.row_offsets"].diff() == 32).all()
+    run("compress", model, "-o", out, "--sparsity", 0.5, "--scope", scope, "--pattern", "block", "--force")
+    assert load_file(out)["a.weight.values"].shape[0] == 2

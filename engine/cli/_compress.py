@@ -12,7 +12,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from engine._compress_file import Result, compress_file, journal_path
 from engine._files import write_text
 from engine._safetensors import partial_path
-from engine._source import WEIGHTS, Source, check_apart, choose, copy_companions, remove_stale_weights
+from engine._source import (
+    WEIGHTS,
+    Source,
+    check_apart,
+    check_parent,
+    choose,
+    copy_companions,
+    ignored_in_vain,
+    remove_stale_weights,
+)
 from engine.cli._output import BAD_OPTION, fail, one_line_errors, output_console, plain, plain_table, shape_text
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 
@@ -90,26 +99,29 @@ def _recipe(
 
 
 def _check_patterns(source: Source, recipe: Recipe) -> None:
-    """Ends the command where a pattern is none, or a target is not in the model: those are options too."""
+    """Ends the command where a pattern is none, or a target is not in the model: those are options too. Says what is
+    ignored in vain.
+    """
     try:
         choose(source, recipe)
     except ValueError as error:
         fail(error, BAD_OPTION)
+    for pattern in ignored_in_vain(source, recipe):
+        typer.echo(plain(f"engine: --ignore {pattern} matches nothing in the model"), err=True)
 
 
 def _check_out(model: Path, out: Path, force: bool, resume: bool) -> None:
     """Raises where writing `out` would touch the model itself, or something that is there already."""
     check_apart(model, out)
+    check_parent(out)
     if out.exists() and out.is_dir() != model.is_dir():
         kinds = ("a folder", "a file") if out.is_dir() else ("a file", "a folder")
         raise ValueError(f"{out}: is {kinds[0]}, but the model is {kinds[1]}")
+    if model.is_dir() and not out.exists() and out.suffix == ".safetensors":
+        raise ValueError(f"{out}: is a file's name, but the model is a folder, and a folder is written for it")
     left = {partial_path(out / WEIGHTS).name, journal_path(out / WEIGHTS).name} if resume else set()
     if out.exists() and not force and (out.is_file() or any(path.name not in left for path in out.iterdir())):
         raise ValueError(f"{out}: exists; --force replaces it")
-    if out.parent.exists() and not out.parent.is_dir():
-        raise ValueError(f"{out.parent}: is a file, not a folder to write into")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(2, "", str(out.parent))
 
 
 def _compress_folder(source: Source, out: Path, recipe: Recipe, resume: bool) -> Result:

@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from engine._checkpoint_file import CheckpointFile, read_weight
+from engine._checkpoint_file import CheckpointFile, read_weight, weights_in
 from engine._safetensors import CheckpointError
 from engine.cli._output import one_line_errors, output_console, plain, plain_table, shape_text
+
+FILES_NAMED = 3
 
 
 def inspect(
@@ -54,9 +56,10 @@ def _inspect(path: Path) -> tuple[list[dict[str, Any]], CheckpointFile]:
     """A row for each weight and each other tensor; every one is read and checked, but for those of an unknown type."""
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise CheckpointError(f"{path}: holds {len(found)} safetensors files: name one")
-        path = found[0]
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:FILES_NAMED]) + (", ..." if len(found) > FILES_NAMED else "")
+            raise CheckpointError(f"{path}: holds {len(found)} safetensors files: name one of {names}")
+        path = found[0] if found else weights_in(path)
     file = CheckpointFile(path)
     rows: list[dict[str, Any]] = []
     for name, info in file.weights.items():

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from engine import checkpoint, compress
-from engine._source import WEIGHTS, check_apart, copy_companions
+from engine._source import WEIGHTS, check_apart, check_parent, copy_companions
 from engine._task import load_task
 from engine.cli._output import BAD_OPTION, fail, one_line_errors
 from engine.compress.recipe import Prune, Quantize, Recipe, check_recipes, describe_recipes
@@ -33,6 +33,7 @@ def _check_out(model: str, out: Path, command: str, progress: str) -> None:
     folder = Path(model)
     if folder.is_dir():
         check_apart(folder, out)
+    check_parent(out)
     there = [name for name in RESULTS if (out / name).exists()]
     if there and not (out / progress).exists():
         raise ValueError(f"{out}: holds a {there[0]} that is not of this {command}: give another folder")
@@ -76,6 +77,7 @@ def search(
             ignore=skip,
             checkpoint=out / MEASUREMENTS,
         )
+        (out / WEIGHTS).unlink(missing_ok=True)  # of a search for another budget
         for suffix in (".json", ".html", ".png"):
             found.save(out / f"search{suffix}")
         if found.recipes:
@@ -83,8 +85,8 @@ def search(
             checkpoint.save(task.model, out / WEIGHTS, report.recipe)
         _copy_companions(model, out)
     typer.echo(str(found))
-    written = f"search.json, .html, .png{f', {WEIGHTS}' if found.recipes else ''}"
-    typer.echo(f"{out}: {written}")
+    written = f", {WEIGHTS}" if found.recipes else "; no layer is compressed, so that there is no model to write"
+    typer.echo(f"{out}: search.json, .html, .png{written}")
 
 
 def distill(
