@@ -1,10 +1,10 @@
 // block_int8_linear: int8 activations, quantised here, times a weight of which only some blocks are kept.
 //
-// For many rows of activations a row of blocks is packed, and multiplied by tiles of them. With AVX-512 the tile reads
-// activations where they lie (common/block_avx512.h). Elsewhere the microkernels of common/gemm_int8.h, which know
-// nothing of blocks, do: the activations that kept blocks meet are gathered, tile by tile in L1, to lie side by side.
-// What a gathered activation costs is shared by as many outputs as a block has rows. For a few rows of activations,
-// blocks are multiplied where they lie (common/block_dot_avx2.h, common/block_dot_avx512.h).
+// For many rows of activations with AVX-512 these are packed, and weights read where they lie
+// (common/block_int8_strips.h). Elsewhere a row of blocks is packed, for the microkernels of common/gemm_int8.h, which
+// know nothing of blocks: the activations that kept blocks meet are gathered, tile by tile in L1, to lie side by side.
+// What a gathered activation costs is shared by as many outputs as a block has rows. For a few rows of activations
+// neither is packed (common/block_dot_avx2.h, common/block_dot_avx512.h).
 
 #include <cstring>
 
@@ -39,6 +39,8 @@ ENGINE_INLINE void copy_stretch(const QuantizedRows<Q>& rows, int64_t row, int64
 }
 
 // ---- panels -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kBlockRows = 512;  // rows of activations to a task: sums of up to 128 KB
 
 struct BlockScratch;  // tag: what a thread packs, gathers and sums in
 struct PartScratch;   // tag: sums of activations by column of blocks, held by the calling thread
