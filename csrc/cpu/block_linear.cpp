@@ -249,8 +249,7 @@ struct StripTask {
                 strip.template ask_next<V>(weight, stop, inside, outputs, (row - begin) / tile,
                                            pieces_of(end - begin, tile));
                 float* mine = sums + (row - begin) * outputs;
-                strip_tile<Kernel>(count, outputs, rows + row * stride, stride, strip,
-                                   static_cast<const float*>(nullptr), i > first, mine);
+                strip_tile<Kernel>(count, outputs, rows + row * stride, stride, strip, i > first, mine);
                 if (stop == last) finish(row, count, column, outputs, mine);
             }
         }
