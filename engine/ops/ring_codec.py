@@ -8,39 +8,23 @@ import math
 import torch
 from torch import Tensor
 
+from engine._ring_codec import BLOCK, GROUP, HEADER, bitmap_bytes, bitmap_capacity, dense_bytes, threshold_of
 from engine.ops import _check
 from engine.ops._library import REFERENCES, define_mutating, explained_by
 from engine.ops.int8_quantize import int8_quantize  # noqa: F401  (defines the reference that this one builds on)
 from engine.ops.prune_to_bitmap import prune_to_bitmap  # noqa: F401  (the same)
 
 CODECS = ("bf16", "int8", "bitmap")
-BLOCK = 256  # elements that share a scale in "int8"
-GROUP = 8  # elements that share a bit of the first bitmask in "bitmap"
-HEADER = 8  # bytes before it
 ROOM = 1.25  # how many more values than the density asks for "bitmap" has room for: its threshold is an estimate
 
 
 def wire_bytes(codec: str, n: int, density: float = 0.01) -> int:
     """Bytes that `n` elements take by `codec`; the same on every rank, whatever the values are."""
     _check.expect(codec in CODECS, "ring_codec", "codec", f"one of {', '.join(CODECS)}", repr(codec))
-    if codec == "bf16":
-        return 2 * n
-    if codec == "int8":
-        return 4 * -(-n // BLOCK) + n
+    if codec != "bitmap":
+        return dense_bytes(codec, n)
     capacity = min(n, math.ceil(ROOM * density * n) + 32)
-    return _bitmap_bytes(n) + 2 * capacity + min(capacity, -(-n // GROUP))
-
-
-def _bitmap_bytes(n: int) -> int:
-    """Bytes before the values."""
-    return HEADER + 8 * -(-n // (64 * GROUP))
-
-
-def _bitmap_capacity(n: int, size: int) -> int:
-    """How many values there is room for in so many bytes; -1 where `n` elements never make so many."""
-    room, groups = size - _bitmap_bytes(n), -(-n // GROUP)
-    each, shared = (3, 0) if room <= 3 * groups else (2, groups)
-    return -1 if room < 0 or (room - shared) % each else (room - shared) // each
+    return bitmap_bytes(n) + 2 * capacity + min(capacity, -(-n // GROUP))
 
 
 def _check_floats(op: str, name: str, t: Tensor, n: int) -> None:
@@ -55,8 +39,8 @@ def _check_wire(op: str, codec: str, wire: Tensor, n: int) -> None:
     _check.expect(wire.is_contiguous(), op, "wire", "a contiguous tensor", f"strides {wire.stride()}")
     size = wire.shape[0]
     if codec == "bitmap":
-        what = f"{_bitmap_bytes(n)} bytes, 2 for each value, 1 for each group of {GROUP} elements"
-        _check.expect(_bitmap_capacity(n, size) >= 0, op, "wire", what, size)
+        what = f"{bitmap_bytes(n)} bytes, 2 for each value, 1 for each group of {GROUP} elements"
+        _check.expect(bitmap_capacity(n, size) >= 0, op, "wire", what, size)
     else:
         _check.expect(size == wire_bytes(codec, n), op, "wire", f"{wire_bytes(codec, n)} bytes", size)
 
@@ -107,24 +91,12 @@ def _reference_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tens
         residual.copy_(torch.where(received.isfinite(), values - received, residual))
 
 
-def _threshold(values: Tensor, density: float) -> Tensor:
-    """Below the smallest of the samples that are kept by one unit in the last place; 0 where that is 0."""
-    n = values.shape[0]
-    samples = math.ceil(min(n, max(1024, 40 / density)))
-    if samples == 0:
-        return values.new_zeros(())
-    keys = values[torch.arange(samples, device=values.device) * n // samples].abs().view(torch.int32)
-    kept = max(1, round(density * samples))
-    key = keys.sort().values[samples - kept]
-    return (key.clamp(max=0x7F800000) - 1).clamp(min=0).view(torch.float32)
-
-
 def _reference_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:
     _check_prune_encode(x, residual, density, wire)
     n = x.shape[0]
     values = x.clone() if residual is None else x + residual
-    capacity = _bitmap_capacity(n, wire.shape[0])
-    bitmask, _, kept = REFERENCES["prune_to_bitmap"](values.unsqueeze(0), _threshold(values, density))
+    capacity = bitmap_capacity(n, wire.shape[0])
+    bitmask, _, kept = REFERENCES["prune_to_bitmap"](values.unsqueeze(0), threshold_of(values, None, density))
     places = _places(bitmask[0], n)
     count = min(capacity, places.shape[0])
     sent = _bfloat16_bits(kept[:count])
@@ -133,7 +105,7 @@ def _reference_prune_encode(x: Tensor, residual: Tensor | None, density: float, 
     header = torch.tensor([count, 0 if finite else 1], dtype=torch.int32, device=x.device).view(torch.uint8)
     groups = _packed(torch.nn.functional.pad(mask, (0, -n % (64 * GROUP))))
     some = groups.ne(0)
-    room = sent.new_zeros(wire.shape[0] - _bitmap_bytes(n))
+    room = sent.new_zeros(wire.shape[0] - bitmap_bytes(n))
     room[: 2 * count] = sent
     room[2 * capacity :][: int(some.sum())] = groups[some]
     wire.copy_(torch.cat([header, _packed(some), room]))
@@ -166,7 +138,7 @@ def _values_of(wire: Tensor, codec: str, n: int, factor: float) -> Tensor:
         q = _in_blocks(wire[4 * blocks :].view(torch.int8).float())
         return (q * scale.unsqueeze(-1)).view(-1)[:n]
     count, flags = wire[:HEADER].view(torch.int32).tolist()
-    begin, capacity = _bitmap_bytes(n), _bitmap_capacity(n, wire.shape[0])
+    begin, capacity = bitmap_bytes(n), bitmap_capacity(n, wire.shape[0])
     values, masks = wire[begin:][: 2 * capacity].view(torch.bfloat16).float(), wire[begin + 2 * capacity :]
     some = _places(wire[HEADER:begin], 8 * (begin - HEADER))
     good = 0 <= count <= capacity and flags in (0, 1)
