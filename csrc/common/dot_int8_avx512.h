@@ -208,7 +208,7 @@ class DotBlocksAvx512 {
         }
     }
 
-    // Tiles as even as can be: one row alone uses the registers badly.
+    // Tiles of nearly equal height: a tile of one row would leave most registers idle.
     int64_t tile_rows(int64_t tile, int64_t row) const { return (m_ - row + tiles_ - tile - 1) / (tiles_ - tile); }
 
     template <class Total>

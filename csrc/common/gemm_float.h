@@ -16,9 +16,9 @@
 //   rows ≤ kFloatGroup; kc ≤ kFloatDepth; k0 is a multiple of kFloatDepth, and kc is kFloatDepth unless the row ends.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 //
-// One whose weights are missing in places has spans(r), the stretches [begin, end) of K that are there of row r of what
-// it wrote last, and writes no others; they are the same for unit() rows, of which groups are made, more than
-// kFloatGroup rows where one unit has more.
+// A provider of block-sparse weights also has spans(r): the ranges [begin, end) of K that row r of the panel written
+// last holds; only these are written. unit() consecutive rows share their spans, and a group is a multiple of them,
+// even of more than kFloatGroup rows.
 //
 // For a few rows float_dot_linear: activations as fp32 row by row, and a kernel that multiplies them by the weights
 // where they lie.
@@ -41,9 +41,9 @@ namespace engine {
 
 constexpr int64_t kFloatDepth = 256;  // a strip of such depth stays in L1, a panel of it in L2
 constexpr int64_t kFloatGroup = 112;  // at most so many weight rows to a group
-// A sum's error grows with the length of the chain in which it is added up: 0.3 length epsilon / 2 for products of
-// random numbers, and over several chains as the square root of length times K. MKL has 4 chains for up to 8 outputs
-// and one of up to 192 for more.
+// Products of K added up before they are added to the total: a rounding error grows with the length L of a chain of
+// dependent additions, about 0.15 L epsilon for random products, and as sqrt(L K) where K is cut into chains of L. MKL
+// has 4 chains for up to 8 outputs, and for more of them one of at most 192 additions.
 constexpr int64_t kFloatChain = 64;
 
 // y = (x · weightᵀ) · scale + bias, in fp32 and then cast.

@@ -118,7 +118,7 @@ struct PanelMemory {
           wide(plan.wide ? scratch.take<int64_t>(plan.block_rows * kGroup) : nullptr) {}
 };
 
-// The lines that finish will write, of which the cache needs to know what they hold.
+// Adds the lines of outputs that finish() will write: to write a part of a line the cache has to fetch it first.
 template <class T>
 void ask_outputs(const FinishRows<T>& f, LinesAhead& lines) {
     constexpr int64_t kLine = 64 / sizeof(T);
@@ -150,7 +150,7 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
         // int32 sums begin anew every kExactDepth, at whose end they are added to the wide ones.
         const bool add = k0 % kExactDepth != 0;
         const bool widen = plan.wide && (last || (k0 + kc) % kExactDepth == 0);
-        // Tiles as even as can be: a row alone uses the registers badly.
+        // Tiles of nearly equal height: a tile of one row would leave most registers idle.
         const int64_t tiles = (end - begin + Kernel::kRows - 1) / Kernel::kRows;
         for (int64_t tile = 0, row = begin; tile < tiles; ++tile) {
             const int64_t tile_rows = (end - row + tiles - tile - 1) / (tiles - tile);

@@ -10,8 +10,8 @@
 
 namespace engine {
 
-// By what activations are quantised: by nothing given (each row by its own maximum), by one scale, or by one for each
-// channel. In the last case the weights hold the channels' scales already, and a row's own scale is 1.
+// How activations are quantised: dynamically (null: each row by its own maximum), by one static scale, or by one static
+// scale for each channel; then the weights hold the channels' scales already, and a row's own scale is 1.
 struct InputScale {
     const float* values = nullptr;  // [1] or [k], or null
     bool by_channel = false;

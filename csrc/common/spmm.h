@@ -1,10 +1,10 @@
 // Products with the kept weights only, for many rows of activations: what a pruned weight saves in arithmetic, where
 // common/gemm_float.h multiplies by its zeros.
 //
-// Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows:
-// [k][row of the strip]. A kept weight is one broadcast and as many multiply-adds as a strip has vectors, each with its
-// activations straight from L1: nearly twice as long as a product in a dense tile, which uses what it loads for a dozen
-// weights. So it pays where half of the weights are zero, or more (float_spmm_pays).
+// Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows: [k][row of the
+// strip]. Each kept weight costs one broadcast and one FMA for each vector of the strip, whose activations come from
+// L1: nearly twice a product in a dense tile, which uses each load for a dozen weights. So it pays where half of the
+// weights are zero, or more (float_spmm_pays).
 //
 // Each thread takes a group of outputs and, stretch by stretch of K, asks the SOURCE which of their weights are kept,
 // once for all strips. A source is copied for each thread, so that it may keep a position, and has one function:
@@ -15,7 +15,7 @@
 //   rows ≤ kSpmmGroup; kc ≤ kSpmmDepth; k0 is a multiple of 8, and kc the same for all stretches but a row's last.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 //
-// int8 goes the same way, as fp32 holds what is added up in one stretch exactly: 256 · 127² is less than 2^24.
+// int8 goes the same way, as fp32 holds what is added up in one stretch exactly: 256 · 127 · 128 < 2^24.
 // Stretches are added up in int32.
 #pragma once
 
@@ -37,7 +37,7 @@ namespace engine {
 
 constexpr int64_t kSpmmDepth = 256;  // at most so much of K to a stretch: columns are counted in bytes
 constexpr int64_t kSpmmGroup = 64;   // at most so many weight rows to a group
-static_assert(kSpmmDepth * 127 * 127 < 1 << 24);
+static_assert(kSpmmDepth * 127 * 128 < 1 << 24);
 
 // The processor's L1 for data: from 32 KB to 48, where it is known.
 inline int64_t l1_bytes() {
@@ -49,16 +49,16 @@ inline int64_t l1_bytes() {
 #endif
 }
 
-// Of a strip so wide: three quarters of L1, where they stay, and no more than a row's chains of additions are to be
-// long (Kernel::chain).
+// The length of a stretch of K for strips of this width: a strip may fill three quarters of L1, and chains of additions
+// may be no longer than Kernel::chain.
 inline int64_t spmm_depth(int64_t width, int64_t chain) {
     const auto fitting = l1_bytes() / 4 * 3 / static_cast<int64_t>(sizeof(float)) / width;
     return std::min({kSpmmDepth, chain, fitting / 8 * 8});
 }
 
-// Whether so few weights V are kept, of all, that products with these alone are the faster way for activations T.
-// Measured on Zen 3 and, with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md): its tiles have twice the registers
-// to keep what they load in, and twice the products where they are bfloat16's.
+// Whether few enough of the weights V are kept for the sparse product to beat dense tiles, with activations T.
+// AVX-512's dense tiles have twice the registers, and twice the throughput in bfloat16, so that fewer may be kept.
+// Measured on Zen 3 and, with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md).
 template <class T, class V>
 bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
     double share = m < 32 ? 0.5 : 0.6;

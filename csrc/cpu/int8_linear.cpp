@@ -73,7 +73,7 @@ __attribute__((noinline)) void add_dots(const QuantizedRows<typename Kernel::Q>&
         }
         return;
     }
-    // Tiles as even as can be: one row alone uses the registers badly.
+    // Tiles of nearly equal height: a tile of one row would leave most registers idle.
     const int64_t tiles = (rows.rows + Kernel::kRows - 1) / Kernel::kRows;
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t count = (rows.rows - row + tiles - tile - 1) / (tiles - tile);
@@ -103,8 +103,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
             const int64_t part_end = std::min(columns, part + Kernel::kTogether);
             for (int64_t k = 0; k < call.k; k += step) {
                 const int64_t kc = std::min(step, call.k - k);
-                // Rows that are not multiplied whole continue with their next stretch; after the last stretch comes the
-                // first one of the next part's rows.
+                // Where K is cut, what is read next is the same row's next stretch; after its last one, the first
+                // stretch of the next part's rows.
                 const int64_t ahead = groupwise ? next_groups : k + kc < call.k ? kc : Kernel::kTogether * call.k - k;
                 for (int64_t j = part; j < part_end; j += kDotColumns) {
                     add_dots<Kernel>(rows, k, kc, weight + (block + j) * call.k + k,

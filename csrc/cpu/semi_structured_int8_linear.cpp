@@ -24,7 +24,7 @@
 namespace engine {
 namespace {
 
-// Up to so many rows of activations dot products are the faster way; to fewer on AVX2, which spreads weights faster.
+// The most rows of activations for which dot products win; fewer on AVX2, where expanding weights is cheap.
 constexpr int64_t kSemiDotRows = 16, kSemiDotRowsAvx2 = 8;
 constexpr int64_t kBlock = 32;  // weight rows for which a stretch of the activations stays in L1
 constexpr int64_t kValuesAhead = 2 << 10, kMetadataAhead = 1 << 9;  // how far ahead memory is asked for

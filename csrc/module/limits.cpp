@@ -22,14 +22,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Keeps what was computed from being optimised away. Not for a loop's vectors: an operand in memory would have GCC keep
-// them there, and the loop would measure its own spills.
+// Keeps the compiler from discarding `value`. Not for vector accumulators: the constraint "m" would keep them in
+// memory, and the loop would measure its own spills.
 template <class T>
 void keep(const T& value) {
     asm volatile("" : : "m"(value) : "memory");
 }
 
-// Work a second, of all threads together: each calls `work(thread)`, which returns how much it did, until the time is
+// Work a second, summed over all threads: each calls `work(thread)`, which returns how much it did, until the time is
 // up. Threads start counting together, and each is rated by its own clock, so that a late start costs nothing.
 double rate(int threads, double seconds, const std::function<double(int)>& work) {
     std::vector<double> rates(threads);
