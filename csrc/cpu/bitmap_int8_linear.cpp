@@ -12,6 +12,7 @@
 #include "common/bitmap_dot_avx512.h"
 #include "common/bitmap_spmm.h"
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/int8_activations.h"
 #include "common/patches.h"
 #include "common/tensor.h"
@@ -193,7 +194,7 @@ Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in,
     const int64_t n = bitmask.size(0), k = input.k, nnz = values.numel();
     check_row_offsets("bitmap_int8_linear", data<int64_t>(row_offsets), n, nnz);
     input.sizes.back() = n;
-    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
+    Tensor y = new_output(x, input.sizes, x.scalar_type());
     const FloatBias as_float(bias);
     if (input_scale) input_scale = as_contiguous(*input_scale);
     const Int8Bitmap weight{data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<int8_t>(values), n, k, nnz};

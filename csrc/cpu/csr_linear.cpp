@@ -13,6 +13,7 @@
 #include "common/bias.h"
 #include "common/dtype.h"
 #include "common/floats.h"
+#include "common/huge_pages.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -343,7 +344,7 @@ Tensor csr_linear(Tensor x_in, Tensor crow_in, Tensor columns_in, Tensor values_
     const int64_t k = sizes.back();
     STD_TORCH_CHECK(k > 0 || nnz == 0, "csr_linear: col_indices: expected none, as x has no columns");
     sizes.back() = n;
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_output(x, sizes, x.scalar_type());
     const int64_t m = rows_of(sizes);
     STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == n), "csr_linear: bias: expected shape [N]");
     const FloatBias bias(bias_in);

@@ -2,6 +2,7 @@
 
 #include "common/dequantize.h"
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 
@@ -36,7 +37,7 @@ Tensor int8_dequantize(Tensor q_in, Tensor scale_in, ScalarType dtype) {
     STD_TORCH_CHECK(sizes_of(scale_in) == rows_shape, "int8_dequantize: scale: expected one for each row of q");
 
     const Tensor q = as_contiguous(q_in), scale = as_contiguous(scale_in);
-    Tensor x = new_tensor(q, sizes_of(q), dtype);
+    Tensor x = new_output(q, sizes_of(q), dtype);
     dispatch_float(dtype, "int8_dequantize: dtype", [&](auto zero) {
         using T = decltype(zero);
         const int8_t* from = data<int8_t>(q);

@@ -5,6 +5,7 @@
 
 #include "common/dequantize.h"
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 
@@ -99,7 +100,7 @@ Tensor int8_embedding(Tensor indices_in, Tensor weight_in, Tensor scale_in, Scal
                  scale = as_contiguous(scale_in);
     std::vector<int64_t> sizes = sizes_of(indices);
     sizes.push_back(weight.size(1));
-    Tensor y = new_tensor(weight, sizes, dtype);
+    Tensor y = new_output(weight, sizes, dtype);
     const auto look_up_all = [&](auto index) {
         using I = decltype(index);
         const Table<I> table = {data<I>(indices), data<int8_t>(weight), data<float>(scale),

@@ -2,6 +2,7 @@
 // that memory sees one read of x and one write of y.
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/quantize.h"
 #include "common/tensor.h"
@@ -72,7 +73,7 @@ Tensor int8_fake_quantize(Tensor x_in, std::optional<Tensor> scale) {
     const std::vector<int64_t> sizes = sizes_of(x);
     const int64_t k = sizes.back();
     const int64_t rows = k ? x.numel() / k : 0;
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_output(x, sizes, x.scalar_type());
 
     dispatch_float(x.scalar_type(), "int8_fake_quantize: x", [&](auto zero) {
         using T = decltype(zero);

@@ -2,6 +2,7 @@
 // enough that the second finds it in cache, so that memory sees one read of x and one write of q.
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/quantize.h"
 #include "common/tensor.h"
@@ -42,7 +43,7 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x_in) {
     const Tensor x = as_contiguous(x_in);
     std::vector<int64_t> sizes = sizes_of(x);
     const int64_t k = sizes.back();
-    Tensor q = new_tensor(x, sizes, ScalarType::Char);
+    Tensor q = new_output(x, sizes, ScalarType::Char);
     sizes.pop_back();
     Tensor scale = new_tensor(x, sizes, ScalarType::Float);
     const int64_t rows = scale.numel();

@@ -4,6 +4,7 @@
 #include "common/bias.h"
 #include "common/dtype.h"
 #include "common/gemm_float.h"
+#include "common/huge_pages.h"
 #include "common/int8_weight_dots_avx2.h"
 #include "common/int8_weight_dots_avx512.h"
 #include "common/tensor.h"
@@ -166,7 +167,7 @@ Tensor int8_weight_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::o
     std::vector<int64_t> sizes = sizes_of(x);
     sizes.back() = n;
     const int64_t m = rows_of(sizes);
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_output(x, sizes, x.scalar_type());
     const FloatBias as_float(bias);
     dispatch_float(x.scalar_type(), "int8_weight_linear: x", [&](auto zero) {
         using T = decltype(zero);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 #if ENGINE_X86
@@ -77,7 +78,7 @@ Tensor transpose(Tensor x_in) {
     STD_TORCH_CHECK(x_in.dim() == 3, "transpose: x: expected shape [B, R, C]");
     const Tensor x = as_contiguous(x_in);
     const int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
-    Tensor y = new_tensor(x, {batch, columns, rows}, x.scalar_type());
+    Tensor y = new_output(x, {batch, columns, rows}, x.scalar_type());
     const int64_t high = (rows + kTile - 1) / kTile, wide = (columns + kTile - 1) / kTile;
     dispatch_float(x.scalar_type(), "transpose: x", [&](auto zero) {
         using T = decltype(zero);
