@@ -2,6 +2,8 @@
 // matrices at the kept places alone. Where most weights are kept both are dense products, block by block of the
 // weight's rows, so that it is never dense as a whole. Memory is safe by the scheme of common/bitmap.h.
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "common/bitmap_float.h"
 #include "common/bitmap_pack.h"
 #include "common/bitmap_spmm.h"
@@ -111,7 +113,7 @@ Tensor dense_input(const Tensor& grad,  // [m, n]
     const int64_t n = grad.size(1), step = block_rows(columns);
     const int64_t* offsets = data<int64_t>(row_offsets);
     Tensor total = new_output(grad, {grad.size(0), columns}, ScalarType::Float);
-    torch::stable::zero_(total);
+    if (n == 0) torch::stable::zero_(total);
     for (int64_t first = 0; first < n; first += step) {
         const int64_t rows = std::min(step, n - first), begin = offsets[first];
         Tensor own = new_tensor(row_offsets, {rows + 1}, ScalarType::Long);
@@ -123,12 +125,9 @@ Tensor dense_input(const Tensor& grad,  // [m, n]
         STABLE_TORCH_ERROR_CODE_CHECK(
             torch_call_dispatcher("engine::bitmap_to_dense", "", stack.data(), TORCH_ABI_VERSION));
         const Tensor dense = torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), ScalarType::Float);
-        const Tensor part = as_contiguous(torch::stable::matmul(torch::stable::narrow(g, 1, first, rows), dense));
-        const float* from = data<float>(part);
-        float* to = mutable_data<float>(total);
-        parallel_rows(total.numel(), 12, [&](int64_t i, int64_t end) {
-            for (; i < end; ++i) to[i] += from[i];
-        });
+        const Tensor part = torch::stable::narrow(g, 1, first, rows);
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu_addmm_out(total.get(), total.get(), part.get(), dense.get(), first == 0 ? 0 : 1, 1));
     }
     return total;
 }
