@@ -14,6 +14,7 @@
 #include "common/dtype.h"
 #include "common/floats.h"
 #include "common/huge_pages.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -292,6 +293,8 @@ bool block_of_rows(const Csr<V, I>& w,
     return inside.load();
 }
 
+struct CsrScratch;  // tag: x transposed and results as fp32, held by the calling thread
+
 template <class T, class V, class I>
 void linear(const Csr<V, I>& w,
             const T* x,  // [m, k]
@@ -299,14 +302,17 @@ void linear(const Csr<V, I>& w,
             T* y) {                        // [m, n]
     constexpr int64_t kScratch = 1 << 20;  // bytes; beyond, 16 transposed rows would leave the caches
     const int most = m == 1 ? 1 : m <= 8 || w.k * 16 * static_cast<int64_t>(sizeof(float)) > kScratch ? 8 : 16;
-    std::vector<float> scratch(w.k * most + 16), results(sizeof(T) == 4 ? 0 : w.n * most);
-    float* xt = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / sizeof(float);
+    const int64_t turned = w.k * most, results = sizeof(T) == 4 ? 0 : w.n * most;
+    using Own = Scratch<CsrScratch>;
+    Own scratch(Own::bytes_for<float>(turned) + Own::bytes_for<float>(results));
+    float* const xt = scratch.take<float>(turned);
+    float* const converted = scratch.take<float>(results);
     bool inside = true;
     for (int64_t first = 0; first < m; first += most) {
         const T* from = x + first * w.k;
         T* to = y + first * w.n;
         const int64_t rows = std::min<int64_t>(most, m - first);
-        float* as_float = results.data();
+        float* as_float = converted;
         if constexpr (sizeof(T) == 4) as_float = to;
         if (most == 1) inside &= block_of_rows<1>(w, from, rows, as_float, xt);
         if (most > 1 && rows <= 8) inside &= block_of_rows<8>(w, from, rows, as_float, xt);
