@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -32,6 +33,7 @@ void keep(const T& value) {
 // Work a second, summed over all threads: each calls `work(thread)`, which returns how much it did, until the time is
 // up. Threads start counting together, and each is rated by its own clock, so that a late start costs nothing.
 double rate(int threads, double seconds, const std::function<double(int)>& work) {
+    if (threads < 1 || !(seconds > 0)) throw std::invalid_argument("expected at least one thread and some seconds");
     std::vector<double> rates(threads);
     std::atomic<int> waiting{threads};
     std::vector<std::thread> pool;
@@ -68,6 +70,7 @@ struct Buffer {
 };
 
 std::vector<std::unique_ptr<Buffer>> buffers(int count, int64_t bytes) {
+    if (bytes < 1) throw std::invalid_argument("expected a buffer of at least one byte");
     std::vector<std::unique_ptr<Buffer>> made;
     for (int i = 0; i < count; ++i) made.push_back(std::make_unique<Buffer>(bytes));
     return made;
@@ -81,7 +84,9 @@ ENGINE_INLINE uint64_t read_words(const uint64_t* words, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) {
         for (int j = 0; j < 16; ++j) sum[j] ^= words[i + j];
     }
-    return sum[0] ^ sum[5] ^ sum[10] ^ sum[15];
+    uint64_t all = 0;
+    for (const uint64_t each : sum) all ^= each;
+    return all;
 }
 uint64_t read_portable(const uint64_t* words, int64_t count) { return read_words(words, count); }
 #if ENGINE_X86
