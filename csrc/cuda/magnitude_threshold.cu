@@ -210,14 +210,7 @@ void try_bracket_of(const std::vector<Tensor>& weights, int64_t n, unsigned long
                     Bracket* bracket, unsigned long long* between, Known* known, float* threshold,
                     const OnDeviceOf& device) {
     constexpr const char* kWhat = "magnitude_threshold: between_kernel";
-    const int64_t every = std::max<int64_t>(1, n / 8 / kSampled);
-    for (const Tensor& weight : weights) {
-        const int64_t chunks = weight.numel() / 8, taken = (chunks + every - 1) / every;
-        launch(sample_kernel<T>, "magnitude_threshold: sample_kernel", (taken + kBracketThreads - 1) / kBracketThreads,
-               kBracketThreads, device, data<T>(weight), chunks, every, sample);
-    }
-    launch(bracket_kernel, "magnitude_threshold: bracket_kernel", 1, kBracketThreads, device, sample,
-           static_cast<double>(rank) / static_cast<double>(n), bracket);
+    find_bracket<T>(weights, n, rank, sample, bracket, device);
     for (const Tensor& weight : weights) {
         constexpr int64_t kWork = 8 * kBracketThreads * kBracketChunks;
         const int64_t blocks = std::min<int64_t>((weight.numel() + kWork - 1) / kWork, device.processors() * 8);
