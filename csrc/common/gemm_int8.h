@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "common/int8_activations.h"
+#include "common/round.h"
 
 namespace engine {
 

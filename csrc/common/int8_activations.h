@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "common/linear_call.h"
 #include "common/quantize.h"
+#include "common/round.h"
 #include "common/scratch.h"
 #include "common/tensor.h"
 
@@ -43,7 +44,7 @@ struct QuantizedRows {
     // over the sets, which repeat every 4 KB, by a step of 26 or 38 of its 64 lines: near the golden section.
     static int64_t stride_for(int64_t k) {
         constexpr int64_t kLine = 64 / sizeof(Q), kLines = 4096 / 64;
-        int64_t stride = (k + 63) / 64 * 64;
+        int64_t stride = round_up(k, 64);
         const auto spread = [&] { return stride / kLine % kLines == 26 || stride / kLine % kLines == 38; };
         while (stride / kLine >= kLines && !spread()) stride += kLine;
         return stride;

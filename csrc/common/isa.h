@@ -50,6 +50,8 @@ inline Isa isa() { return isa_of(variant()); }
 #endif
 #else
 #define ENGINE_X86 0
+#define ENGINE_AVX2
+#define ENGINE_AVX512
 #endif
 #if defined(__CUDACC__)  // the arithmetic that CPU and GPU share
 #define ENGINE_INLINE __host__ __device__ inline __attribute__((always_inline))

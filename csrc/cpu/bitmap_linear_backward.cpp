@@ -7,6 +7,7 @@
 #include "common/bitmap_float.h"
 #include "common/bitmap_pack.h"
 #include "common/bitmap_spmm.h"
+#include "common/compiled.h"
 #include "common/dtype.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
@@ -32,7 +33,7 @@ class Columns {
     // What is kept of the columns [column, column + count) × rows [row, row + rows); count ≤ 64.
     ENGINE_INLINE void kept(int64_t column, int64_t count, int64_t row, int64_t rows, KeptRows& kept) {
         int64_t counts[kSpmmGroup] = {};
-        const int64_t first = column / 8 * 8, end = column + count;
+        const int64_t first = round_down(column, 8), end = column + count;
         const auto shift = static_cast<int>(column - first);
         const uint64_t wanted = ~uint64_t{0} >> (64 - count);
         if (row == 0) continued_ = column == next_;
@@ -75,16 +76,10 @@ class Columns {
 };
 
 template <class V>
-void kept_portable(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows, KeptRows& kept) {
+ENGINE_INLINE void kept_columns(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
+                                KeptRows& kept) {
     columns.kept(column, count, row, rows, kept);
 }
-#if ENGINE_X86
-template <class V>
-ENGINE_AVX2 void kept_avx2(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
-                           KeptRows& kept) {
-    columns.kept(column, count, row, rows, kept);
-}
-#endif
 
 template <class V>
 class ColumnSource {
@@ -92,10 +87,7 @@ class ColumnSource {
     explicit ColumnSource(const FloatBitmap<V>& weights) : columns_(weights), nnz_(weights.nnz) {}
     int64_t kept() const { return nnz_; }
     void rows(int64_t row, int64_t rows, int64_t k0, int64_t kc, KeptRows& kept) {
-#if ENGINE_X86
-        if (isa() != Isa::portable) return kept_avx2(columns_, row, rows, k0, kc, kept);
-#endif
-        kept_portable(columns_, row, rows, k0, kc, kept);
+        compiled_to_avx2<kept_columns<V>>()(columns_, row, rows, k0, kc, kept);
     }
 
   private:

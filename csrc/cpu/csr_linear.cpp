@@ -10,12 +10,10 @@
 #include <atomic>
 #include <limits>
 
-#include "common/bias.h"
-#include "common/dtype.h"
+#include "common/compiled.h"
 #include "common/floats.h"
-#include "common/huge_pages.h"
+#include "common/linear_binding.h"
 #include "common/scratch.h"
-#include "common/tensor.h"
 
 namespace engine {
 namespace {
@@ -248,28 +246,6 @@ ENGINE_INLINE uint32_t transpose(const T* x,  // [rows, k]
     return bad;
 }
 
-template <class T>
-using Transpose = uint32_t (*)(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt);
-
-template <int kRows, class T>
-uint32_t transpose_portable(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt) {
-    return transpose<kRows>(x, rows, begin, end, k, xt);
-}
-#if ENGINE_X86
-template <int kRows, class T>
-ENGINE_AVX2 uint32_t transpose_avx2(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt) {
-    return transpose<kRows>(x, rows, begin, end, k, xt);
-}
-#endif
-
-template <int kRows, class T>
-Transpose<T> transpose_kernel() {
-#if ENGINE_X86
-    if (isa() != Isa::portable) return transpose_avx2<kRows, T>;
-#endif
-    return transpose_portable<kRows, T>;
-}
-
 // Up to kRows rows of x from x on. False where a column lay outside.
 template <int kRows, class T, class V, class I>
 bool block_of_rows(const Csr<V, I>& w,
@@ -278,7 +254,7 @@ bool block_of_rows(const Csr<V, I>& w,
                    float* y,     // [rows, n]
                    float* xt) {  // [k, kRows], scratch
     std::atomic<uint32_t> bad{0};
-    const Transpose<T> turn = transpose_kernel<kRows, T>();
+    auto* const turn = compiled_to_avx2<transpose<kRows, T>>();
     parallel_rows(w.k, kRows * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
         bad.fetch_or(turn(x, rows, begin, end, w.k, xt), std::memory_order_relaxed);
     });
@@ -335,40 +311,30 @@ void check_offsets(const I* crow,  // [n + 1]
     STD_TORCH_CHECK(rises, "csr_linear: crow_indices: expected offsets rising from 0 to ", nnz);
 }
 
-Tensor csr_linear(Tensor x_in, Tensor crow_in, Tensor columns_in, Tensor values_in, std::optional<Tensor> bias_in) {
-    STD_TORCH_CHECK(x_in.dim() >= 1, "csr_linear: x: expected shape [..., K]");
-    STD_TORCH_CHECK(crow_in.dim() == 1 && crow_in.numel() > 0, "csr_linear: crow_indices: expected shape [N + 1]");
-    STD_TORCH_CHECK(values_in.dim() == 1 && columns_in.dim() == 1 && columns_in.size(0) == values_in.size(0),
-                    "csr_linear: col_indices, values: expected shape [nnz]");
+Tensor csr_linear(Tensor x, Tensor crow_in, Tensor columns_in, Tensor values_in, std::optional<Tensor> bias) {
+    constexpr auto op = "csr_linear";
+    STD_TORCH_CHECK(x.dim() >= 1, op, ": x: expected shape [..., K]");
+    STD_TORCH_CHECK(crow_in.dim() == 1 && crow_in.numel() > 0, op, ": crow_indices: expected shape [N + 1]");
+    STD_TORCH_CHECK(values_in.dim() == 1 && columns_in.dim() == 1 && columns_in.size(0) == values_in.size(0), op,
+                    ": col_indices, values: expected shape [nnz]");
     const ScalarType index = crow_in.scalar_type();
-    STD_TORCH_CHECK((index == ScalarType::Int || index == ScalarType::Long) && columns_in.scalar_type() == index,
-                    "csr_linear: crow_indices, col_indices: expected both int32 or both int64");
-    const Tensor x = as_contiguous(x_in), crow = as_contiguous(crow_in), columns = as_contiguous(columns_in);
-    const Tensor values = as_contiguous(values_in);
+    STD_TORCH_CHECK((index == ScalarType::Int || index == ScalarType::Long) && columns_in.scalar_type() == index, op,
+                    ": crow_indices, col_indices: expected both int32 or both int64");
+    const Tensor crow = as_contiguous(crow_in), columns = as_contiguous(columns_in), values = as_contiguous(values_in);
     const int64_t n = crow.size(0) - 1, nnz = values.size(0);
-    std::vector<int64_t> sizes = sizes_of(x);
-    const int64_t k = sizes.back();
-    STD_TORCH_CHECK(k > 0 || nnz == 0, "csr_linear: col_indices: expected none, as x has no columns");
-    sizes.back() = n;
-    Tensor y = new_output(x, sizes, x.scalar_type());
-    const int64_t m = rows_of(sizes);
-    STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == n), "csr_linear: bias: expected shape [N]");
-    const FloatBias bias(bias_in);
-    auto run = [&](auto x_zero, auto value_zero, auto index_zero) {
-        using T = decltype(x_zero);
-        using V = decltype(value_zero);
-        using I = decltype(index_zero);
-        check_offsets(data<I>(crow), n, nnz);
-        const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), bias.data(), n, k};
-        linear(w, data<T>(x), m, mutable_data<T>(y));
-    };
-    dispatch_float(x.scalar_type(), "csr_linear: x", [&](auto x_zero) {
-        dispatch_float(values.scalar_type(), "csr_linear: values", [&](auto value_zero) {
-            if (index == ScalarType::Int) run(x_zero, value_zero, int32_t{});
-            if (index == ScalarType::Long) run(x_zero, value_zero, int64_t{});
+    STD_TORCH_CHECK(x.size(-1) > 0 || nnz == 0, op, ": col_indices: expected none, as x has no columns");
+    return float_linear_output(op, x, n, nullptr, bias, [&](const auto& call) {
+        dispatch_float(values.scalar_type(), "csr_linear: values", [&](auto zero) {
+            const auto run = [&](auto index_zero) {
+                using V = decltype(zero);
+                using I = decltype(index_zero);
+                check_offsets(data<I>(crow), n, nnz);
+                const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), call.bias, n, call.k};
+                linear(w, call.x, call.m, call.y);
+            };
+            index == ScalarType::Int ? run(int32_t{}) : run(int64_t{});
         });
     });
-    return y;
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/compiled.h"
 #include "common/dot_bytes_avx2.h"
 #include "common/isa.h"
 #include "common/registers_avx512.h"
@@ -88,11 +89,8 @@ ENGINE_INLINE uint64_t read_words(const uint64_t* words, int64_t count) {
     for (const uint64_t each : sum) all ^= each;
     return all;
 }
-uint64_t read_portable(const uint64_t* words, int64_t count) { return read_words(words, count); }
-#if ENGINE_X86
-ENGINE_AVX2 uint64_t read_avx2(const uint64_t* words, int64_t count) { return read_words(words, count); }
-ENGINE_AVX512 uint64_t read_avx512(const uint64_t* words, int64_t count) { return read_words(words, count); }
 
+#if ENGINE_X86
 // Enough chains that no instruction waits for another (2 pipes by 4 or 5 cycles); int8 needs registers for operands
 // too.
 constexpr int kChains = 12, kInt8Chains = 8;
@@ -209,12 +207,7 @@ ENGINE_AVX2 double signs_avx2(int) {
 }  // namespace
 
 double read_gbps(int64_t bytes, int threads, double seconds) {
-    auto* read = read_portable;
-#if ENGINE_X86
-    const Isa best = isa_of(best_variant());
-    if (best == Isa::avx2) read = read_avx2;
-    if (best == Isa::avx512) read = read_avx512;
-#endif
+    auto* const read = compiled<read_words>(isa_of(best_variant()));
     const auto from = buffers(threads, bytes);
     return 1e-9 * rate(threads, seconds, [&](int thread) {
                const Buffer& buffer = *from[thread];
