@@ -16,6 +16,7 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/round.h"
 #include "cuda/bracket.cuh"
 
 namespace engine::cuda {
@@ -213,7 +214,7 @@ void try_bracket_of(const std::vector<Tensor>& weights, int64_t n, unsigned long
     find_bracket<T>(weights, n, rank, sample, bracket, device);
     for (const Tensor& weight : weights) {
         constexpr int64_t kWork = 8 * kBracketThreads * kBracketChunks;
-        const int64_t blocks = std::min<int64_t>((weight.numel() + kWork - 1) / kWork, device.processors() * 8);
+        const int64_t blocks = std::min<int64_t>(divide_up(weight.numel(), kWork), device.processors() * 8);
         launch(between_kernel<T>, kWhat, blocks, kBracketThreads, device, data<T>(weight), weight.numel(), bracket,
                between);
     }
@@ -268,7 +269,7 @@ Tensor tensors_threshold(const std::vector<Tensor>& weights_in, double sparsity)
         for (const Tensor& weight : weights) {
             dispatch_float(weight.scalar_type(), "magnitude_threshold: weight", [&](auto zero) {
                 using T = decltype(zero);
-                const int64_t size = weight.numel(), work = (size + 8 * kThreads - 1) / (8 * kThreads);
+                const int64_t size = weight.numel(), work = divide_up(size, 8 * kThreads);
                 const int64_t blocks = std::min<int64_t>(work, device.processors() * kBlocksAProcessor);
                 launch(count_kernel<T>, kWhat, blocks, kThreads, device, data<T>(weight), size, known, bins, pass,
                        bracket);
