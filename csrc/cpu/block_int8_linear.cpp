@@ -8,15 +8,13 @@
 
 #include <cstring>
 
-#include "common/bias.h"
 #include "common/block.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
 #include "common/block_int8_strips.h"
-#include "common/dtype.h"
 #include "common/gemm_int8.h"
-#include "common/huge_pages.h"
 #include "common/int8_activations.h"
+#include "common/linear_binding.h"
 #include "common/patches.h"
 #if ENGINE_X86
 #include <immintrin.h>
@@ -258,29 +256,15 @@ void linear(const LinearCall<T>& call, const Blocks& weight) {
 }
 
 template <bool as_patches>
-Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scale_in,
+Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scale,
                          std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
     LinearInput input("block_int8_linear", x_in, as_patches);
-    STD_TORCH_CHECK(scale_in.dim() == 1 && scale_in.scalar_type() == ScalarType::Float,
-                    "block_int8_linear: scale: expected float32 [N]");
+    STD_TORCH_CHECK(scale.dim() == 1, "block_int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "block_int8_linear: values: expected int8");
-    const int64_t n = scale_in.size(0), k = input.k;
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "block_int8_linear: bias: expected shape [N]");
-    check_input_scale("block_int8_linear", input_scale, k);
-    const Blocks weight("block_int8_linear", crow_indices, col_indices, values, n, k);
-    const Tensor& x = input.x;
-    const Tensor scale = as_contiguous(scale_in);
-    input.sizes.back() = n;
-    Tensor y = new_output(x, input.sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    if (input_scale) input_scale = as_contiguous(*input_scale);
-    dispatch_float(x.scalar_type(), "block_int8_linear: x", [&](auto zero) {
-        using T = decltype(zero);
-        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
-                   input.m, n, k, input.where()},
-                  weight);
-    });
-    return y;
+    const int64_t n = scale.size(0);
+    const Blocks weight("block_int8_linear", crow_indices, col_indices, values, n, input.k);
+    return int8_linear_output("block_int8_linear", input, n, scale, bias, input_scale,
+                              [&](const auto& call) { linear(call, weight); });
 }
 
 }  // namespace
