@@ -106,9 +106,24 @@ def shard_columns_scales(
     return own(scale), own(input_scale[begin:end])
 
 
+def check_values_dtype(where: str, values: torch.dtype | None) -> None:
+    """Raises TypeError unless weights can be kept in the dtype `values`; None stands for the weight's own."""
+    known = (None, *_check.FLOAT_DTYPES, torch.int8)
+    _check.expect(values in known, where, "values", "a float32, float16, bfloat16 or int8 dtype", values, TypeError)
+
+
 def quantize_values(where: str, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """int8 values and the scale of each row of `[N, ...]`: of its amax, or `scale`, by which they are clipped."""
+    """int8 values and the scale of each row of `[N, ...]`: of its amax, or `scale`, by which they are clipped.
+
+    Either way it is NaN for a row that is not all finite.
+    """
     if scale is None:
         return ops.int8_quantize(values)
     _check.has_shape(where, "scale", scale, (values.shape[0],))
-    return (values.float() / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8), scale
+    scale = torch.where(values.isfinite().all(1), scale, torch.nan)
+    return round_to(values, scale.unsqueeze(1)), scale
+
+
+def round_to(values: Tensor, scale: Tensor) -> Tensor:
+    """`values` as int8 multiples of `scale`, 0 where that is NaN."""
+    return (values.float() / scale).round_().clamp_(-127, 127).nan_to_num_(0.0).to(torch.int8)
