@@ -17,8 +17,8 @@ def nbytes_of(*tensors: Tensor | None) -> int:
 def taking_over(where: str, weight: Tensor, input_scale: Tensor | float) -> tuple[Tensor, Tensor]:
     """What is to be quantised of `weight` `[N, K]`, and the input's scale as a tensor.
 
-    With one scale for all of the input, `[]`, the weight as it is; with one for each channel, `[K]`, what they are
-    divided by the weight is multiplied by.
+    With one scale for all of the input, `[]`, that is the weight as it is; with one for each channel, `[K]`, it is
+    `weight * scale`, as each channel of the input will be divided by its scale (smoothing).
     """
     scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device)
     if scale.numel() == 1:
