@@ -64,6 +64,39 @@ def test_lossless_formats_give_the_weight_back():
     assert torch.equal(Bitmap.from_dense(weight, 0.5, torch.bfloat16).to_dense(), pruned.bfloat16().float())
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.1, 0.2, 0.1])])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w, scale: DenseInt8.from_dense(w, scale=scale),
+        lambda w, scale: Bitmap.from_dense(w, 0.5, torch.int8, scale=scale),
+        lambda w, scale: SemiStructured.from_dense(w, torch.int8, scale=scale),
+        lambda w, scale: Block.from_dense(w, 0.5, torch.int8, scale=scale),
+    ],
+)
+def test_what_is_not_a_number_makes_its_row_none(make, scale, bad):
+    weight = torch.randn(3, 40) + 5
+    clean = make(weight.clone(), scale)
+    weight[1, 4] = bad
+    format = make(weight, scale)
+    assert format.scale.isnan().tolist() == [False, True, False]
+    assert torch.equal(format.to_dense()[::2], clean.to_dense()[::2])
+    with pytest.raises(ValueError, match="scale: expected finite numbers above 0"):
+        format.check()
+
+
+@pytest.mark.parametrize("values", [torch.int32, torch.float64, torch.uint8, "int8"])
+def test_values_of_other_dtypes_are_refused(values):
+    for make in (
+        lambda: Bitmap.from_dense(torch.randn(4, 64), 0.5, values),
+        lambda: SemiStructured.from_dense(torch.randn(4, 64), values),
+        lambda: Block.from_dense(torch.randn(4, 64), 0.5, values),
+    ):
+        with pytest.raises(TypeError, match="values: expected a float32, float16, bfloat16 or int8 dtype, got"):
+            make()
+
+
 def test_int8_is_within_half_a_step():
     weight = torch.randn(31, 77)
     half_step = weight.abs().amax(-1, keepdim=True) / 127 / 2 * 1.0001

@@ -10,6 +10,7 @@ from engine import ops
 from engine.formats._common import (
     check_shard,
     check_values,
+    check_values_dtype,
     dequantized,
     nbytes_of,
     own,
@@ -62,6 +63,7 @@ class Block:
 
         `values`, `input_scale` and `scale` are those of :meth:`engine.formats.Bitmap.from_dense`.
         """
+        check_values_dtype("formats.Block", values)
         weight = weight.detach()
         if values != torch.int8:
             if input_scale is not None or scale is not None:

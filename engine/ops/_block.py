@@ -8,6 +8,8 @@ blocks each kept one stands in, ascending within a row of blocks. `values`, `[B,
 `torch.sparse_bsr_tensor` has them too.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -93,9 +95,9 @@ def from_blocks(crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows:
     return padded[:rows, :columns]
 
 
-def collect_blocks(dense: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> Tensor:
-    """What `dense` holds where blocks are kept, of the shape of `values`. The transpose of `from_blocks`."""
-    count, block_rows, block_columns = values.shape
+def collect_blocks(dense: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `dense` holds where blocks are kept: `shape`, `[B, R, C]`. The transpose of `from_blocks`."""
+    count, block_rows, block_columns = shape
     rows = block_rows_of(crow_indices, count)
     return as_blocks(dense, block_rows, block_columns)[rows, col_indices.long()]
 

@@ -13,6 +13,7 @@ from engine.ops import _check
 from engine.ops._library import REFERENCES
 from engine.ops._linear import bias_gradient, check_activations, check_bias
 from engine.ops._patches import define_with_patches
+from engine.ops.int8_dequantize import int8_dequantize
 
 
 def define_int8_linear(
@@ -83,7 +84,7 @@ def define_int8_linear(
         grad, grad_x = grad.float(), None
         if ctx.needs_input_grad[0]:
             weight = (to_dense_quickly or to_dense)(*stored, scale.shape[0], ctx.columns)
-            grad_x = grad @ (weight * scale.unsqueeze(-1))
+            grad_x = grad @ int8_dequantize(weight, scale)
             grad_x = (grad_x / channels[0] if channels else grad_x).to(ctx.dtype)
         nothing = (None,) * (stored_count + 1)
         return grad_x, *nothing, bias_gradient(ctx, grad, place=stored_count + 2), None

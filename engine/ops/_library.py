@@ -72,7 +72,10 @@ def _contiguous(reference: Callable) -> Callable:
 
 
 def _all_or_none_meta(qualified: str, fake: Callable) -> Callable:
-    """One argument on the meta device has the fake kernel called for all: it would answer memory never written to."""
+    """`fake`, unless some tensors are on the meta device and others are not.
+
+    PyTorch then calls it for the whole call, and its result would be memory that nothing was written to.
+    """
 
     @functools.wraps(fake)
     def checked(*args, **kwargs):

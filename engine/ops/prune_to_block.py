@@ -71,7 +71,7 @@ def prune_to_block(
     """Keeps whole blocks of a weight, those whose root mean square is above the threshold, or those that `keep` names.
 
     A block with a NaN is kept. The op itself, `torch.ops.engine.prune_to_block`, takes `keep` alone, so that it only
-    moves weights and its result is the same to the bit everywhere; norms are sums in float32, which round differently
+    moves weights and its result is the same to the bit everywhere; the order in which norms are summed differs
     from device to device.
 
     Args:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import LINEARS, few_outputs
-from stored import FORMS, Form, assert_same, random_keep
+from stored import FORMS, Form, assert_same, ops_called, random_keep
 from tolerance import assert_as_good_as_torch
 from torch import Tensor
 
@@ -195,6 +195,25 @@ def test_gradients_are_those_of_the_dense_formula(op, dtype, values_dtype):
 
     for t, want, own in zip((x, values, bias), *map(dense_gradients, (torch.float64, torch.float32)), strict=True):
         assert_as_good_as_torch(t.grad, want, own.to(t.dtype))
+
+
+@pytest.mark.parametrize("op", ["block_linear", "semi_structured_linear"], indirect=True)
+def test_the_gradient_expands_the_weight_by_its_op(op):
+    y = op(torch.randn(5, 30, requires_grad=True), op.weights(20, 30), 20)
+    assert f"engine.{OPS[op.name]}_to_dense.default" in ops_called(y.sum().backward)
+
+
+@pytest.mark.parametrize("op", ["block_linear", "semi_structured_linear"], indirect=True)
+def test_second_derivatives(op):
+    stored = list(op.weights(20, 33))
+    x, values = torch.randn(5, 33, requires_grad=True), stored[op.form.values].requires_grad_()
+
+    def second(y):
+        first = torch.autograd.grad(y.square().sum(), (x, values), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, values))
+
+    want = second(F.linear(x, op.dense(stored, 20, 33)))
+    torch.testing.assert_close(second(op(x, tuple(stored), 20)), want, rtol=1e-3, atol=1e-3 * want[0].abs().max())
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import LINEARS
-from stored import FORMS, Form, activations, assert_same, int8_values, random_keep
+from stored import FORMS, Form, activations, assert_same, int8_values, ops_called, random_keep
 from torch import Tensor
 
 import engine
@@ -230,6 +230,13 @@ def test_gradient_goes_straight_through(op, dtype):
     op(x, *weight, bias).backward(grad)
     assert_same(x.grad, (grad.float() @ (op.dense(weight, 30) * weight[-1].unsqueeze(-1))).to(dtype))
     torch.testing.assert_close(bias.grad, grad.float().sum((0, 1)))
+
+
+def test_the_gradient_expands_the_weight_by_its_ops(op):
+    y = op(torch.randn(5, 30, requires_grad=True), *op.weights(20, 30))
+    called = ops_called(y.sum().backward)
+    assert "engine.int8_dequantize.default" in called
+    assert op.name == "int8_linear" or f"engine.{OPS[op.name]}_to_dense.default" in called
 
 
 @pytest.mark.parametrize("m, n", [(0, 20), (3, 0)])
