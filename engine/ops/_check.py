@@ -1,6 +1,7 @@
 """The words in which an argument is refused: op (or `formats.Bitmap`), argument, what was expected, what came."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,6 +13,11 @@ def expect(condition: bool, op: str, argument: str, expected: str, got: object, 
     if not condition:
         where = op if "." in op else f"ops.{op}"
         raise error(f"engine.{where}: {argument}: expected {expected}, got {got}")
+
+
+def is_kind(op: str, argument: str, given: object, kinds: Any, expected: str) -> None:
+    """Raises TypeError unless `given` is an instance of `kinds`."""
+    expect(isinstance(given, kinds), op, argument, expected, type(given).__name__, TypeError)
 
 
 def is_float(op: str, argument: str, t: torch.Tensor) -> None:
