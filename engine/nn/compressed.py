@@ -195,8 +195,8 @@ class CompressedLinear(_Compressed):
         """Compresses the weight of `linear` (nn.Linear, or Hugging Face's Conv1D) by
         `format_type.from_dense(weight, **how)` and shares its bias.
 
-        Float values take over the weight's `requires_grad`, so that a pruned layer can be trained on as it is. A layer of
-        another kind computes something else with its weight: TypeError.
+        Float values take over the weight's `requires_grad`, so that a pruned layer can be trained on as it is.
+        Another layer may compute something else with its weight: TypeError.
         """
         transposed = is_conv1d(linear)
         if not transposed:

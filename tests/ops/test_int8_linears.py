@@ -142,7 +142,9 @@ def test_one_tensor_on_meta_is_refused(op):
     arguments = [torch.randn(2, 16), *op.weights(3, 16), torch.randn(3)]
     for i, tensor in enumerate(arguments):
         mixed = [*arguments[:i], tensor.to("meta"), *arguments[i + 1 :]]
-        with pytest.raises(RuntimeError, match="on one device"):
+        here, there = ("meta", "cpu") if i == 0 else ("cpu", "meta")
+        message = f"engine.ops.{op.name}: [a-z_]+: expected a tensor on {here}, as x is, got one on {there}"
+        with pytest.raises(RuntimeError, match=message):
             op(*mixed)
     assert op(*(tensor.to("meta") for tensor in arguments)).is_meta
 
