@@ -294,6 +294,22 @@ def test_reference_mode(op, monkeypatch):
     assert not (op(x, *weight) == 7).all()
 
 
+@pytest.mark.parametrize("number", [1e39, -1e39, torch.nan, 0.0])
+def test_a_number_that_cannot_divide_makes_all_nan(op, number):
+    assert op(torch.randn(2, 16), *op.weights(3, 16), None, number).isnan().all()
+
+
+def test_other_layouts_are_refused(op):
+    x, weight = torch.randn(2, 16), op.weights(3, 16)
+    for other in (x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn(), torch.nested.nested_tensor([x, x[:1]])):
+        with pytest.raises(TypeError, match=f"{op.name}: x: expected a dense tensor, got"):
+            op(other, *weight)
+    with pytest.raises(TypeError, match=f"{op.name}: scale: expected a dense tensor, got torch.sparse_coo"):
+        op(x, *weight[:-1], weight[-1].to_sparse())
+    with pytest.raises(TypeError, match=f"{op.name}: x: expected a float32, float16 or bfloat16 tensor, got NoneType"):
+        op(None, *weight, None, 0.1)
+
+
 def test_errors(op):
     x, weight, bias = torch.randn(3, 37), op.weights(4, 37), torch.randn(4)
     *stored, scale = weight
