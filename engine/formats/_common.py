@@ -18,9 +18,14 @@ def taking_over(where: str, weight: Tensor, input_scale: Tensor | float) -> tupl
     """What is to be quantised of `weight` `[N, K]`, and the input's scale as a tensor.
 
     With one scale for all of the input, `[]`, that is the weight as it is; with one for each channel, `[K]`, it is
-    `weight * scale`, as each channel of the input will be divided by its scale (smoothing).
+    `weight * scale`, as each channel of the input will be divided by its scale (smoothing). One that would make
+    every output NaN is refused.
     """
     scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device)
+    usable = ((scale > 0) & scale.isfinite() & scale.reciprocal().isfinite()).all()
+    expected = "numbers above 0, they and their reciprocals finite"
+    got = input_scale if scale.numel() == 1 else "others"
+    _check.expect(scale.is_meta or bool(usable), where, "input_scale", expected, got)
     if scale.numel() == 1:
         return weight, scale.reshape(())
     _check.has_shape(where, "input_scale", scale, (weight.shape[1],))

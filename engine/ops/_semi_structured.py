@@ -68,7 +68,7 @@ def check_semi_structured_metadata(op: str, values: Tensor, metadata: Tensor, co
     The dtype of `values` is left to the op.
     """
     _check.is_dtype(op, "metadata", metadata, torch.uint8)
-    _check.expect(columns >= 0, op, "columns", "at least 0", columns)
+    _check.is_size(op, "columns", columns)
     groups = group_count(columns)
     _check.has_shape(op, "values", values, ("N", 2 * groups))
     _check.has_shape(op, "metadata", metadata, (values.shape[0], (groups + 1) // 2))

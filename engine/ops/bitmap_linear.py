@@ -27,7 +27,7 @@ def bitmap_linear(
     The bitmap is checked on the way: what does not fit together is refused. A row of `x` that holds a NaN or an
     infinity makes its row of `y` NaN, and no other.
 
-    Has gradients for `x`, `values` (at the kept places alone) and `bias`.
+    Has gradients for `x`, `values` (at the kept places alone) and `bias`; second derivatives are refused.
 
     On CUDA nothing waits for the GPU, so that a bitmap whose data do not fit together raises no error there: the
     outputs of the rows that it is wrong about are NaN.

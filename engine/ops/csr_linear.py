@@ -22,7 +22,7 @@ def csr_linear(
     On CUDA nothing waits for the GPU, so that indices which do not fit together raise no error there: the outputs of
     the rows that they are wrong about are NaN.
 
-    Has gradients for `x`, `values` and `bias`.
+    Has gradients for `x`, `values` and `bias`; second derivatives are refused.
 
     Args:
         x: `[..., K]`, float32, float16 or bfloat16.

@@ -4,6 +4,7 @@ They write into tensors of the caller, who reuses them piece after piece. The la
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,6 +66,16 @@ def _check_decode(wire: Tensor, codec: str, x: Tensor, factor: float = 1.0, add:
     _check.expect(codec in CODECS, "ring_decode", "codec", f"one of {', '.join(CODECS)}", repr(codec))
     _check_floats("ring_decode", "x", x, x.numel())
     _check_wire("ring_decode", codec, wire, x.numel())
+
+
+def _with_address(op: str, check: Callable, place: int) -> Callable:
+    """`check`, and whether the wire, argument `place`, lies where kernels read it: apart, as fakes have no address."""
+
+    def explain(*args) -> None:
+        check(*args)
+        _check.expect(args[place].data_ptr() % 8 == 0, op, "wire", "an address that is a multiple of 8", "another")
+
+    return explain
 
 
 def _in_blocks(x: Tensor) -> Tensor:
@@ -176,7 +187,7 @@ _decode = define_mutating(
 )
 
 
-@explained_by(_check_encode)
+@explained_by(_with_address("ring_encode", _check_encode, 3))
 def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) -> None:
     """Encodes `x + residual` into `wire`; the residual becomes what the receiver will not see of it.
 
@@ -188,7 +199,7 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
         x: float32 `[n]`, contiguous.
         residual: like `x`, changed in place; None: nothing is added and nothing kept.
         codec: "bf16" or "int8".
-        wire: uint8 `[wire_bytes(codec, n)]`, overwritten.
+        wire: uint8 `[wire_bytes(codec, n)]` at an address that is a multiple of 8, overwritten.
 
     Raises:
         TypeError: another dtype.
@@ -197,7 +208,7 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
     _encode(x, residual, codec, wire)
 
 
-@explained_by(_check_prune_encode)
+@explained_by(_with_address("ring_prune_encode", _check_prune_encode, 3))
 def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:
     """Moves the largest magnitudes of `x + residual` into `wire` and the rest into the residual; `x` becomes 0.
 
@@ -211,7 +222,8 @@ def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: 
         x: float32 `[n]`, contiguous, changed in place.
         residual: like `x`, changed in place; None: what is not sent is lost.
         density: in (0, 1].
-        wire: uint8 `[wire_bytes("bitmap", n, density)]`, overwritten; the room for values follows from its size.
+        wire: uint8 `[wire_bytes("bitmap", n, density)]` at an address that is a multiple of 8, overwritten; the room
+            for values follows from its size.
 
     Raises:
         TypeError: another dtype.
@@ -220,12 +232,12 @@ def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: 
     _prune_encode(x, residual, density, wire)
 
 
-@explained_by(_check_decode)
+@explained_by(_with_address("ring_decode", _check_decode, 0))
 def ring_decode(wire: Tensor, codec: str, x: Tensor, factor: float = 1.0, add: bool = False) -> None:
     """Decodes `wire` into `x`, or adds it to `x`, each value times `factor` (for an average).
 
     Args:
-        wire: uint8, as an encoder made it from as many elements as `x` has.
+        wire: uint8, as an encoder made it from as many elements as `x` has, at an address that is a multiple of 8.
         codec: "bf16", "int8" or "bitmap".
         x: float32 `[n]`, contiguous, changed in place.
         factor: multiplies every value ("int8": every scale) before it is used.

@@ -269,6 +269,28 @@ def test_reference_mode(op, monkeypatch):
     assert not (op(x, weight, 10) == 7).all()
 
 
+def test_second_derivatives(op):
+    """The dense formula's, or an error that names the op."""
+    x, weight = torch.randn(3, 20, requires_grad=True), op.weights(5, 20)
+    (grad,) = torch.autograd.grad(op(x, weight, 5).square().sum(), x, create_graph=True)
+    if op.name in ("bitmap_linear", "csr_linear"):
+        with pytest.raises(RuntimeError, match=f"engine.ops.{op.name} has no second derivative"):
+            grad.sum().backward()
+    else:
+        dense = op.dense(weight, 5, 20)
+        torch.testing.assert_close(torch.autograd.grad(grad.sum(), x)[0], 2 * torch.ones(3, 20) @ dense.t() @ dense)
+
+
+def test_forward_mode_derivatives_are_refused(op):
+    """By the op itself too, which has no function of Python's before it."""
+    x, arguments = torch.randn(3, 20), op.arguments(op.weights(5, 20), 5)
+    direct = getattr(torch.ops.engine, op.name)
+    for transform in (torch.func.jvp, lambda f, x, t: torch.func.jacfwd(f)(*x)):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=f"{op.name} has no forward-mode"):
+                transform(lambda x: direct(x, *arguments), (x,), (torch.ones_like(x),))
+
+
 def test_errors(op):
     x, weight, bias = torch.randn(3, 24), op.weights(4, 24), torch.randn(4)
     ints = list(weight)

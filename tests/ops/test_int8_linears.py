@@ -142,7 +142,9 @@ def test_one_tensor_on_meta_is_refused(op):
     arguments = [torch.randn(2, 16), *op.weights(3, 16), torch.randn(3)]
     for i, tensor in enumerate(arguments):
         mixed = [*arguments[:i], tensor.to("meta"), *arguments[i + 1 :]]
-        with pytest.raises(RuntimeError, match="on one device"):
+        here, there = ("meta", "cpu") if i == 0 else ("cpu", "meta")
+        message = f"engine.ops.{op.name}: [a-z_]+: expected a tensor on {here}, as x is, got one on {there}"
+        with pytest.raises(RuntimeError, match=message):
             op(*mixed)
     assert op(*(tensor.to("meta") for tensor in arguments)).is_meta
 
@@ -297,6 +299,22 @@ def test_reference_mode(op, monkeypatch):
     with reference_mode():
         assert (op(x, *weight) == 7).all()
     assert not (op(x, *weight) == 7).all()
+
+
+@pytest.mark.parametrize("number", [1e39, -1e39, torch.nan, 0.0])
+def test_a_number_that_cannot_divide_makes_all_nan(op, number):
+    assert op(torch.randn(2, 16), *op.weights(3, 16), None, number).isnan().all()
+
+
+def test_other_layouts_are_refused(op):
+    x, weight = torch.randn(2, 16), op.weights(3, 16)
+    for other in (x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn(), torch.nested.nested_tensor([x, x[:1]])):
+        with pytest.raises(TypeError, match=f"{op.name}: x: expected a dense tensor, got"):
+            op(other, *weight)
+    with pytest.raises(TypeError, match=f"{op.name}: scale: expected a dense tensor, got torch.sparse_coo"):
+        op(x, *weight[:-1], weight[-1].to_sparse())
+    with pytest.raises(TypeError, match=f"{op.name}: x: expected a float32, float16 or bfloat16 tensor, got NoneType"):
+        op(None, *weight, None, 0.1)
 
 
 def test_errors(op):

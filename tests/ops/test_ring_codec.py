@@ -261,5 +261,12 @@ def test_errors():
         ring_prune_encode(x, None, 0.0, wire)
     with pytest.raises(ValueError, match=r"ring_decode: x: expected a contiguous tensor"):
         ring_decode(wire, "int8", torch.randn(600)[::2])
+    odd = torch.zeros(309, dtype=torch.uint8)[1:]
+    with pytest.raises(ValueError, match=r"ring_encode: wire: expected an address that is a multiple of 8"):
+        ring_encode(x, None, "int8", odd)
+    with pytest.raises(ValueError, match=r"ring_prune_encode: wire: expected an address that is a multiple of 8"):
+        ring_prune_encode(x, None, 0.01, odd[: wire_bytes("bitmap", 300, 0.01)])
+    with pytest.raises(ValueError, match=r"ring_decode: wire: expected an address that is a multiple of 8"):
+        ring_decode(odd, "int8", x)
     with pytest.raises(ValueError, match=r"ring_codec: codec: expected one of bf16, int8, bitmap, got 'zip'"):
         wire_bytes("zip", 3)
