@@ -69,9 +69,9 @@ COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction into fused multiply-add would round differently from the reference: only kernels that ask for it get it.
 CXX = [*COMMON, "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 CXX += ["-falign-loops=32"]  # a short loop that lies across two fetch blocks runs at 0.6 of its speed, by chance
-# GCC for x86 keeps addresses that don't fit the integer registers in vector or mask registers. To fetch one back waits in
-# line with the products: up to a fifth of a loop's speed. Of these two the first has a processor's true costs for mask
-# registers, and the second leaves it the stack alone.
+# GCC for x86 keeps addresses that don't fit the integer registers in vector or mask registers. To fetch one back waits
+# in line with the products: up to a fifth of a loop's speed. Of these two the first has a processor's true costs for
+# mask registers, and the second leaves it the stack alone.
 TUNING = ["-mtune=icelake-server", "-mtune-ctrl=^inter_unit_moves_to_vec"]
 # constexpr functions of the standard library (std::max, std::bit_cast) run on both sides.
 NVCC = [*COMMON, "-fmad=false", "--expt-relaxed-constexpr", "-gencode=arch=compute_80,code=sm_80"]

@@ -204,7 +204,7 @@ def test_the_gradient_expands_the_weight_by_its_op(op):
 
 
 @pytest.mark.parametrize("op", ["block_linear", "semi_structured_linear"], indirect=True)
-def test_second_derivatives(op):
+def test_second_derivatives_by_expanding(op):
     stored = list(op.weights(20, 33))
     x, values = torch.randn(5, 33, requires_grad=True), stored[op.form.values].requires_grad_()
 
