@@ -30,10 +30,28 @@ def measure(m: int, n: int, k: int, repeats: int) -> Row:
     return Row(f"M {m}, {n}x{k}", timings, 5 * n * k // 8, m * n * k, "int8", "read")
 
 
+def measure_training(m: int, n: int, k: int) -> Row:
+    """Forward and back, with the gradient for the input."""
+    x, grad = torch.randn(m, k, requires_grad=True), torch.randn(m, n)
+    weight = torch.randn(n, k)
+    values, metadata = ops.prune_to_semi_structured(weight)
+    semi, dense = ops.int8_quantize(values), ops.int8_quantize(weight)
+    functions = {
+        "semi_structured_int8_linear": lambda i: torch.autograd.grad(
+            ops.semi_structured_int8_linear(x, semi[0], metadata, semi[1]), x, grad
+        ),
+        "int8_linear": lambda i: torch.autograd.grad(ops.int8_linear(x, *dense), x, grad),
+    }
+    operations = 2 * m * n * k  # of the product with the dense weight, which takes longer than that of integers
+    return Row(f"M {m}, {n}x{k}", time_interleaved(functions, 11), 5 * n * k // 8, operations, "fp32")
+
+
 def main() -> None:
     torch.manual_seed(0)
     rows = [measure(*shape, 15) for shape in SHAPES]
     print_rows("semi_structured_int8_linear", rows, own="semi_structured_int8_linear", note="weights from memory")
+    rows = [measure_training(m, 4096, 4096) for m in (64, 512)]
+    print_rows("semi_structured_int8_linear", rows, own="semi_structured_int8_linear", note="forward and back")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from engine import ops
 from engine.bench.common import Row, copies, print_rows, time_interleaved
 
 SHAPES = [(1, 8192, 8192), (1, 4096, 11008), (8, 4096, 4096)]
+TRAINING_SHAPES = [(64, 4096, 4096), (512, 4096, 4096)]
 
 
 def measure(m: int, n: int, k: int, dtype: torch.dtype) -> Row:
@@ -30,10 +31,28 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype) -> Row:
     return Row(f"M {m}, {n}x{k}, {str(dtype)[6:]}", timings, moved, m * n * k, "fp32", "read")
 
 
+def measure_training(m: int, n: int, k: int) -> Row:
+    """Forward and back, with gradients for input and weight: the kept two of four, or all of the dense weight."""
+    x, grad = torch.randn(m, k, requires_grad=True), torch.randn(m, n)
+    dense = torch.randn(n, k, requires_grad=True)
+    values, metadata = ops.prune_to_semi_structured(dense.detach())
+    values.requires_grad_()
+    functions = {
+        "semi_structured_linear": lambda i: torch.autograd.grad(
+            ops.semi_structured_linear(x, values, metadata), (x, values), grad
+        ),
+        "F.linear fp32": lambda i: torch.autograd.grad(F.linear(x, dense), (x, dense), grad),
+    }
+    moved = 3 * (n * k // 8 + 2 * n * k)
+    return Row(f"M {m}, {n}x{k}", time_interleaved(functions, 11), moved, 3 * m * n * k, "fp32")
+
+
 def main() -> None:
     torch.manual_seed(0)
     rows = [measure(*shape, dtype) for shape in SHAPES for dtype in (torch.bfloat16, torch.float32)]
     print_rows("semi_structured_linear", rows, own="semi_structured_linear", note="weights from memory")
+    rows = [measure_training(*shape) for shape in TRAINING_SHAPES]
+    print_rows("semi_structured_linear", rows, own="semi_structured_linear", note="forward and back")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 SIZES = [1 << shift for shift in range(12, 25)]  # bytes of float32, 4 KiB to 16 MiB
 WINDOW = 1 << 20  # bytes of a piece that is sent at a time, at most
-# Bytes on the wire for a byte of float32. int8: a float32 scale for 256. bitmap: a bit, and 2.5 bytes for a hundredth.
+# Bytes on the wire for a byte of float32. int8: a float32 scale for 256 elements. bitmap: 1/64 byte an element for the
+# mask of groups, and room for 1.25 times the hundredth that is sent, of 3 bytes each.
 WIRE_RATIO = {None: 1.0, "bf16": 0.5, "int8": (1 + 4 / 256) / 4, "bitmap": (1 / 64 + 3.75 * 0.01) / 4}
 RANKS = (2, 8, 64, 512, 4096)  # of the table
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine import ops
 from engine.bench.common import rotated
 from engine.bench.gpu_checks import bitmap, blocks, random_values
+from engine.bench.peers import first_line, say_absent
 from engine.ops._library import REFERENCES
 from engine.ops._semi_structured import spread
 from engine.ops.ring_codec import wire_bytes
@@ -235,7 +236,8 @@ def _torchao(n: int, device: torch.device, x: Tensor) -> Functions:
 
         linear = torch.nn.Sequential(torch.nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16))
         quantize_(linear, Int8WeightOnlyConfig())
-    except Exception:
+    except Exception as error:
+        say_absent("torchao int8 weight", first_line(error))
         return {}
     return {"torchao int8 weight": lambda i: linear(x)}
 
@@ -245,7 +247,8 @@ def _bitsandbytes(n: int, device: torch.device, x: Tensor) -> Functions:
         import bitsandbytes
 
         linear = bitsandbytes.nn.Linear8bitLt(n, n, bias=False, has_fp16_weights=False).to(device)
-    except Exception:
+    except Exception as error:
+        say_absent("bitsandbytes", first_line(error))
         return {}
     half = x.half()
     return {"bitsandbytes": lambda i: linear(half)}
@@ -323,7 +326,8 @@ def _cusparselt(x: Tensor, dense: Tensor, int8: bool) -> Functions:
             sparse, activations = torch.sparse.to_sparse_semi_structured(dense), x
         with contextlib.suppress(Exception):  # the fastest of its algorithms, where it can be asked for
             sparse.alg_id_cusparselt = torch._cslt_sparse_mm_search(sparse.packed, activations.t())
-    except Exception:
+    except Exception as error:
+        say_absent("cuSPARSELt", first_line(error))
         return {}
     return {"cuSPARSELt": lambda i: torch.mm(sparse, activations.t())}
 

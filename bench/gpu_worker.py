@@ -19,6 +19,7 @@ import torch
 from engine.bench import gpu_cases, gpu_checks
 from engine.bench.common import Timing
 from engine.bench.gpu_cases import Case
+from engine.bench.peers import first_line, say_absent
 
 ROUNDS = 15
 CALLS_PER_ROUND = 20e-3  # seconds that the calls of one function and round should take, at most 50 of them
@@ -102,7 +103,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Timing]:
         try:
             calls[name] = Calls(function, device, capture)
         except Exception as error:
-            print(f"    (without {name}: {first_line(error)})", file=sys.stderr)
+            say_absent(name, first_line(error))
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle  # so that none always follows the same other
     for _ in range(ROUNDS if device.type == "cuda" else 2):
@@ -165,11 +166,6 @@ def row(op: str, case: Case, timings: dict[str, Timing], limits: Limits) -> dict
         "eager": sorted(case.eager & peers.keys()),
         "timed": "graph" if case.capture else "eager, with the host's wait for the size",
     }
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
 
 def check(op: str, device: torch.device, seconds: float, emit: Emit, small: bool = False) -> None:

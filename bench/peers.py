@@ -25,10 +25,15 @@ def int8_linears(linear: nn.Linear, rows: int) -> dict[str, Linear]:
             peer = make(linear, rows)
             peer(torch.randn(rows, linear.in_features))
         except Exception as error:  # whatever another library raises: it is out of the race, and we say so
-            say_absent(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            say_absent(name, first_line(error))
             continue
         found[name] = peer
     return found
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
 
 @functools.cache

@@ -75,7 +75,7 @@ def _sparsity_panel(axis, rows: list[dict]) -> None:
 
 
 def _models_panel(axis, rows: list[dict]) -> None:
-    """Milliseconds of a whole model, as a share of float32's."""
+    """How many times as fast as float32 whole models are."""
     names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
     width = 0.8 / len(names)
     for i, name in enumerate(names):

@@ -175,9 +175,8 @@ class TensorWriter:
         resume: names that an earlier try wrote to the temporary file, if it is there; None: nothing is kept.
 
     Raises:
-        CheckpointError: with `resume`, the temporary file is of something else.
-        CheckpointError: a data type that safetensors doesn't have, more names than a header holds, or the target is
-            there and no file.
+        CheckpointError: a data type that safetensors doesn't have, more names than a header holds, the target is there
+            and no file, or with `resume` the temporary file is of something else.
         OSError: the file can't be written; a full disk is noticed before the first tensor.
     """
 

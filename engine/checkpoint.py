@@ -3,10 +3,10 @@
 How the file looks is said in engine/_checkpoint_file.py.
 """
 
+import contextlib
 import errno
-import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from engine._match_names import Slots, match_names
 from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
-from engine.nn._replace import give_attributes, given_attributes, has_hooks, is_conv1d, switches_of_fused_paths
+from engine.nn._replace import (
+    give_attributes,
+    given_attributes,
+    has_hooks,
+    is_conv1d,
+    set_item,
+    switches_of_fused_paths,
+)
 from engine.nn.attention import attention_unfused
 from engine.nn.compressed import _Compressed
 from engine.nn.conv2d import why_not
@@ -313,36 +320,27 @@ def _commit(
     ties: list[tuple[str, Tensor]],
 ) -> None:
     """Changes the model; on any exception everything is put back."""
-    undo: list[Callable[[], object]] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for tensor, source in copies:
-            undo.append(functools.partial(_copy, tensor, tensor.detach().clone()))
+            undo.callback(_copy, tensor, tensor.detach().clone())
             if source in file.weights:
                 _copy(tensor, file.weights[source].dense(read_weight(file, source), tensor.dtype))
             else:
                 file.read_into(source, tensor)
         for path, module in replacements.items():
             parent, child = _parent(model, path)
-            _set_item(parent._modules, child, module, undo)
+            set_item(parent._modules, child, module, undo)
             for attributes, key, value in switches_of_fused_paths(model, path):
-                _set_item(attributes, key, value, undo)
+                set_item(attributes, key, value, undo)
         for name, tensor in ties:  # after the replacements, which may hold biases that are tied
             parent, child = _parent(model, name)
-            _set_item(parent._parameters if isinstance(tensor, nn.Parameter) else parent._buffers, child, tensor, undo)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+            set_item(parent._parameters if isinstance(tensor, nn.Parameter) else parent._buffers, child, tensor, undo)
+        undo.pop_all()
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, child = name.rpartition(".")
     return model.get_submodule(path), child
-
-
-def _set_item(registry: dict[str, Any], key: str, value: Any, undo: list[Callable[[], object]]) -> None:
-    undo.append(functools.partial(registry.__setitem__, key, registry[key]))
-    registry[key] = value
 
 
 def _copy(tensor: Tensor, values: Tensor) -> None:

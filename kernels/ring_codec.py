@@ -3,20 +3,16 @@
 Encoding never waits for the host. Decoding a bitmap does, once: it may contradict itself, and `x` is not touched then.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine._ring_codec import BLOCK, HEADER, bitmap_bytes, bitmap_capacity, dense_bytes, threshold_of
 from engine.kernels._device import expect, own_cuda, same_device
-from engine.kernels.int8_quantize import amax_bits, quantize, row_scale
+from engine.kernels.int8_quantize import INFINITY_BITS, amax_bits, quantize, row_scale
 
-BLOCK = 256  # elements that share a scale in "int8"
-HEADER = 8  # bytes before the bitmask in "bitmap": how many values follow, and whether all of x is NaN
 ELEMENTS = 2048  # of a program
-INFINITY_BITS = tl.constexpr(0x7F800000)
 BFLOAT16_NAN = tl.constexpr(0x7FC0)
 
 
@@ -248,19 +244,6 @@ def decode_bitmap_kernel(
     deliver(x, at, tl.where(bits != 0, value * factor, 0.0), at < n, ADD)
 
 
-def bitmap_bytes(n: int) -> int:
-    """Of "bitmap", those before the values."""
-    return HEADER + 8 * triton.cdiv(n, 512)
-
-
-def bitmap_capacity(n: int, size: int) -> int:
-    """How many values a wire of so many bytes has room for; -1 where n elements never make so many."""
-    room, groups = size - bitmap_bytes(n), triton.cdiv(n, 8)
-    if room <= 3 * groups:
-        return room // 3 if room >= 0 and room % 3 == 0 else -1
-    return -1 if (room - groups) % 2 else (room - groups) // 2
-
-
 def parts_of_bitmap(wire: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """The groups' bits, the values as int16, and the groups' bytes."""
     begin, capacity = bitmap_bytes(n), bitmap_capacity(n, wire.numel())
@@ -275,9 +258,9 @@ def check_wire(op: str, wire: Tensor, codec: str, *floats: Tensor | None) -> int
     same = all(t.dtype == torch.float32 and t.shape == (n,) and t.is_contiguous() for t in given)
     expect(same, op, "expected contiguous float32 tensors of one size")
     expect(wire.dtype == torch.uint8 and wire.dim() == 1 and wire.is_contiguous(), op, "expected a contiguous wire")
-    sizes = {"bf16": 2 * n, "int8": 4 * triton.cdiv(n, BLOCK) + n}
-    expect(codec == "bitmap" or codec in sizes, op, "expected another codec")
-    fits = bitmap_capacity(n, wire.numel()) >= 0 if codec == "bitmap" else wire.numel() == sizes[codec]
+    expect(codec in ("bf16", "int8", "bitmap"), op, "expected another codec")
+    size = wire.numel()
+    fits = bitmap_capacity(n, size) >= 0 if codec == "bitmap" else size == dense_bytes(codec, n)
     expect(fits, op, "expected a wire of another size")
     same_device(op, wire, *given)
     return n
@@ -312,16 +295,6 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
             )
     if to is not wire:
         wire.copy_(to)
-
-
-def threshold_of(x: Tensor, residual: Tensor | None, density: float) -> Tensor:
-    """One unit in the last place below the smallest of evenly spread samples that is kept; 0 where that is 0."""
-    n = x.numel()
-    samples = math.ceil(min(n, max(1024, 40 / density)))
-    places = torch.arange(samples, device=x.device) * n // samples
-    values = x[places] if residual is None else x[places] + residual[places]
-    key = values.abs().view(torch.int32).sort().values[samples - max(1, round(density * samples))]
-    return (key.clamp(max=INFINITY_BITS.value) - 1).clamp(min=0).view(torch.float32)
 
 
 def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 from engine.ops._bitmap import bitmap_mask, pack_mask
@@ -85,3 +86,17 @@ def activations(*shape: int) -> Tensor:
 def assert_same(got: Tensor, want: Tensor) -> None:
     """To the bit, dtype and shape too; a NaN is as good as another."""
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def ops_called(function: Callable[[], object]) -> set[str]:
+    """The names of the ops that `function` calls."""
+    names = set()
+
+    class Notice(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Notice():
+        function()
+    return names

@@ -215,10 +215,21 @@ def test_references_answer_row_by_row():
         assert all(t.is_contiguous() for t in (results if isinstance(results, tuple) else (results,))), name
 
 
-def test_a_triton_that_lacks_something_is_told(monkeypatch):
-    def missing(name):
-        raise ImportError(f"no {name}")
+@pytest.mark.parametrize("name", ["triton.language.extra.cuda", "setuptools", None, "engine.kernels"])
+def test_a_triton_that_lacks_something_is_told(name, monkeypatch):
+    def missing(kernel):
+        raise ImportError(f"no {kernel}", name=name)
 
     monkeypatch.setattr(backends.importlib, "import_module", missing)
     status = backends._register_triton()
     assert not status.active and "no engine.kernels.block_int8_linear" in status.detail
+
+
+@pytest.mark.parametrize("name", ["engine.ops._check", "engine.kernels._tiles"])
+def test_a_kernel_that_lacks_something_of_ours_is_an_error(name, monkeypatch):
+    def missing(kernel):
+        raise ImportError(f"cannot import name 'x' from '{name}'", name=name)
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=name):
+        backends._register_triton()

@@ -64,6 +64,15 @@ def test_limits_are_measured():
     assert "GB/s" in str(found) and measure_limits() is found
 
 
+@needs_native
+def test_limits_refuse_what_cannot_be_measured():
+    native = importlib.import_module("engine._native")
+    for bytes_, threads, seconds in ((0, 1, 0.01), (-1, 1, 0.01), (4096, 0, 0.01), (4096, -1, 0.01), (4096, 1, 0.0)):
+        for measure in (native.read_gbps, native.copy_gbps):
+            with pytest.raises(ValueError, match="expected"):
+                measure(bytes_, threads, seconds)
+
+
 def test_peers_compute_the_same_task():
     linear, x = torch.nn.Linear(128, 64), torch.randn(16, 128)
     with torch.inference_mode():

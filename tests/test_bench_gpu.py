@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from engine.bench import gpu, gpu_cases, gpu_checks, gpu_worker
+from engine.bench import gpu, gpu_cases, gpu_checks, gpu_worker, peers
 from engine.ops._library import REFERENCES
 
 CPU = torch.device("cpu")
@@ -133,6 +133,18 @@ def test_results_are_written_as_tables_too(tmp_path):
     gpu.save(report, tmp_path / "results/none.json")
     assert json.loads((tmp_path / "results/none.json").read_text())["rows"] == [ROW]
     assert "x: it" in (tmp_path / "results/none.md").read_text()
+
+
+def test_a_peer_that_is_left_out_is_named(monkeypatch, capsys):
+    peers.say_absent.cache_clear()
+    for package in ("torchao.quantization", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", None)
+    x = torch.randn(4, 32)
+    assert not {**gpu_cases._torchao(32, CPU, x), **gpu_cases._bitsandbytes(32, CPU, x)}
+    assert not gpu_cases._cusparselt(x, torch.randn(32, 32), int8=True)
+    said = capsys.readouterr().err
+    assert all(f"(without {name}: " in said for name in ("torchao int8 weight", "bitsandbytes", "cuSPARSELt"))
 
 
 def test_all_of_it(monkeypatch, tmp_path, capsys):

@@ -317,7 +317,7 @@ def test_an_interrupt_while_modules_are_replaced_undoes_all(path, monkeypatch):
     small_file(path, "bitmap")
     model = Mlp()
     before = state_of(model)
-    set_item, count = checkpoint._set_item, 0
+    set_item, count = checkpoint.set_item, 0
 
     def failing(*args):
         nonlocal count
@@ -326,7 +326,7 @@ def test_an_interrupt_while_modules_are_replaced_undoes_all(path, monkeypatch):
         if count == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_set_item", failing)
+    monkeypatch.setattr(checkpoint, "set_item", failing)
     with pytest.raises(KeyboardInterrupt):
         load_(model, path)
     assert_unchanged(model, before)

@@ -165,9 +165,8 @@ def test_exported_geometries(geometry):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_traced(conv):
     x, y = torch.randn(3, C, 9, 8), torch.randn(5, C, 7, 11)
-    with torch.no_grad():
-        traced = torch.jit.trace(conv, x)
-        close(traced(y), conv(y))
+    traced = torch.jit.trace(conv, x)
+    close(traced(y), conv(y))
 
 
 def test_compile_with_inductor():

@@ -1,6 +1,8 @@
 """distill: the pattern stays, training helps, a resume ends in the same bits, and a failure changes nothing."""
 
 import copy
+import datetime
+import functools
 import json
 
 import pytest
@@ -405,6 +407,23 @@ def _train_in_parallel(rank, world, folder):
     )
     torch.save(student.state_dict(), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _train_apart(rank, world, folder):
+    """Each rank is a group of its own, and trains for longer than the one before."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=20)
+    )
+    groups = [torch.distributed.new_group([i]) for i in range(world)]
+    teacher, batches = small()
+    wrap = functools.partial(nn.parallel.DistributedDataParallel, process_group=groups[rank])
+    engine.distill(copy.deepcopy(teacher), teacher, batches, steps=2 + 2 * rank, recipe=BOTH, wrap=wrap)
+    torch.distributed.destroy_process_group()
+
+
+def test_inside_ddp_of_a_subgroup(tmp_path):
+    torch.multiprocessing.spawn(_train_apart, (2, str(tmp_path)), 2)
 
 
 def test_inside_ddp(tmp_path):

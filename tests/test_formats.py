@@ -64,6 +64,39 @@ def test_lossless_formats_give_the_weight_back():
     assert torch.equal(Bitmap.from_dense(weight, 0.5, torch.bfloat16).to_dense(), pruned.bfloat16().float())
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.1, 0.2, 0.1])])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w, scale: DenseInt8.from_dense(w, scale=scale),
+        lambda w, scale: Bitmap.from_dense(w, 0.5, torch.int8, scale=scale),
+        lambda w, scale: SemiStructured.from_dense(w, torch.int8, scale=scale),
+        lambda w, scale: Block.from_dense(w, 0.5, torch.int8, scale=scale),
+    ],
+)
+def test_what_is_not_a_number_makes_its_row_none(make, scale, bad):
+    weight = torch.randn(3, 40) + 5
+    clean = make(weight.clone(), scale)
+    weight[1, 4] = bad
+    format = make(weight, scale)
+    assert format.scale.isnan().tolist() == [False, True, False]
+    assert torch.equal(format.to_dense()[::2], clean.to_dense()[::2])
+    with pytest.raises(ValueError, match="scale: expected finite numbers above 0"):
+        format.check()
+
+
+@pytest.mark.parametrize("values", [torch.int32, torch.float64, torch.uint8, "int8"])
+def test_values_of_other_dtypes_are_refused(values):
+    for make in (
+        lambda: Bitmap.from_dense(torch.randn(4, 64), 0.5, values),
+        lambda: SemiStructured.from_dense(torch.randn(4, 64), values),
+        lambda: Block.from_dense(torch.randn(4, 64), 0.5, values),
+    ):
+        with pytest.raises(TypeError, match="values: expected a float32, float16, bfloat16 or int8 dtype, got"):
+            make()
+
+
 def test_int8_is_within_half_a_step():
     weight = torch.randn(31, 77)
     half_step = weight.abs().amax(-1, keepdim=True) / 127 / 2 * 1.0001
@@ -210,6 +243,48 @@ def test_bad_arguments():
         DenseInt8.from_dense(weight, "sometimes")
     with pytest.raises(ValueError, match=r"input_scale goes with values=torch\.int8"):
         Bitmap.from_dense(weight, 0.5, input_scale=0.1)
+    with pytest.raises(TypeError, match=r"Block: block_shape: expected two ints, got 32"):
+        Block.from_dense(weight, 0.5, torch.int8, block_shape=32)
+    for shape in ((8,), (2, 4, 8)):
+        with pytest.raises(ValueError, match=r"DenseInt8: weight: expected shape \[N, K\]"):
+            DenseInt8.from_dense(torch.randn(shape))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, torch.nan, torch.inf, 1e39, 1e-45, torch.tensor([1.0] * 7 + [0.0])])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w, scale: DenseInt8.from_dense(w, "static", scale),
+        lambda w, scale: Bitmap.from_dense(w, 0.5, torch.int8, scale),
+        lambda w, scale: SemiStructured.from_dense(w, torch.int8, scale),
+        lambda w, scale: Block.from_dense(w, 0.5, torch.int8, scale),
+    ],
+)
+def test_input_scales_that_would_make_all_nan_are_refused(make, scale):
+    with pytest.raises(ValueError, match=r"input_scale: expected numbers above 0"):
+        make(torch.randn(4, 8), scale)
+
+
+def test_indices_of_csr_that_do_not_fit_are_refused():
+    good = torch.tensor([1.0, 2.0]), torch.tensor([0, 2, 2]), torch.tensor([1, 3])
+    for i, other, message in (
+        (1, [0, 1, 1], "crow_indices: expected to end with the number of values, 2"),
+        (2, [1, 4], r"col_indices: expected columns in \[0, 4\), got 4"),
+        (2, [-1, 1], r"col_indices: expected columns in \[0, 4\), got -1"),
+    ):
+        values, crow, col = (*good[:i], torch.tensor(other), *good[i + 1 :])
+        with pytest.raises(ValueError, match=message):
+            Csr(values, crow, col, 4).to_dense()
+        with pytest.raises(ValueError, match=message):
+            Csr.from_sparse_csr(torch.sparse_csr_tensor(crow, col, values, (2, 4), check_invariants=False))
+    for other, error in (
+        (torch.randn(2, 4), TypeError),
+        (torch.randn(2, 4).to_sparse(), TypeError),
+        (torch.randn(2, 4).double().to_sparse_csr(), TypeError),
+        (torch.randn(3, 2, 4).to_sparse_csr(), ValueError),
+    ):
+        with pytest.raises(error, match=r"engine.formats.Csr"):
+            Csr.from_sparse_csr(other)
 
 
 def places(format, dim):

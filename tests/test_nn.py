@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import engine
 from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
-from engine.nn import CompressedEmbedding, CompressedLinear
+from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 
 HOW = {
     "int8": (DenseInt8, {}),
@@ -200,10 +200,33 @@ def test_bad_modules():
     format = DenseInt8.from_dense(torch.randn(4, 8))
     with pytest.raises(ValueError, match=r"bias: expected \[4\], got \[5\]"):
         CompressedLinear(format, torch.zeros(5))
+    with pytest.raises(TypeError, match=r"CompressedLinear: format: expected a format of .*, got Tensor"):
+        CompressedLinear(torch.randn(4, 8))
     with pytest.raises(TypeError, match="expected a DenseInt8, got Bitmap"):
         CompressedEmbedding(Bitmap.from_dense(torch.randn(4, 8), 0.5))
     with pytest.raises(ValueError, match="max_norm"):
         CompressedEmbedding.from_dense(nn.Embedding(4, 8, max_norm=1.0))
+
+
+OTHER_LAYERS = {
+    CompressedLinear: (nn.Bilinear(4, 5, 6), nn.Conv1d(4, 6, 1), nn.Conv2d(4, 6, 1), nn.Embedding(4, 5), torch.ones(4)),
+    CompressedConv2d: (nn.ConvTranspose2d(4, 4, 3), nn.Conv1d(4, 4, 3), nn.Linear(4, 5)),
+    CompressedEmbedding: (nn.Linear(4, 5), nn.EmbeddingBag(4, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_LAYERS)
+def test_a_layer_that_computes_something_else_is_refused(kind):
+    for other in OTHER_LAYERS[kind]:
+        with pytest.raises(TypeError, match=rf"{kind.__name__}.from_dense: .*, got {type(other).__name__}"):
+            kind.from_dense(other, DenseInt8)
+
+
+def test_a_subclass_of_a_layer_is_one():
+    class Linear(nn.Linear):
+        pass
+
+    assert CompressedLinear.from_dense(Linear(8, 4), DenseInt8)(torch.randn(2, 8)).shape == (2, 4)
 
 
 def test_reference_mode_is_the_same_layer(linear):
@@ -233,6 +256,13 @@ def test_forward_mode_derivatives_are_refused(linear):
     want = linear(x)
     with torch.autograd.forward_ad.dual_level():
         assert torch.equal(linear(x), want)  # without a tangent it is as ever
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_traced(linear):
+    traced = torch.jit.trace(linear, torch.randn(3, 96))
+    x = torch.randn(2, 5, 96)
+    assert torch.equal(traced(x), linear(x))
 
 
 def test_a_state_dict_of_another_format_is_refused():

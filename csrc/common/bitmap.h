@@ -5,8 +5,8 @@
 // significant first, of byte k / 8 is set; bits beyond K are 0), row_offsets int64 [N + 1] and values [nnz], one row
 // after another.
 //
-// Nothing may read out of bounds whatever the three tensors hold, and to count the bits beforehand would cost a pass. A
-// reader is safe in three steps:
+// No reader may go out of bounds whatever the three tensors hold, and counting the bits first would cost an extra pass.
+// A reader is safe in three steps:
 //   1. Before the loop check_row_offsets, O(N), makes sure that every row begins and ends within values.
 //   2. A row reads at most one value for each set bit, so at most K, and a vector reads at most kReadAhead beyond.
 //      Where that may leave the tensor, which is so for the last rows only, row_values gives a padded copy of the row

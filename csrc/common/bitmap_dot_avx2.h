@@ -12,12 +12,6 @@ ENGINE_AVX2 ENGINE_INLINE __m256i load_avx2(const void* from) {
     return _mm256_load_si256(static_cast<const __m256i*>(from));
 }
 
-ENGINE_AVX2 ENGINE_INLINE int32_t horizontal_sum_avx2(__m256i v) {
-    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
-}
-
 // One row of activations.
 template <class Bytes>
 struct VectorAvx2 {

@@ -203,8 +203,8 @@ struct FloatDotAvx512 {
 template <class Step, class T, class Weights, int M = kFloatDotRows>
 void bitmap_dots(const FloatLinear<T>& call, const Weights& weights) {
     if constexpr (M > 1) {
-        const int64_t tiles = (call.m + kFloatDotRows - 1) / kFloatDotRows;
-        if ((call.m + tiles - 1) / tiles < M) return bitmap_dots<Step, T, Weights, M - 1>(call, weights);
+        if (divide_up(call.m, divide_up(call.m, kFloatDotRows)) < M)
+            return bitmap_dots<Step, T, Weights, M - 1>(call, weights);
     }
     float_dot_linear(
         call, weights.row_bytes(),

@@ -16,8 +16,8 @@ struct Int8Bitmap {
 
     const uint8_t* row_mask(int64_t row) const { return mask + row * mask_bytes(k); }
     // The values from `position` on, of which min(kc, bits set) + kReadAhead may be read: where they are, or in
-    // `buffer` where that might leave the tensor. A row that lies about its bits may have led beyond the values: then
-    // what is read means nothing, and `ends_well` says so in the end.
+    // `buffer` where that might leave the tensor. A row whose bits disagree with row_offsets may have moved `position`
+    // beyond the values: what is read is then meaningless, though in bounds, and `ends_well` reports it.
     const int8_t* readable(int64_t position, int64_t kc,
                            int8_t* buffer) const {  // [kc + kReadAhead]
         if (nnz - position >= kc + kReadAhead) return values + position;

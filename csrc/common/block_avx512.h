@@ -1,6 +1,6 @@
-// Microkernels for many rows of activations by one row of blocks, with AVX-512: int8 (VNNI), bfloat16 and fp32. Blocks
-// are packed; activations are read where they lie, at the columns of the kept blocks. Sums stay in registers from one
-// block to the next.
+// Microkernels for many rows of activations by one row of blocks, with AVX-512: bfloat16 and fp32. Blocks are packed;
+// activations are read where they lie, at the columns of the kept blocks. Sums stay in registers from one block to the
+// next.
 #pragma once
 
 #include "common/isa.h"
@@ -22,18 +22,15 @@ constexpr int64_t kStripOutputs = 64;  // at most so many to a strip; always a m
 // Rows of activations to a tile: as many sums as fit registers, and 12 for 16 outputs.
 constexpr int64_t strip_rows(int64_t outputs) { return outputs > 48 ? 6 : outputs > 32 ? 8 : 12; }
 
-// Kept blocks of one row of blocks, packed. W: int8_t in fours, BFloat16 in pairs, float one by one.
+// Kept blocks of one row of blocks, packed. W: BFloat16 in pairs, float one by one.
 template <class W>
 struct BlockStrip {
     const int32_t* columns;  // [blocks]: where each stands
     int64_t blocks, wide;    // wide: columns of a block
-    const W* weights;        // [blocks · wide / 4, outputs, 4], or as many in pairs, or one by one
+    const W* weights;        // [blocks · wide / 2, outputs, 2], or as many one by one
     // What memory is asked for meanwhile, so many lines with each block: many at once would hold up the activations.
     const char* next = nullptr;
     int64_t next_stride = 0, lines = 0;  // bytes from what is asked for with a block to that with the next
-    // And what outputs are written to afterwards, [R, y_stride] bytes: stores that miss wait in line for each other.
-    const char* y = nullptr;
-    int64_t y_stride = 0, y_lines = 0;
 
     // Has tile `tile` of `tiles` ask for its part of the rows [inside, inside + outputs) of as many blocks that follow.
     template <class V>
@@ -77,39 +74,44 @@ ENGINE_AVX512 ENGINE_INLINE void transpose_16x4_avx512(const void* rows, int64_t
     }
 }
 
-// Tiles where a broadcast of 32 bits is multiplied at once: fours of int8, or pairs of bfloat16. A kernel says how:
-//
-//   X, W, Sum, Acc      of activations, weights, sums, and 16 sums in a register
-//   begin(start, at)    16 sums to begin with: start[0, 16), if there is any, and at[0, 16), if there is any
-//   accumulate(...)     adds the products of 32 bits of activations with those of 16 outputs
-template <class Kernel>
-struct BlockDwordsAvx512 {
+// bfloat16 by bfloat16, with AVX512_BF16: a broadcast of 32 bits is multiplied at once.
+struct BlockPairsAvx512 {
+    using W = BFloat16;
+    static constexpr int64_t kTogether = 2;  // weights of an output that lie together
+
+    // Packs 16 outputs of a block.
+    ENGINE_AVX512 static void pack(const BFloat16* w,  // [16, stride]
+                                   int64_t stride, int64_t wide,
+                                   BFloat16* to,  // [wide / 2, outputs, 2]
+                                   int64_t outputs) {
+        for (int64_t k = 0; k < wide; k += 8) {
+            __m512i pairs[4];
+            transpose_16x4_avx512(w + k, stride * static_cast<int64_t>(sizeof(BFloat16)), pairs);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) _mm512_store_si512(to + (k + 2 * i) * outputs, pairs[i]);
+        }
+    }
+
     // R rows of activations by 16 V outputs. Rows are reached from every third, by one and two strides.
-    template <int R, int V, class X, class W, class Sum>
-    ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const X* x,        // [R, elements]
-                                                                int64_t elements,  // from one row to the next
-                                                                const BlockStrip<W>& strip, const Sum* start, bool add,
-                                                                Sum* sums) {  // [R, 16 V]
-        typename Kernel::Acc acc[R][V];
+    template <int R, int V>
+    ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const BFloat16* x,  // [R, elements]
+                                                                int64_t elements,   // from one row to the next
+                                                                const BlockStrip<BFloat16>& strip, bool add,
+                                                                float* sums) {  // [R, 16 V]
+        __m512 acc[R][V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
-                Kernel::begin(acc[r][v], start ? start + 16 * v : nullptr, add ? sums + (r * V + v) * 16 : nullptr);
+                acc[r][v] = add ? _mm512_load_ps(sums + (r * V + v) * 16) : _mm512_setzero_ps();
             }
         }
         const auto* q = reinterpret_cast<const char*>(x);
-        const int64_t stride = elements * static_cast<int64_t>(sizeof(X));
-        const int64_t wide = strip.wide * static_cast<int64_t>(sizeof(X));  // bytes
+        constexpr auto kSize = static_cast<int64_t>(sizeof(BFloat16));
+        const int64_t stride = elements * kSize, wide = strip.wide * kSize;  // bytes
         const auto* w = reinterpret_cast<const char*>(strip.weights);
-        const char* y = strip.y;
-        const char* const y_end = y + R * strip.y_stride;
-        const int64_t y_rows = (R + strip.blocks - 1) / std::max<int64_t>(1, strip.blocks);
         for (int64_t i = 0; i < strip.blocks; ++i) {
             strip.ask(i);
-            for (int64_t a = 0; a < y_rows && y != y_end; ++a, y += strip.y_stride) {
-                for (int64_t line = 0; line < strip.y_lines; ++line) ask_to_write(y + 64 * line);
-            }
             const char* row[(R + 2) / 3];
             const char* next = q + strip.columns[std::min(i + 1, strip.blocks - 1)] * wide;
 #pragma GCC unroll 4
@@ -124,11 +126,11 @@ struct BlockDwordsAvx512 {
                     for (int v = 0; v < V; ++v) weight[v] = _mm512_load_si512(w + 64 * v);
 #pragma GCC unroll 12
                     for (int r = 0; r < R; ++r) {
-                        int32_t dword;
-                        std::memcpy(&dword, row[r / 3] + r % 3 * stride + k + 4 * f, sizeof dword);
-                        const __m512i one = _mm512_set1_epi32(dword);
+                        int32_t pair;
+                        std::memcpy(&pair, row[r / 3] + r % 3 * stride + k + 4 * f, sizeof pair);
+                        const __m512i one = _mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-                        for (int v = 0; v < V; ++v) Kernel::accumulate(acc[r][v], one, weight[v]);
+                        for (int v = 0; v < V; ++v) accumulate_pairs_avx512(acc[r][v], one, weight[v]);
                     }
                 }
             }
@@ -136,79 +138,7 @@ struct BlockDwordsAvx512 {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) std::memcpy(sums + (r * V + v) * 16, &acc[r][v], 64);
-        }
-    }
-};
-
-// vpdpbusd takes one side unsigned. Here that is the activations, shifted by 128: what the sums are too large by is
-// then the same for every row of activations, 128 · (sum of an output's weights), and they begin with it taken away.
-struct BlockInt8Avx512 : BlockDwordsAvx512<BlockInt8Avx512> {
-    using W = int8_t;
-    using Acc = __m512i;
-
-    ENGINE_AVX512 ENGINE_INLINE static void begin(__m512i& acc, const int32_t* start, const int32_t* at) {
-        acc = _mm512_load_si512(start);
-        if (at) acc = _mm512_add_epi32(acc, _mm512_load_si512(at));
-    }
-    ENGINE_AVX512 ENGINE_INLINE static void accumulate(__m512i& acc, __m512i x, __m512i w) {
-        accumulate_avx512(acc, x, w);
-    }
-
-    // 16 outputs by 16 of K.
-    ENGINE_AVX512 ENGINE_INLINE static void pack_16(const int8_t* w, int64_t stride, int8_t* to, int64_t to_stride,
-                                                    __m512i& sums) {
-        __m512i fours[4];
-        transpose_16x4_avx512(w, stride, fours);
-#pragma GCC unroll 4
-        for (int f = 0; f < 4; ++f) {
-            sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), fours[f]);
-            _mm512_store_si512(to + f * to_stride, fours[f]);
-        }
-    }
-
-    // Packs outputs [inside, inside + outputs) of `blocks` kept blocks.
-    ENGINE_AVX512 static void pack(const int8_t* values,  // [blocks, high, wide]
-                                   int64_t high, int64_t wide, int64_t blocks, int64_t inside, int64_t outputs,
-                                   int8_t* weights,   // [blocks · wide / 4, outputs, 4]
-                                   int32_t* start) {  // [outputs]
-        for (int64_t j = 0; j < outputs; j += 16) {
-            __m512i sums = _mm512_setzero_si512();
-            int8_t* to = weights + 4 * j;
-            for (int64_t i = 0; i < blocks; ++i) {
-                const int8_t* from = values + (i * high + inside + j) * wide;
-                for (int64_t k = 0; k < wide; k += 16, to += 16 * outputs) {
-                    pack_16(from + k, wide, to, 4 * outputs, sums);
-                }
-            }
-            _mm512_store_si512(start + j, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7)));
-        }
-    }
-};
-
-// bfloat16 by bfloat16, with AVX512_BF16.
-struct BlockPairsAvx512 : BlockDwordsAvx512<BlockPairsAvx512> {
-    using W = BFloat16;
-    using Acc = __m512;
-    static constexpr int64_t kTogether = 2;  // weights of an output that lie together
-
-    ENGINE_AVX512 ENGINE_INLINE static void begin(__m512& acc, const float*, const float* at) {
-        acc = at ? _mm512_load_ps(at) : _mm512_setzero_ps();
-    }
-    ENGINE_AVX512 ENGINE_INLINE static void accumulate(__m512& acc, __m512i x, __m512i w) {
-        accumulate_pairs_avx512(acc, x, w);
-    }
-
-    // Packs 16 outputs of a block.
-    ENGINE_AVX512 static void pack(const BFloat16* w,  // [16, stride]
-                                   int64_t stride, int64_t wide,
-                                   BFloat16* to,  // [wide / 2, outputs, 2]
-                                   int64_t outputs) {
-        for (int64_t k = 0; k < wide; k += 8) {
-            __m512i pairs[4];
-            transpose_16x4_avx512(w + k, stride * static_cast<int64_t>(sizeof(BFloat16)), pairs);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) _mm512_store_si512(to + (k + 2 * i) * outputs, pairs[i]);
+            for (int v = 0; v < V; ++v) _mm512_store_ps(sums + (r * V + v) * 16, acc[r][v]);
         }
     }
 };
@@ -234,7 +164,7 @@ struct BlockFloatAvx512 {
     template <int R, int V>
     ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const float* x,  // [R, stride]
                                                                 int64_t stride, const BlockStrip<float>& strip,
-                                                                const float*, bool add,
+                                                                bool add,
                                                                 float* sums) {  // [R, 16 V]
         const float* w = strip.weights;
         const int64_t blocks = std::max<int64_t>(1, kFloatChain / strip.wide);
@@ -284,25 +214,22 @@ struct BlockFloatAvx512 {
 };
 
 // Up to strip_rows(outputs) rows of activations by all outputs of the strip.
-template <class Kernel, int V, int R = strip_rows(16 * V), class X, class Sum>
-void strip_tile_of(int64_t rows, const X* x, int64_t stride, const BlockStrip<typename Kernel::W>& strip,
-                   const Sum* start, bool add, Sum* sums) {
+template <class Kernel, int V, int R = strip_rows(16 * V), class W>
+void strip_tile_of(int64_t rows, const W* x, int64_t stride, const BlockStrip<W>& strip, bool add, float* sums) {
     if constexpr (R > 1) {
-        if (rows < R) return strip_tile_of<Kernel, V, R - 1>(rows, x, stride, strip, start, add, sums);
+        if (rows < R) return strip_tile_of<Kernel, V, R - 1>(rows, x, stride, strip, add, sums);
     }
-    Kernel::template tile_of<R, V>(x, stride, strip, start, add, sums);
+    Kernel::template tile_of<R, V>(x, stride, strip, add, sums);
 }
-template <class Kernel, class X, class Sum>
+template <class Kernel, class W>
 void strip_tile(int64_t rows, int64_t outputs,
-                const X* x,  // [rows, stride]
-                int64_t stride, const BlockStrip<typename Kernel::W>& strip,
-                const Sum* start,  // [outputs]: what integer sums begin with
-                bool add,
-                Sum* sums) {  // [rows, outputs]
-    if (outputs == 64) return strip_tile_of<Kernel, 4>(rows, x, stride, strip, start, add, sums);
-    if (outputs == 48) return strip_tile_of<Kernel, 3>(rows, x, stride, strip, start, add, sums);
-    if (outputs == 32) return strip_tile_of<Kernel, 2>(rows, x, stride, strip, start, add, sums);
-    strip_tile_of<Kernel, 1>(rows, x, stride, strip, start, add, sums);
+                const W* x,  // [rows, stride]
+                int64_t stride, const BlockStrip<W>& strip, bool add,
+                float* sums) {  // [rows, outputs]
+    if (outputs == 64) return strip_tile_of<Kernel, 4>(rows, x, stride, strip, add, sums);
+    if (outputs == 48) return strip_tile_of<Kernel, 3>(rows, x, stride, strip, add, sums);
+    if (outputs == 32) return strip_tile_of<Kernel, 2>(rows, x, stride, strip, add, sums);
+    strip_tile_of<Kernel, 1>(rows, x, stride, strip, add, sums);
 }
 
 }  // namespace engine

@@ -11,6 +11,13 @@
 
 namespace engine {
 
+// The lanes added up.
+ENGINE_AVX2 ENGINE_INLINE int32_t horizontal_sum_avx2(__m256i v) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
 // acc += unsigned_bytes by signed_bytes, by fours. As assembly, marked volatile, so that GCC neither reads ahead more
 // than registers hold nor moves sums between registers.
 ENGINE_AVX2 ENGINE_INLINE void accumulate_avx_vnni(__m256i& acc, __m256i unsigned_bytes, __m256i signed_bytes) {

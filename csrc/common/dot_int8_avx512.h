@@ -5,6 +5,7 @@
 
 #include "common/dot_int8.h"
 #include "common/gemm_int8.h"
+#include "common/round.h"
 
 namespace engine {
 
@@ -84,14 +85,13 @@ struct DotRowsAvx512 {
 template <class Tiles>
 class DotBlocksAvx512 {
   public:
-    DotBlocksAvx512(int64_t m, int64_t k)
-        : m_(m), k_(k), tiles_((m + Tiles::kRows - 1) / Tiles::kRows), depth_(depth(m, k)) {
+    DotBlocksAvx512(int64_t m, int64_t k) : m_(m), k_(k), tiles_(divide_up(m, Tiles::kRows)), depth_(depth(m, k)) {
         groups_ = kStays && depth_ < k ? kMostGroups : 1;
         const int64_t block = groups_ * Tiles::kColumns * std::max<int64_t>(1, k), piece = Tiles::kColumns * depth_;
-        pieces_ahead_ = kStays && depth_ < k && tiles_ <= 2 ? (kPiecesAhead + piece - 1) / piece : 0;
-        blocks_ahead_ = (kAhead + block - 1) / block * block;
-        asked_ = std::min<int64_t>(4, (Tiles::kColumns + tiles_ - 1) / tiles_);
-        ahead_step_ = (64 * Tiles::kColumns + tiles_ - 1) / tiles_;
+        pieces_ahead_ = kStays && depth_ < k && tiles_ <= 2 ? divide_up(kPiecesAhead, piece) : 0;
+        blocks_ahead_ = round_up(kAhead, block);
+        asked_ = std::min<int64_t>(4, divide_up(Tiles::kColumns, tiles_));
+        ahead_step_ = divide_up(64 * Tiles::kColumns, tiles_);
     }
 
     // The products of all rows of activations by `columns` rows of weights, at most kDotBlock.
@@ -117,14 +117,15 @@ class DotBlocksAvx512 {
     static constexpr int64_t kMostGroups = kStays ? 4 : 1;
     static constexpr int64_t kAhead = 8 << 10, kPiecesAhead = 12 << 10;
     static constexpr int64_t kL1Bytes = 16 << 10;  // of L1, what activations may take where K is cut for them
-    static constexpr int64_t kMostTiles = (kInt8DotRows + Tiles::kRows - 1) / Tiles::kRows;
+    static constexpr int64_t kMostTiles = divide_up(kInt8DotRows, Tiles::kRows);
     static constexpr int64_t kGroupSums = kMostTiles * Tiles::kSums;
 
     static int64_t depth(int64_t m, int64_t k) {
         int64_t most = 4096;
-        if (kStays) most = m * k <= kL1Bytes * 3 / 2 ? kExactDepth : std::max<int64_t>(kL1Bytes / m / 64 * 64, 768);
-        const int64_t cuts = (k + most - 1) / most;
-        return cuts > 1 ? ((k + 63) / 64 + cuts - 1) / cuts * 64 : k;
+        if (kStays)
+            most = m * k <= kL1Bytes * 3 / 2 ? kExactDepth : std::max<int64_t>(round_down(kL1Bytes / m, 64), 768);
+        const int64_t cuts = divide_up(k, most);
+        return cuts > 1 ? divide_up(divide_up(k, 64), cuts) * 64 : k;
     }
 
     // What stretches of K add up to. In int32, which holds the sums of kExactDepth, or stretch by stretch in int64.
@@ -208,8 +209,8 @@ class DotBlocksAvx512 {
         }
     }
 
-    // Tiles as even as can be: one row alone uses the registers badly.
-    int64_t tile_rows(int64_t tile, int64_t row) const { return (m_ - row + tiles_ - tile - 1) / (tiles_ - tile); }
+    // Tiles of nearly equal height: a tile of one row would leave most registers idle.
+    int64_t tile_rows(int64_t tile, int64_t row) const { return divide_up(m_ - row, tiles_ - tile); }
 
     template <class Total>
     void add_group(const int32_t* sums, Total* totals) const {

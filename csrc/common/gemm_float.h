@@ -16,9 +16,9 @@
 //   rows ≤ kFloatGroup; kc ≤ kFloatDepth; k0 is a multiple of kFloatDepth, and kc is kFloatDepth unless the row ends.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 //
-// One whose weights are missing in places has spans(r), the stretches [begin, end) of K that are there of row r of what
-// it wrote last, and writes no others; they are the same for unit() rows, of which groups are made, more than
-// kFloatGroup rows where one unit has more.
+// A provider of block-sparse weights also has spans(r): the ranges [begin, end) of K that row r of the panel written
+// last holds; only these are written. unit() consecutive rows share their spans, and a group is a multiple of them,
+// even of more than kFloatGroup rows.
 //
 // For a few rows float_dot_linear: activations as fp32 row by row, and a kernel that multiplies them by the weights
 // where they lie.
@@ -28,9 +28,11 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/compiled.h"
 #include "common/half.h"
-#include "common/isa.h"
+#include "common/linear_call.h"
 #include "common/quantize.h"
+#include "common/round.h"
 #include "common/scratch.h"
 #include "common/tensor.h"
 #if ENGINE_X86
@@ -41,30 +43,10 @@ namespace engine {
 
 constexpr int64_t kFloatDepth = 256;  // a strip of such depth stays in L1, a panel of it in L2
 constexpr int64_t kFloatGroup = 112;  // at most so many weight rows to a group
-// A sum's error grows with the length of the chain in which it is added up: 0.3 length epsilon / 2 for products of
-// random numbers, and over several chains as the square root of length times K. MKL has 4 chains for up to 8 outputs
-// and one of up to 192 for more.
+// Products of K added up before they are added to the total: a rounding error grows with the length L of a chain of
+// dependent additions, about 0.15 L epsilon for random products, and as sqrt(L K) where K is cut into chains of L. MKL
+// has 4 chains for up to 8 outputs, and for more of them one of at most 192 additions.
 constexpr int64_t kFloatChain = 64;
-
-// y = (x · weightᵀ) · scale + bias, in fp32 and then cast.
-template <class T>
-struct FloatLinear {
-    const T* x;          // [m, k]
-    const float* scale;  // [n], or null: 1
-    const float* bias;   // [n], or null: 0
-    T* y;                // [m, n]
-    int64_t m, n, k;
-};
-
-// The last step of every kernel; `column` is the output's number.
-template <class T>
-ENGINE_INLINE T float_output(float sum, const FloatLinear<T>& call, int64_t column) {
-    if (call.scale) sum = sum * call.scale[column];
-    if (call.bias) sum = sum + call.bias[column];
-    return from_float<T>(sum);
-}
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Makes a row of outputs NaN.
 template <class T>
@@ -104,7 +86,7 @@ constexpr int64_t kMostDotRows = 64;  // rows of activations to a call at most
 struct FloatRows {
     float* x;        // [m, stride]: k values, then zeros; 64-byte aligned
     int64_t stride;  // a multiple of 64
-    static int64_t stride_for(int64_t k) { return (k + 63) / 64 * 64; }
+    static int64_t stride_for(int64_t k) { return round_up(k, 64); }
 };
 
 // The body for every instruction set: it vectorises by itself where it is inlined.
@@ -119,20 +101,6 @@ ENGINE_INLINE void float_rows(const FloatLinear<T>& call, const FloatRows& rows,
         finite[row] = all_finite(to, call.k);
     }
 }
-template <class T>
-void float_rows_portable(const FloatLinear<T>& call, const FloatRows& rows, bool* finite) {
-    float_rows(call, rows, finite);
-}
-#if ENGINE_X86
-template <class T>
-ENGINE_AVX2 void float_rows_avx2(const FloatLinear<T>& call, const FloatRows& rows, bool* finite) {
-    float_rows(call, rows, finite);
-}
-template <class T>
-ENGINE_AVX512 void float_rows_avx512(const FloatLinear<T>& call, const FloatRows& rows, bool* finite) {
-    float_rows(call, rows, finite);
-}
-#endif
 
 struct FloatRowsScratch;  // tag: the activations of a call, held by the calling thread
 
@@ -148,12 +116,7 @@ void with_float_rows(const FloatLinear<T>& call, const F& f) {
     Scratch<FloatRowsScratch> scratch(Scratch<FloatRowsScratch>::template bytes_for<float>(call.m * stride) + 64);
     const FloatRows rows{scratch.template take<float>(call.m * stride), stride};
     bool finite[kMostDotRows];
-    auto convert = float_rows_portable<T>;
-#if ENGINE_X86
-    if (isa() == Isa::avx2) convert = float_rows_avx2<T>;
-    if (isa() == Isa::avx512) convert = float_rows_avx512<T>;
-#endif
-    convert(call, rows, finite);
+    compiled<float_rows<T>>()(call, rows, finite);
     f(rows);
     for (int64_t row = 0; row < call.m; ++row) {
         if (!finite[row]) fill_nan(call, row);

@@ -37,14 +37,13 @@ FloatPlan plan_float(int64_t m, int64_t n, int64_t k, int64_t threads,
                      int64_t unit) {  // outputs that belong together; a multiple of kRows, or 1
     constexpr int64_t kChunkBytes = 8 << 20;
     constexpr int64_t kMostRows = 512;  // sums of a task: up to 200 KB
-    const auto whole = [](int64_t count, int64_t unit) { return divide_up(count, unit) * unit; };
     constexpr auto kSize = static_cast<int64_t>(sizeof(typename Kernel::Element));
     const int64_t fitting = kChunkBytes / kSize / std::max<int64_t>(1, k);
     const int64_t most = std::clamp<int64_t>(fitting, 64, kMostRows);
     FloatPlan plan;
-    plan.chunk_rows = whole(divide_up(m, divide_up(m, most)), Kernel::kWidth);
-    const int64_t groups = whole(divide_up(n, Kernel::kGroup), threads);
-    plan.columns = whole(divide_up(n, groups), std::max(unit, Kernel::kRows));
+    plan.chunk_rows = round_up(divide_up(m, divide_up(m, most)), Kernel::kWidth);
+    const int64_t groups = round_up(divide_up(n, Kernel::kGroup), threads);
+    plan.columns = round_up(divide_up(n, groups), std::max(unit, Kernel::kRows));
     plan.groups = divide_up(n, plan.columns);
     // Where outputs are too few for all threads, cut along the rows too, though each part converts the weights again.
     const int64_t strips = plan.chunk_rows / Kernel::kWidth;
@@ -83,12 +82,7 @@ void pack_strips(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, 
                          strips.finite + stretch * strips.rows + row);
         }
     };
-    const int64_t count = strips.count() * stretches;
-    if (serial) {
-        tasks(0, count);
-    } else {
-        torch::stable::parallel_for(0, count, 4, tasks);
-    }
+    parallel_for_unless(serial, strips.count() * stretches, 4, tasks);
 }
 
 template <class Provider>
@@ -102,7 +96,7 @@ void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, P
                 int64_t chunk,  // the call's row that is row 0 of the strips
                 int64_t begin, int64_t end, int64_t column, int64_t columns) {
     using Element = typename Kernel::Element;
-    const int64_t whole = divide_up(columns, Kernel::kRows) * Kernel::kRows;
+    const int64_t whole = round_up(columns, Kernel::kRows);
     std::fill(panel + columns * kFloatDepth, panel + whole * kFloatDepth, Element{});
     if constexpr (kHasSpans<Provider>) std::fill_n(sums, (end - begin) * Kernel::kWidth * whole, 0.0f);
     for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kFloatDepth) {
@@ -154,7 +148,7 @@ void float_panels(const FloatLinear<T>& call, const Provider& weights) {
     const FloatPlan plan = plan_float<Kernel>(call.m, call.n, call.k, threads, unit);
     using Element = typename Kernel::Element;
     const int64_t flags = plan.chunk_rows * divide_up(call.k, kFloatDepth);
-    const int64_t k = std::is_same_v<Element, float> ? call.k : divide_up(call.k, 2) * 2;
+    const int64_t k = std::is_same_v<Element, float> ? call.k : round_up(call.k, 2);
     StripsScratch scratch(StripsScratch::template bytes_for<Element>(plan.chunk_rows * k) +
                           StripsScratch::template bytes_for<uint8_t>(flags) + 64);
     FloatStrips<Kernel> strips{scratch.template take<Element>(plan.chunk_rows * k),
@@ -178,11 +172,7 @@ void float_panels(const FloatLinear<T>& call, const Provider& weights) {
                 }
             }
         };
-        if (serial) {
-            tasks(0, plan.groups * plan.parts);
-        } else {
-            torch::stable::parallel_for(0, plan.groups * plan.parts, 1, tasks);
-        }
+        parallel_for_unless(serial, plan.groups * plan.parts, 1, tasks);
         for (int64_t row = 0; row < strips.rows; ++row) {
             bool finite = true;
             for (int64_t i = 0; i < strips.stretches(); ++i) finite &= strips.finite[i * strips.rows + row] != 0;

@@ -10,8 +10,9 @@
 //
 //   const int8_t* block(int64_t row, int64_t rows, int64_t k0, int64_t kc, int8_t* scratch, int64_t* stride);
 //
-// and, where what is asked for ahead comes in time, another: ask(row, rows, k0, kc, lines), which adds what a later
-// block() reads to LinesAhead. If all of its weights lie in memory row after row, it has at(row, k0), where one does.
+// It may have ask(row, rows, k0, kc, lines), which adds the cache lines that a later block() will read to LinesAhead:
+// for providers that know the addresses early enough to prefetch. One whose weights lie in memory row after row also
+// has at(row, k0), the address of a weight.
 //
 // block returns the weights [row, row + rows) × [k0, k0 + kc) as rows of int8, *stride apart: where they are, or
 // written to `scratch`, 64-byte aligned, which holds `rows` rows provider_stride(kc) apart.
@@ -24,6 +25,7 @@
 #include <type_traits>
 
 #include "common/int8_activations.h"
+#include "common/round.h"
 
 namespace engine {
 
@@ -33,8 +35,8 @@ constexpr int64_t kPanelDepth = 2176;   // at most so much of K at once; a kerne
 // How far apart a provider writes rows of kc weights: an odd number of lines, which uses all sets of the cache.
 constexpr int64_t provider_stride(int64_t kc) { return ((kc + 63) / 64 | 1) * 64; }
 
-// Lines of memory that will be wanted. The microkernel asks for one at each step along K: many at once would take all
-// of the buffers for misses, and hold up what it reads from L2 itself.
+// Cache lines to prefetch, one at each step of the microkernel along K: all at once they would occupy every line fill
+// buffer, and stall its own reads from L2.
 struct LinesAhead {
     static constexpr int64_t kMost = kPanelDepth / 4;
     const void* lines[kMost];

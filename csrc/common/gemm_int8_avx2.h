@@ -1,7 +1,7 @@
 // The microkernel of common/gemm_int8.h for AVX2, in 16-bit integers, whose pairs vpmaddwd multiplies and adds.
-// (vpmaddubsw multiplies twice as many bytes, but saturates at 16 bits: it is not exact.) A sum of products costs two
-// instructions for 16 of them, and the vector pipes are full at that. Winograd's identity (A new algorithm for inner
-// product, IEEE Trans. Computers, 1968) halves the multiplications:
+// (vpmaddubsw multiplies twice as many bytes, but saturates at 16 bits: it is not exact.) 16 products take two
+// instructions (vpmaddwd, vpaddd), which already saturate the vector ports. Winograd's identity (A new algorithm for
+// inner product, IEEE Trans. Computers, 1968) halves the multiplications:
 //
 //   x0 w0 + x1 w1 = (x0 + w1) (x1 + w0) - x0 x1 - w0 w1
 //

@@ -127,7 +127,7 @@ struct PanelAvxVnni {
                      bool add, int32_t* sums, int64_t width, const LinesAhead* ahead = nullptr) {
         const auto* w = static_cast<const uint8_t*>(strip);
         const int64_t fours = (kc + 3) / 4;  // activations end in zeros
-        const int64_t parts = (columns + kPartColumns - 1) / kPartColumns;
+        const int64_t parts = divide_up(columns, kPartColumns);
         for (int64_t part = 0; part < parts; ++part, w += kPartBytes, sums += kPartColumns) {
             const void* const* lines = ahead ? ahead->lines : nullptr;
             const int64_t count = ahead ? ahead->count : 0;

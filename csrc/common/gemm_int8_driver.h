@@ -21,6 +21,7 @@
 #include "common/dots_int8_avx2.h"
 #include "common/gemm_int8.h"
 #include "common/gemm_int8_portable.h"
+#include "common/round.h"
 #if ENGINE_X86
 #include "common/gemm_int8_avx2.h"
 #include "common/gemm_int8_avx512.h"
@@ -56,42 +57,40 @@ PanelPlan plan_panels(int64_t m, int64_t n, int64_t k, int64_t threads) {
     constexpr int64_t kBlockBytes = 400 << 10;  // of activations: most of an L2
     constexpr int64_t kCachedOutputs = 1 << 18;
     const int64_t row_bytes = QuantizedRows<typename Kernel::Q>::stride_for(k) * sizeof(typename Kernel::Q);
-    const int64_t tile = Kernel::kRows;
-    const auto whole_tiles = [tile](int64_t rows) { return (rows + tile - 1) / tile * tile; };
+    constexpr int64_t kTile = Kernel::kRows;
     PanelPlan plan;
     plan.chunk_rows =
-        std::min(m, whole_tiles(std::max<int64_t>(192, kActivationBytes / std::max<int64_t>(1, row_bytes))));
+        std::min(m, round_up(std::max<int64_t>(192, kActivationBytes / std::max<int64_t>(1, row_bytes)), kTile));
     constexpr int64_t kGroup = Kernel::kStrips * Kernel::kColumns;
     plan.group = kGroup;
     if constexpr (RowByRow<Kernel>) {
         // Where weights serve one tile memory is what they wait for: small groups, asked for as one stream.
         constexpr int64_t kStreamed = 128 << 10, kFew = 16;
-        const auto upto = [](int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; };
         if (m <= Kernel::kRows) {
-            plan.group = std::clamp(kStreamed / std::max<int64_t>(1, k) / 16 * 16, int64_t{16}, kGroup);
+            plan.group = std::clamp(round_down(kStreamed / std::max<int64_t>(1, k), 16), int64_t{16}, kGroup);
         }
-        int64_t count = (n + plan.group - 1) / plan.group;
-        if (count < kFew * threads) count = upto(count, threads);  // as many for each
-        plan.group = upto((n + count - 1) / count, n < 16 * threads ? Kernel::kGrain : 16);
+        int64_t count = divide_up(n, plan.group);
+        if (count < kFew * threads) count = round_up(count, threads);  // as many for each
+        plan.group = round_up(divide_up(n, count), n < 16 * threads ? Kernel::kGrain : 16);
     }
-    plan.groups = (n + plan.group - 1) / plan.group;
+    plan.groups = divide_up(n, plan.group);
     plan.one_stretch = k <= Kernel::kDepth;
     plan.ask_outputs = m * n > kCachedOutputs;
     plan.wide = k > kExactDepth;
     // Blocks that fit L2, as many for each thread. Each packs the weights again, which costs as much as kPackRows rows:
     // cheaper than to share activations (quantize_by_thread) where that is little of a block.
     constexpr int64_t kPackRows = 6, kQuantizeOutputs = 16;
-    int64_t wanted = std::max<int64_t>(1, (plan.chunk_rows * row_bytes + kBlockBytes - 1) / kBlockBytes);
-    wanted = (wanted + threads - 1) / threads * threads;
+    int64_t wanted = std::max<int64_t>(1, divide_up(plan.chunk_rows * row_bytes, kBlockBytes));
+    wanted = round_up(wanted, threads);
     plan.by_thread = quantize_by_thread(plan.chunk_rows, row_bytes, n, threads);
     plan.rows_first = plan.one_stretch && plan.chunk_rows / wanted >= 10 * kPackRows &&
                       (!plan.by_thread || kPackRows * n * (wanted / threads) <= kQuantizeOutputs * plan.chunk_rows);
     if (!plan.rows_first) {  // few groups are shared out unevenly: cut along the rows too
-        wanted = plan.groups % threads == 0 ? 1 : (4 * threads + plan.groups - 1) / plan.groups;
+        wanted = plan.groups % threads == 0 ? 1 : divide_up(4 * threads, plan.groups);
     }
-    plan.block_rows = std::max(whole_tiles((plan.chunk_rows + wanted - 1) / wanted), whole_tiles(48));
-    plan.block_rows = std::min({plan.block_rows, whole_tiles(kBlockRows), whole_tiles(plan.chunk_rows)});
-    plan.blocks = (plan.chunk_rows + plan.block_rows - 1) / plan.block_rows;
+    plan.block_rows = round_up(std::max<int64_t>(48, divide_up(plan.chunk_rows, wanted)), kTile);
+    plan.block_rows = std::min(plan.block_rows, round_up(std::min(kBlockRows, plan.chunk_rows), kTile));
+    plan.blocks = divide_up(plan.chunk_rows, plan.block_rows);
     return plan;
 }
 
@@ -118,7 +117,7 @@ struct PanelMemory {
           wide(plan.wide ? scratch.take<int64_t>(plan.block_rows * kGroup) : nullptr) {}
 };
 
-// The lines that finish will write, of which the cache needs to know what they hold.
+// Adds the lines of outputs that finish() will write: to write a part of a line the cache has to fetch it first.
 template <class T>
 void ask_outputs(const FinishRows<T>& f, LinesAhead& lines) {
     constexpr int64_t kLine = 64 / sizeof(T);
@@ -135,7 +134,7 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
                 int64_t chunk,  // the call's row that is row 0 of `rows`
                 int64_t begin, int64_t end, int64_t column, int64_t columns) {
     constexpr int64_t kGroup = PanelMemory<Kernel>::kGroup;
-    const int64_t strips = (columns + Kernel::kColumns - 1) / Kernel::kColumns;
+    const int64_t strips = divide_up(columns, Kernel::kColumns);
     if (plan.wide) std::fill(memory.wide, memory.wide + (end - begin) * kGroup, int64_t{0});
     for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += Kernel::kDepth) {
         const int64_t kc = std::min(Kernel::kDepth, call.k - k0);
@@ -150,10 +149,10 @@ void panel_task(const LinearCall<T>& call, const QuantizedRows<typename Kernel::
         // int32 sums begin anew every kExactDepth, at whose end they are added to the wide ones.
         const bool add = k0 % kExactDepth != 0;
         const bool widen = plan.wide && (last || (k0 + kc) % kExactDepth == 0);
-        // Tiles as even as can be: a row alone uses the registers badly.
-        const int64_t tiles = (end - begin + Kernel::kRows - 1) / Kernel::kRows;
+        // Tiles of nearly equal height: a tile of one row would leave most registers idle.
+        const int64_t tiles = divide_up(end - begin, Kernel::kRows);
         for (int64_t tile = 0, row = begin; tile < tiles; ++tile) {
-            const int64_t tile_rows = (end - row + tiles - tile - 1) / (tiles - tile);
+            const int64_t tile_rows = divide_up(end - row, tiles - tile);
             int32_t* sums = memory.sums + (plan.one_stretch ? 0 : (row - begin) * kGroup);
             const FinishRows<T> f{call, rows.scale + row, rows.sum + row, chunk + row, tile_rows, column, columns};
             LinesAhead lines;
@@ -242,11 +241,7 @@ void panel_linear(const LinearCall<T>& call, const Provider& weights) {
                                    std::min(plan.group, call.n - column));
             }
         };
-        if (serial) {
-            tasks(0, plan.groups * plan.blocks);
-        } else {
-            torch::stable::parallel_for(0, plan.groups * plan.blocks, 1, tasks);
-        }
+        parallel_for_unless(serial, plan.groups * plan.blocks, 1, tasks);
     }
 }
 

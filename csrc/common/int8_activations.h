@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "common/linear_call.h"
 #include "common/quantize.h"
+#include "common/round.h"
 #include "common/scratch.h"
 #include "common/tensor.h"
 
@@ -43,7 +44,7 @@ struct QuantizedRows {
     // over the sets, which repeat every 4 KB, by a step of 26 or 38 of its 64 lines: near the golden section.
     static int64_t stride_for(int64_t k) {
         constexpr int64_t kLine = 64 / sizeof(Q), kLines = 4096 / 64;
-        int64_t stride = (k + 63) / 64 * 64;
+        int64_t stride = round_up(k, 64);
         const auto spread = [&] { return stride / kLine % kLines == 26 || stride / kLine % kLines == 38; };
         while (stride / kLine >= kLines && !spread()) stride += kLine;
         return stride;
@@ -204,16 +205,17 @@ void quantize_activations(const LinearCall<T>& call, int64_t first, const Quanti
     ActivationQuantizer<Q, T>(call).all(first, rows.rows, rows);
 }
 
-// Whether each thread had better quantise all rows for itself than share them. What one core wrote comes to another's
-// cache line by line, at about 25 ns each (two cores of Zen 4), and is as slow to be written over at the next call:
-// three times what it takes to quantise 64 values. A value costs as much time as 16 outputs' products.
+// Whether each thread had better quantise all rows for itself than share them. To read a line that another core has
+// just written takes about 25 ns (Zen 4), and so does overwriting it in the next call: three times what it takes to
+// quantise its 64 values. Quantising a value takes as long as multiplying it by the weights of 16 outputs.
 inline bool quantize_by_thread(int64_t rows, int64_t row_bytes, int64_t n, int64_t threads) {
     constexpr int64_t kMost = 768 << 10;                         // bytes, most of an L2
     return rows * row_bytes <= kMost && 10 * 16 * threads <= n;  // a tenth of the work at most
 }
 
-// Calls f(rows, begin, end) for outputs [begin, end) on torch's threads, with all rows of the call quantised. For a few
-// rows memory decides, and of much x both threads would read all: 3 to 5 % slower at 16 × 4096 than to share.
+// Calls f(rows, begin, end) for outputs [begin, end) on torch's threads, with all rows of the call quantised. A call of
+// a few rows is bound by memory, and where x is large every thread that quantises all of it reads it once more: at
+// 16 × 4096 that is 3 to 5 % slower than sharing.
 template <class Q, class T, class F>
 void with_quantized_rows(const LinearCall<T>& call, int64_t bytes_per_output, const F& f) {
     using Rows = QuantizedRows<Q>;

@@ -29,9 +29,10 @@ inline Isa isa() { return isa_of(variant()); }
 
 }  // namespace engine
 
-// A function compiled for an instruction set. A lambda does not inherit it (GCC), so that a parallel loop calls a free
-// function which carries it. A generic `inline` body without one, called from such a function, is compiled for it.
-// has_variant (csrc/cpu/isa.cpp) asks the processor for each feature that is named here.
+// A function compiled for an instruction set. GCC does not apply the target of the enclosing function to a lambda, so
+// the body of a parallel loop calls a free function that carries it. An ENGINE_INLINE function without one is compiled
+// for the function that it is inlined into. has_variant (csrc/cpu/isa.cpp) asks the processor for each feature that is
+// named here.
 #if defined(__x86_64__)
 #define ENGINE_X86 1
 #if defined(ENGINE_EMULATE_AVX512)  // a test build: the 512-bit intrinsics are plain functions (tests/native/)
@@ -43,12 +44,14 @@ inline Isa isa() { return isa_of(variant()); }
                "popcnt,lzcnt,prefer-vector-width=512")))
 #endif
 #define ENGINE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
-// Whether vpdpbusd can be written with a VEX prefix, as AVX-VNNI has it: by assemblers of these compilers' age.
+// Whether the assembler knows the VEX-encoded vpdpbusd of AVX-VNNI, as those of these compilers' age do.
 #if !defined(ENGINE_EMULATE_AVX512) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define ENGINE_AVX_VNNI 1
 #endif
 #else
 #define ENGINE_X86 0
+#define ENGINE_AVX2
+#define ENGINE_AVX512
 #endif
 #if defined(__CUDACC__)  // the arithmetic that CPU and GPU share
 #define ENGINE_INLINE __host__ __device__ inline __attribute__((always_inline))
@@ -58,7 +61,7 @@ inline Isa isa() { return isa_of(variant()); }
 
 namespace engine {
 
-// Asks for a line that is to be written. As assembly because GCC would ask for it to be read.
+// Prefetches a line for writing. In assembly, as GCC would emit a prefetch for reading.
 ENGINE_INLINE void ask_to_write(const void* line) {
 #if ENGINE_X86 && !defined(__CUDACC__)
     asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));

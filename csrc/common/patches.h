@@ -10,8 +10,8 @@
 
 namespace engine {
 
-// The patches of an image [B, H, W, C], a row of activations for each output of a convolution. A row is kh × kw runs of
-// values that lie together. Steps are in values.
+// The patches of an image [B, H, W, C]: a row of activations for each output of a convolution, of kh × kw contiguous
+// runs. Steps are in elements.
 struct Patches {
     int64_t height, width;                      // outputs of an image
     int64_t image_step, row_step, column_step;  // from one image, or row or column of outputs, to the next

@@ -49,7 +49,8 @@ ENGINE_INLINE RowScale static_scale(float s, uint32_t amax) {
     return {s, inverse, true};
 }
 
-// x · inverse is at most 2^22 in magnitude once clamped, where adding and taking away 1.5 · 2^23 rounds half to even.
+// Adding and subtracting 1.5 · 2^23 rounds to the nearest integer, ties to even, for magnitudes up to 2^22; once
+// clamped they are at most 127.
 ENGINE_INLINE int32_t quantize_to_int(float x, float inverse) {
     constexpr float kRound = 12582912.0f;
     float v = x * inverse;
@@ -66,7 +67,7 @@ ENGINE_INLINE void shift_row(Q* q, int64_t k, Q zero) {
     for (int64_t i = 0; i < k; ++i) q[i] = static_cast<Q>(q[i] + zero);
 }
 
-// q[i] for one row. `s.finite` must hold, or inverse be 0 and q wanted as 0: then 0 is written without reading x.
+// q of one row. Where s.inverse is 0 (a row of zeros, or one that is not finite) zeros are written without reading x.
 template <class T>
 ENGINE_INLINE void quantize_row(const T* x, int64_t k, RowScale s, int8_t* q) {
     if (s.inverse == 0.0f) {

@@ -33,8 +33,8 @@ ENGINE_AVX512 ENGINE_INLINE uint64_t integer_bits(uint64_t bits) {
     return bits;
 }
 
-// A word of a bitmask as a mask: by way of an integer register, which GCC takes where the bits are counted too, it
-// would wait for one of the two ports that vpexpandb needs.
+// Loads a word of a bitmask straight into a mask register. Where its bits are counted too, GCC would go through an
+// integer register, whose kmov competes for a port that vpexpandb needs.
 ENGINE_AVX512 ENGINE_INLINE __mmask64 load_mask_avx512(const uint8_t* word) {
     __mmask64 lanes;
 #if defined(ENGINE_EMULATE_AVX512)

@@ -6,6 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "common/round.h"
+
 namespace engine {
 
 // 64-byte aligned memory for one call. Kept by its thread up to `kKept` bytes, so that calls neither allocate nor fault
@@ -38,7 +40,7 @@ class Scratch {
     // What take<T>(count) uses.
     template <class T>
     static int64_t bytes_for(int64_t count) {
-        return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+        return round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     }
 
   private:
@@ -50,7 +52,7 @@ class Scratch {
         int64_t size = 0;
     };
     static char* allocate(int64_t bytes) {
-        void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+        void* memory = std::aligned_alloc(64, round_up(bytes, 64));
         if (memory == nullptr) throw std::bad_alloc();
         return static_cast<char*>(memory);
     }

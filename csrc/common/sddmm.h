@@ -112,13 +112,6 @@ void sddmm(const A* a,  // [m, n]
     const bool serial = m * source.kept() < kSerialWork;
     const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
     const int64_t most = spmm_chunk_rows<Kernel>(m, n + k);
-    const auto parallel = [&](int64_t count, int64_t grain, const auto& tasks) {
-        if (serial) {
-            tasks(int64_t{0}, count);
-        } else {
-            torch::stable::parallel_for(0, count, grain, tasks);
-        }
-    };
     const int64_t columns = std::min(kSpmmGroup, divide_up(n, threads)), groups = divide_up(n, columns);
     using Shared = Scratch<SddmmStripsScratch>;
     Shared shared(Shared::template bytes_for<float>(most * n) + Shared::template bytes_for<float>(most * k));
@@ -127,11 +120,11 @@ void sddmm(const A* a,  // [m, n]
     for (int64_t chunk = 0; chunk < m; chunk += most) {
         const int64_t rows = std::min(most, m - chunk), strips = divide_up(rows, Kernel::kWidth);
         const auto width_of = [&](int64_t strip) {
-            return std::min(Kernel::kWidth, divide_up(rows - strip * Kernel::kWidth, Kernel::kUnit) * Kernel::kUnit);
+            return std::min(Kernel::kWidth, round_up(rows - strip * Kernel::kWidth, Kernel::kUnit));
         };
         // Stretches of both, as in spmm.
         const int64_t a_parts = divide_up(n, depth), b_parts = divide_up(k, depth);
-        parallel(strips * (a_parts + b_parts), 4, [&](int64_t first, int64_t last) {
+        parallel_for_unless(serial, strips * (a_parts + b_parts), 4, [&](int64_t first, int64_t last) {
             for (int64_t task = first; task < last; ++task) {
                 const int64_t strip = task / (a_parts + b_parts), part = task % (a_parts + b_parts);
                 const int64_t row = strip * Kernel::kWidth, count = std::min(Kernel::kWidth, rows - row);
@@ -147,7 +140,7 @@ void sddmm(const A* a,  // [m, n]
                 }
             }
         });
-        parallel(groups, 1, [&](int64_t first, int64_t last) {
+        parallel_for_unless(serial, groups, 1, [&](int64_t first, int64_t last) {
             using Own = Scratch<SpmmSumsScratch>;
             Own own(Own::template bytes_for<KeptRows>(1));
             KeptRows& kept = *own.template take<KeptRows>(1);

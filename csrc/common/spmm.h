@@ -1,10 +1,10 @@
 // Products with the kept weights only, for many rows of activations: what a pruned weight saves in arithmetic, where
 // common/gemm_float.h multiplies by its zeros.
 //
-// Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows:
-// [k][row of the strip]. A kept weight is one broadcast and as many multiply-adds as a strip has vectors, each with its
-// activations straight from L1: nearly twice as long as a product in a dense tile, which uses what it loads for a dozen
-// weights. So it pays where half of the weights are zero, or more (float_spmm_pays).
+// Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows: [k][row of the
+// strip]. Each kept weight costs one broadcast and one FMA for each vector of the strip, whose activations come from
+// L1: nearly twice a product in a dense tile, which uses each load for a dozen weights. So it pays where half of the
+// weights are zero, or more (float_spmm_pays).
 //
 // Each thread takes a group of outputs and, stretch by stretch of K, asks the SOURCE which of their weights are kept,
 // once for all strips. A source is copied for each thread, so that it may keep a position, and has one function:
@@ -15,7 +15,7 @@
 //   rows ≤ kSpmmGroup; kc ≤ kSpmmDepth; k0 is a multiple of 8, and kc the same for all stretches but a row's last.
 //   A call begins a new group of rows, with k0 = 0, or continues the last one where it ended.
 //
-// int8 goes the same way, as fp32 holds what is added up in one stretch exactly: 256 · 127² is less than 2^24.
+// int8 goes the same way, as fp32 holds what is added up in one stretch exactly: 256 · 127 · 128 < 2^24.
 // Stretches are added up in int32.
 #pragma once
 
@@ -37,7 +37,7 @@ namespace engine {
 
 constexpr int64_t kSpmmDepth = 256;  // at most so much of K to a stretch: columns are counted in bytes
 constexpr int64_t kSpmmGroup = 64;   // at most so many weight rows to a group
-static_assert(kSpmmDepth * 127 * 127 < 1 << 24);
+static_assert(kSpmmDepth * 127 * 128 < 1 << 24);
 
 // The processor's L1 for data: from 32 KB to 48, where it is known.
 inline int64_t l1_bytes() {
@@ -49,16 +49,16 @@ inline int64_t l1_bytes() {
 #endif
 }
 
-// Of a strip so wide: three quarters of L1, where they stay, and no more than a row's chains of additions are to be
-// long (Kernel::chain).
+// The length of a stretch of K for strips of this width: a strip may fill three quarters of L1, and chains of additions
+// may be no longer than Kernel::chain.
 inline int64_t spmm_depth(int64_t width, int64_t chain) {
     const auto fitting = l1_bytes() / 4 * 3 / static_cast<int64_t>(sizeof(float)) / width;
-    return std::min({kSpmmDepth, chain, fitting / 8 * 8});
+    return std::min({kSpmmDepth, chain, round_down(fitting, 8)});
 }
 
-// Whether so few weights V are kept, of all, that products with these alone are the faster way for activations T.
-// Measured on Zen 3 and, with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md): its tiles have twice the registers
-// to keep what they load in, and twice the products where they are bfloat16's.
+// Whether few enough of the weights V are kept for the sparse product to beat dense tiles, with activations T.
+// AVX-512's dense tiles have twice the registers, and twice the throughput in bfloat16, so that fewer may be kept.
+// Measured on Zen 3 and, with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md).
 template <class T, class V>
 bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
     double share = m < 32 ? 0.5 : 0.6;
@@ -112,20 +112,19 @@ struct SpmmPlan {
 template <class Kernel>
 int64_t spmm_chunk_rows(int64_t m, int64_t k) {
     constexpr int64_t kChunkBytes = 8 << 20, kMostRows = 256;
-    const auto whole = [](int64_t count, int64_t unit) { return std::max<int64_t>(1, count / unit) * unit; };
     const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, k);
-    const int64_t most = std::min(kMostRows, whole(fitting, fitting < Kernel::kWidth ? Kernel::kUnit : Kernel::kWidth));
-    return divide_up(divide_up(m, divide_up(m, most)), Kernel::kUnit) * Kernel::kUnit;
+    const int64_t unit = fitting < Kernel::kWidth ? Kernel::kUnit : Kernel::kWidth;
+    const int64_t most = std::min(kMostRows, std::max(unit, round_down(fitting, unit)));
+    return round_up(divide_up(m, divide_up(m, most)), Kernel::kUnit);
 }
 
 template <class Kernel>
 SpmmPlan plan_spmm(int64_t m, int64_t n, int64_t k, int64_t threads) {
-    const auto whole = [](int64_t count, int64_t unit) { return divide_up(count, unit) * unit; };
     SpmmPlan plan;
     plan.chunk_rows = spmm_chunk_rows<Kernel>(m, k);
-    plan.width = whole(divide_up(plan.chunk_rows, divide_up(plan.chunk_rows, Kernel::kWidth)), Kernel::kUnit);
+    plan.width = round_up(divide_up(plan.chunk_rows, divide_up(plan.chunk_rows, Kernel::kWidth)), Kernel::kUnit);
     plan.depth = spmm_depth(plan.width, Kernel::chain(plan.width));
-    const int64_t groups = whole(divide_up(n, kSpmmGroup), threads);
+    const int64_t groups = round_up(divide_up(n, kSpmmGroup), threads);
     plan.columns = divide_up(n, groups);
     plan.groups = divide_up(n, plan.columns);
     // Where outputs are too few for all threads, cut along the rows too, though each part looks for what is kept again.
@@ -152,13 +151,6 @@ void spmm(Work& work, const Source& weights) {
     const bool serial = m * weights.kept() < kSerialWork;
     const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
     const SpmmPlan plan = plan_spmm<Kernel>(m, n, k, threads);
-    const auto parallel = [&](int64_t count, int64_t grain, const auto& tasks) {
-        if (serial) {
-            tasks(int64_t{0}, count);
-        } else {
-            torch::stable::parallel_for(0, count, grain, tasks);
-        }
-    };
     const int64_t stretches = std::max<int64_t>(1, divide_up(k, plan.depth));
     using Shared = Scratch<SpmmStripsScratch>;
     Shared shared(Shared::template bytes_for<float>(plan.chunk_rows * k) +
@@ -169,13 +161,13 @@ void spmm(Work& work, const Source& weights) {
     for (int64_t chunk = 0; chunk < m; chunk += plan.chunk_rows) {
         const int64_t rows = std::min(plan.chunk_rows, m - chunk), count = divide_up(rows, plan.width);
         const auto width_of = [&](int64_t strip) {
-            return std::min(plan.width, divide_up(rows - strip * plan.width, Kernel::kUnit) * Kernel::kUnit);
+            return std::min(plan.width, round_up(rows - strip * plan.width, Kernel::kUnit));
         };
         const auto at = [&](int64_t strip, int64_t k0) {
             return strips + strip * plan.width * k + k0 * width_of(strip);
         };
         work.chunk(chunk, rows);
-        parallel(count * stretches, 4, [&](int64_t first, int64_t last) {
+        parallel_for_unless(serial, count * stretches, 4, [&](int64_t first, int64_t last) {
             for (int64_t task = first; task < last; ++task) {
                 const int64_t strip = task / stretches, stretch = task % stretches, k0 = stretch * plan.depth;
                 const int64_t row = strip * plan.width;
@@ -183,7 +175,7 @@ void spmm(Work& work, const Source& weights) {
                           at(strip, k0), finite + stretch * rows + row);
             }
         });
-        parallel(plan.groups * plan.parts, 1, [&](int64_t first, int64_t last) {
+        parallel_for_unless(serial, plan.groups * plan.parts, 1, [&](int64_t first, int64_t last) {
             using Own = Scratch<SpmmSumsScratch>;
             const int64_t sums = plan.strips * plan.width * plan.columns;
             Own own(Own::template bytes_for<Sum>(sums) + Own::template bytes_for<KeptRows>(1));

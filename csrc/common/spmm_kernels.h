@@ -11,8 +11,8 @@ namespace engine {
 
 struct SpmmPortable {
     static constexpr int64_t kWidth = 16, kUnit = 8;  // a strip's rows at most, and what they are a multiple of
-    // So much of K, of which three fifths at most are kept, is added up in as few chains as are as exact as MKL's for
-    // few outputs; here, where products are rounded too, half as much.
+    // How much of K, of which at most 60 % are kept, may be added up before the error is larger than MKL's for few
+    // outputs. Half of what the FMA kernels allow, as products are rounded here before they are added.
     static constexpr int64_t chain(int64_t /*width*/) { return 48 * kChains; }
     static constexpr int64_t kChains = 2;
 

@@ -8,6 +8,7 @@
 
 #include "common/bitmap_dot_avx512.h"
 #include "common/gemm_int8_avx512.h"
+#include "common/round.h"
 #if ENGINE_X86
 
 namespace engine {
@@ -142,7 +143,7 @@ class SpreadBlocksAvx512 {
     static constexpr int64_t kGroup = 4 * Tiles::kColumns;  // weight rows
 
     SpreadBlocksAvx512(Weights& weights, int64_t m, int64_t k)
-        : weights_(weights), m_(m), k_(k), tiles_((m + Tiles::kRows - 1) / Tiles::kRows), depth_(depth(m, k)) {
+        : weights_(weights), m_(m), k_(k), tiles_(divide_up(m, Tiles::kRows)), depth_(depth(m, k)) {
         for (int64_t tile = 0; tile <= tiles_; ++tile) {
             row_[tile] = m * tile / tiles_;
             asked_[tile] = kColumns * tile / tiles_;
@@ -159,8 +160,8 @@ class SpreadBlocksAvx512 {
         } else if (m <= 24) {
             most = std::clamp<int64_t>((40 << 10) / (m + kColumns), 2048, Tiles::kDepth);
         }
-        const int64_t words = (k + 63) / 64, cuts = std::max<int64_t>(1, (words + most / 64 - 1) / (most / 64));
-        return std::max<int64_t>(1, (words + cuts - 1) / cuts) * 64;
+        const int64_t words = divide_up(k, 64), cuts = std::max<int64_t>(1, divide_up(words, most / 64));
+        return std::max<int64_t>(1, divide_up(words, cuts)) * 64;
     }
 
     // The products of all rows of activations by weight rows [first, first + count), count ≤ kGroup. Total holds the
@@ -186,7 +187,7 @@ class SpreadBlocksAvx512 {
     using Tile = typename Tiles::Tile;
     using From = typename Tiles::Weights;
     static constexpr int64_t kColumns = Tiles::kColumns;
-    static constexpr int64_t kMostTiles = (kSpreadBlockRows + Tiles::kRows - 1) / Tiles::kRows;
+    static constexpr int64_t kMostTiles = divide_up(kSpreadBlockRows, Tiles::kRows);
 
     // All rows of activations, [k, k + kc) of them, by `count` ≤ kColumns weight rows.
     void multiply_stretch(const QuantizedRows<int8_t>& q, int64_t k, int64_t kc, int64_t j, int64_t count, bool add,
@@ -194,7 +195,7 @@ class SpreadBlocksAvx512 {
         Tile t{};
         t.q = q.q + k;
         t.q_stride = q.stride;
-        t.words = (kc + 63) / 64;
+        t.words = divide_up(kc, 64);
         t.kept = kept_;
         t.add = add;
         weights_.prepare(t, j, count, k, kc);

@@ -68,4 +68,14 @@ void parallel_rows(int64_t rows, int64_t bytes_per_row, const F& f) {
     }
 }
 
+// Runs f(begin, end) over [0, count) on torch's threads, or on this one where the work isn't worth waking another for.
+template <class F>
+void parallel_for_unless(bool serial, int64_t count, int64_t grain, const F& f) {
+    if (serial) {
+        f(int64_t{0}, count);
+    } else {
+        torch::stable::parallel_for(0, count, grain, f);
+    }
+}
+
 }  // namespace engine

@@ -5,16 +5,13 @@
 // spread; many go through the panels of common/gemm_int8.h, or where most weights are pruned on AVX2, meet the kept
 // ones only (common/spmm.h).
 
-#include "common/bias.h"
 #include "common/bitmap_blocks_avx512.h"
 #include "common/bitmap_dot.h"
 #include "common/bitmap_dot_avx2.h"
 #include "common/bitmap_dot_avx512.h"
 #include "common/bitmap_spmm.h"
-#include "common/dtype.h"
 #include "common/int8_activations.h"
-#include "common/patches.h"
-#include "common/tensor.h"
+#include "common/linear_binding.h"
 
 namespace engine {
 namespace {
@@ -166,45 +163,28 @@ void linear(const LinearCall<T>& call, const Int8Bitmap& weight, BadRow& bad) {
     dot_linear<MatrixPortable>(call, weight, bad);
 }
 
-void check(int64_t k, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values, const Tensor& scale,
-           const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
-    STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.size(1) == mask_bytes(k),
-                    "bitmap_int8_linear: bitmask: expected uint8 [N, ceil(K / 8)]");
-    const int64_t n = bitmask.size(0);
-    STD_TORCH_CHECK(
-        row_offsets.dim() == 1 && row_offsets.size(0) == n + 1 && row_offsets.scalar_type() == ScalarType::Long,
-        "bitmap_int8_linear: row_offsets: expected int64 [N + 1]");
-    STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == ScalarType::Char,
-                    "bitmap_int8_linear: values: expected int8 [nnz]");
-    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
-                    "bitmap_int8_linear: scale: expected float32 [N]");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "bitmap_int8_linear: bias: expected shape [N]");
-    check_input_scale("bitmap_int8_linear", input_scale, k);
-}
-
 template <bool as_patches>
-Tensor bitmap_int8_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale_in,
+Tensor bitmap_int8_linear(Tensor x, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, Tensor scale,
                           std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
-    LinearInput input("bitmap_int8_linear", x_in, as_patches);
-    check(input.k, bitmask_in, row_offsets_in, values_in, scale_in, bias, input_scale);
-    const Tensor& x = input.x;
-    const Tensor bitmask = as_contiguous(bitmask_in), scale = as_contiguous(scale_in);
-    const Tensor row_offsets = as_contiguous(row_offsets_in), values = as_contiguous(values_in);
-    const int64_t n = bitmask.size(0), k = input.k, nnz = values.numel();
-    check_row_offsets("bitmap_int8_linear", data<int64_t>(row_offsets), n, nnz);
-    input.sizes.back() = n;
-    Tensor y = new_tensor(x, input.sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    if (input_scale) input_scale = as_contiguous(*input_scale);
-    const Int8Bitmap weight{data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<int8_t>(values), n, k, nnz};
+    constexpr auto op = "bitmap_int8_linear";
+    LinearInput input(op, x, as_patches);
+    STD_TORCH_CHECK(bitmask_in.dim() == 2 && bitmask_in.scalar_type() == ScalarType::Byte &&
+                        bitmask_in.size(1) == mask_bytes(input.k),
+                    op, ": bitmask: expected uint8 [N, ceil(K / 8)]");
+    const int64_t n = bitmask_in.size(0), nnz = values_in.numel();
+    STD_TORCH_CHECK(row_offsets_in.dim() == 1 && row_offsets_in.size(0) == n + 1 &&
+                        row_offsets_in.scalar_type() == ScalarType::Long,
+                    op, ": row_offsets: expected int64 [N + 1]");
+    STD_TORCH_CHECK(values_in.dim() == 1 && values_in.scalar_type() == ScalarType::Char, op,
+                    ": values: expected int8 [nnz]");
+    const Tensor bitmask = as_contiguous(bitmask_in), row_offsets = as_contiguous(row_offsets_in);
+    const Tensor values = as_contiguous(values_in);
+    check_row_offsets(op, data<int64_t>(row_offsets), n, nnz);
+    const Int8Bitmap weight{data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<int8_t>(values), n, input.k, nnz};
     BadRow bad;
-    dispatch_float(x.scalar_type(), "bitmap_int8_linear: x", [&](auto zero) {
-        using T = decltype(zero);
-        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
-                   input.m, n, k, input.where()},
-                  weight, bad);
-    });
-    bad.raise("bitmap_int8_linear");
+    Tensor y = int8_linear_output(op, input, n, scale, bias, input_scale,
+                                  [&](const auto& call) { linear(call, weight, bad); });
+    bad.raise(op);
     return y;
 }
 

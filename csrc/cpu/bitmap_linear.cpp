@@ -3,17 +3,14 @@
 // most are kept; for a few, each row of weights is spread register by register and multiplied at once. Memory is safe
 // by the scheme of common/bitmap.h.
 
-#include "common/bias.h"
 #include "common/bitmap.h"
 #include "common/bitmap_expand_float.h"
 #include "common/bitmap_float.h"
 #include "common/bitmap_float_avx512.h"
 #include "common/bitmap_spmm.h"
-#include "common/dtype.h"
 #include "common/floats.h"
 #include "common/gemm_float.h"
-#include "common/huge_pages.h"
-#include "common/tensor.h"
+#include "common/linear_binding.h"
 
 namespace engine {
 namespace {
@@ -160,10 +157,7 @@ struct DotPortable : RowByRow<DotPortable> {
                 for (int64_t j = 0; j < kLanes; ++j) acc[m][j] += x[m * stride + i + j] * weight[j];
             }
         }
-        for (int m = 0; m < M; ++m) {
-            const float* a = acc[m];
-            sums[m] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
-        }
+        for (int m = 0; m < M; ++m) sums[m] = sum_8(acc[m]);
         return taken;
     }
 };
@@ -251,40 +245,28 @@ void linear(const FloatLinear<T>& call, const FloatBitmap<V>& weights) {
     dot_linear<DotPortable>(call, weights);
 }
 
-void check(const Tensor& x, const Tensor& bitmask, const Tensor& row_offsets, const Tensor& values,
-           const std::optional<Tensor>& bias) {
-    STD_TORCH_CHECK(bitmask.scalar_type() == ScalarType::Byte && row_offsets.scalar_type() == ScalarType::Long,
-                    "bitmap_linear: expected a uint8 bitmask and int64 row_offsets");
-    STD_TORCH_CHECK(x.dim() >= 1 && bitmask.dim() == 2 && bitmask.size(1) == mask_bytes(x.size(-1)),
-                    "bitmap_linear: expected x [..., K] and bitmask [N, ceil(K / 8)]");
-    STD_TORCH_CHECK(row_offsets.dim() == 1 && row_offsets.size(0) == bitmask.size(0) + 1 && values.dim() == 1,
-                    "bitmap_linear: expected row_offsets [N + 1] and values [nnz]");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == bitmask.size(0)),
-                    "bitmap_linear: bias: expected shape [N]");
-}
-
-Tensor bitmap_linear(Tensor x_in, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in,
-                     std::optional<Tensor> bias) {
-    check(x_in, bitmask_in, row_offsets_in, values_in, bias);
-    const Tensor x = as_contiguous(x_in), bitmask = as_contiguous(bitmask_in);
-    const Tensor row_offsets = as_contiguous(row_offsets_in), values = as_contiguous(values_in);
-    const int64_t n = bitmask.size(0), k = x.size(-1), nnz = values.numel();
-    check_row_offsets("bitmap_linear", data<int64_t>(row_offsets), n, nnz);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    const int64_t m = rows_of(sizes);
-    Tensor y = new_output(x, sizes, x.scalar_type());
-    const FloatBias as_float(bias);
+Tensor bitmap_linear(Tensor x, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, std::optional<Tensor> bias) {
+    constexpr auto op = "bitmap_linear";
+    STD_TORCH_CHECK(bitmask_in.scalar_type() == ScalarType::Byte && row_offsets_in.scalar_type() == ScalarType::Long,
+                    op, ": expected a uint8 bitmask and int64 row_offsets");
+    STD_TORCH_CHECK(x.dim() >= 1 && bitmask_in.dim() == 2 && bitmask_in.size(1) == mask_bytes(x.size(-1)), op,
+                    ": expected x [..., K] and bitmask [N, ceil(K / 8)]");
+    STD_TORCH_CHECK(
+        row_offsets_in.dim() == 1 && row_offsets_in.size(0) == bitmask_in.size(0) + 1 && values_in.dim() == 1, op,
+        ": expected row_offsets [N + 1] and values [nnz]");
+    const Tensor bitmask = as_contiguous(bitmask_in), row_offsets = as_contiguous(row_offsets_in);
+    const Tensor values = as_contiguous(values_in);
+    const int64_t n = bitmask.size(0), nnz = values.numel();
+    check_row_offsets(op, data<int64_t>(row_offsets), n, nnz);
     BadRow bad;
-    dispatch_float(x.scalar_type(), "bitmap_linear: x", [&](auto x_zero) {
-        using T = decltype(x_zero);
-        const FloatLinear<T> call{data<T>(x), nullptr, as_float.data(), mutable_data<T>(y), m, n, k};
+    Tensor y = float_linear_output(op, x, n, nullptr, bias, [&]<class T>(const FloatLinear<T>& call) {
         dispatch_float(values.scalar_type(), "bitmap_linear: values", [&](auto zero) {
             using V = decltype(zero);
-            linear<T, V>(call, {data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<V>(values), n, k, nnz, &bad});
+            linear<T, V>(call,
+                         {data<uint8_t>(bitmask), data<int64_t>(row_offsets), data<V>(values), n, call.k, nnz, &bad});
         });
     });
-    bad.raise("bitmap_linear");
+    bad.raise(op);
     return y;
 }
 

@@ -2,9 +2,12 @@
 // matrices at the kept places alone. Where most weights are kept both are dense products, block by block of the
 // weight's rows, so that it is never dense as a whole. Memory is safe by the scheme of common/bitmap.h.
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "common/bitmap_float.h"
 #include "common/bitmap_pack.h"
 #include "common/bitmap_spmm.h"
+#include "common/compiled.h"
 #include "common/dtype.h"
 #include "common/gemm_float.h"
 #include "common/huge_pages.h"
@@ -30,7 +33,7 @@ class Columns {
     // What is kept of the columns [column, column + count) × rows [row, row + rows); count ≤ 64.
     ENGINE_INLINE void kept(int64_t column, int64_t count, int64_t row, int64_t rows, KeptRows& kept) {
         int64_t counts[kSpmmGroup] = {};
-        const int64_t first = column / 8 * 8, end = column + count;
+        const int64_t first = round_down(column, 8), end = column + count;
         const auto shift = static_cast<int>(column - first);
         const uint64_t wanted = ~uint64_t{0} >> (64 - count);
         if (row == 0) continued_ = column == next_;
@@ -73,16 +76,10 @@ class Columns {
 };
 
 template <class V>
-void kept_portable(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows, KeptRows& kept) {
+ENGINE_INLINE void kept_columns(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
+                                KeptRows& kept) {
     columns.kept(column, count, row, rows, kept);
 }
-#if ENGINE_X86
-template <class V>
-ENGINE_AVX2 void kept_avx2(Columns<V>& columns, int64_t column, int64_t count, int64_t row, int64_t rows,
-                           KeptRows& kept) {
-    columns.kept(column, count, row, rows, kept);
-}
-#endif
 
 template <class V>
 class ColumnSource {
@@ -90,10 +87,7 @@ class ColumnSource {
     explicit ColumnSource(const FloatBitmap<V>& weights) : columns_(weights), nnz_(weights.nnz) {}
     int64_t kept() const { return nnz_; }
     void rows(int64_t row, int64_t rows, int64_t k0, int64_t kc, KeptRows& kept) {
-#if ENGINE_X86
-        if (isa() != Isa::portable) return kept_avx2(columns_, row, rows, k0, kc, kept);
-#endif
-        kept_portable(columns_, row, rows, k0, kc, kept);
+        compiled_to_avx2<kept_columns<V>>()(columns_, row, rows, k0, kc, kept);
     }
 
   private:
@@ -111,7 +105,7 @@ Tensor dense_input(const Tensor& grad,  // [m, n]
     const int64_t n = grad.size(1), step = block_rows(columns);
     const int64_t* offsets = data<int64_t>(row_offsets);
     Tensor total = new_output(grad, {grad.size(0), columns}, ScalarType::Float);
-    torch::stable::zero_(total);
+    if (n == 0) torch::stable::zero_(total);
     for (int64_t first = 0; first < n; first += step) {
         const int64_t rows = std::min(step, n - first), begin = offsets[first];
         Tensor own = new_tensor(row_offsets, {rows + 1}, ScalarType::Long);
@@ -123,12 +117,9 @@ Tensor dense_input(const Tensor& grad,  // [m, n]
         STABLE_TORCH_ERROR_CODE_CHECK(
             torch_call_dispatcher("engine::bitmap_to_dense", "", stack.data(), TORCH_ABI_VERSION));
         const Tensor dense = torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), ScalarType::Float);
-        const Tensor part = as_contiguous(torch::stable::matmul(torch::stable::narrow(g, 1, first, rows), dense));
-        const float* from = data<float>(part);
-        float* to = mutable_data<float>(total);
-        parallel_rows(total.numel(), 12, [&](int64_t i, int64_t end) {
-            for (; i < end; ++i) to[i] += from[i];
-        });
+        const Tensor part = torch::stable::narrow(g, 1, first, rows);
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu_addmm_out(total.get(), total.get(), part.get(), dense.get(), first == 0 ? 0 : 1, 1));
     }
     return total;
 }

@@ -1,22 +1,20 @@
 // block_int8_linear: int8 activations, quantised here, times a weight of which only some blocks are kept.
 //
-// For many rows of activations a row of blocks is packed, and multiplied by tiles of them. With AVX-512 the tile reads
-// activations where they lie (common/block_avx512.h). Elsewhere the microkernels of common/gemm_int8.h, which know
-// nothing of blocks, do: the activations that kept blocks meet are gathered, tile by tile in L1, to lie side by side.
-// What a gathered activation costs is shared by as many outputs as a block has rows. For a few rows of activations,
-// blocks are multiplied where they lie (common/block_dot_avx2.h, common/block_dot_avx512.h).
+// For many rows of activations with AVX-512 these are packed, and weights read where they lie
+// (common/block_int8_strips.h). Elsewhere a row of blocks is packed, for the microkernels of common/gemm_int8.h, which
+// know nothing of blocks: the activations that kept blocks meet are gathered, tile by tile in L1, to lie side by side.
+// What a gathered activation costs is shared by as many outputs as a block has rows. For a few rows of activations
+// neither is packed (common/block_dot_avx2.h, common/block_dot_avx512.h).
 
 #include <cstring>
 
-#include "common/bias.h"
 #include "common/block.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
 #include "common/block_int8_strips.h"
-#include "common/dtype.h"
 #include "common/gemm_int8.h"
-#include "common/huge_pages.h"
 #include "common/int8_activations.h"
+#include "common/linear_binding.h"
 #include "common/patches.h"
 #if ENGINE_X86
 #include <immintrin.h>
@@ -39,6 +37,8 @@ ENGINE_INLINE void copy_stretch(const QuantizedRows<Q>& rows, int64_t row, int64
 }
 
 // ---- panels -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kBlockRows = 512;  // rows of activations to a task: sums of up to 128 KB
 
 struct BlockScratch;  // tag: what a thread packs, gathers and sums in
 struct PartScratch;   // tag: sums of activations by column of blocks, held by the calling thread
@@ -256,29 +256,15 @@ void linear(const LinearCall<T>& call, const Blocks& weight) {
 }
 
 template <bool as_patches>
-Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scale_in,
+Tensor block_int8_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scale,
                          std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
     LinearInput input("block_int8_linear", x_in, as_patches);
-    STD_TORCH_CHECK(scale_in.dim() == 1 && scale_in.scalar_type() == ScalarType::Float,
-                    "block_int8_linear: scale: expected float32 [N]");
+    STD_TORCH_CHECK(scale.dim() == 1, "block_int8_linear: scale: expected float32 [N]");
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "block_int8_linear: values: expected int8");
-    const int64_t n = scale_in.size(0), k = input.k;
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "block_int8_linear: bias: expected shape [N]");
-    check_input_scale("block_int8_linear", input_scale, k);
-    const Blocks weight("block_int8_linear", crow_indices, col_indices, values, n, k);
-    const Tensor& x = input.x;
-    const Tensor scale = as_contiguous(scale_in);
-    input.sizes.back() = n;
-    Tensor y = new_output(x, input.sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    if (input_scale) input_scale = as_contiguous(*input_scale);
-    dispatch_float(x.scalar_type(), "block_int8_linear: x", [&](auto zero) {
-        using T = decltype(zero);
-        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
-                   input.m, n, k, input.where()},
-                  weight);
-    });
-    return y;
+    const int64_t n = scale.size(0);
+    const Blocks weight("block_int8_linear", crow_indices, col_indices, values, n, input.k);
+    return int8_linear_output("block_int8_linear", input, n, scale, bias, input_scale,
+                              [&](const auto& call) { linear(call, weight); });
 }
 
 }  // namespace

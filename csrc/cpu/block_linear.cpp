@@ -6,14 +6,12 @@
 #include <cstring>
 #include <span>
 
-#include "common/bias.h"
 #include "common/block.h"
 #include "common/block_avx512.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
-#include "common/dtype.h"
 #include "common/gemm_float.h"
-#include "common/huge_pages.h"
+#include "common/linear_binding.h"
 
 namespace engine {
 namespace {
@@ -249,8 +247,7 @@ struct StripTask {
                 strip.template ask_next<V>(weight, stop, inside, outputs, (row - begin) / tile,
                                            pieces_of(end - begin, tile));
                 float* mine = sums + (row - begin) * outputs;
-                strip_tile<Kernel>(count, outputs, rows + row * stride, stride, strip,
-                                   static_cast<const float*>(nullptr), i > first, mine);
+                strip_tile<Kernel>(count, outputs, rows + row * stride, stride, strip, i > first, mine);
                 if (stop == last) finish(row, count, column, outputs, mine);
             }
         }
@@ -344,22 +341,11 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
 Tensor block_linear(Tensor x_in, Tensor crow_indices, Tensor col_indices, Tensor values, int64_t n,
                     std::optional<Tensor> bias) {
     STD_TORCH_CHECK(x_in.dim() >= 1, "block_linear: x: expected at least one dimension");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "block_linear: bias: expected shape [N]");
-    const int64_t k = x_in.size(-1);
-    const Blocks weight("block_linear", crow_indices, col_indices, values, n, k);
-    const Tensor x = as_contiguous(x_in);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    const int64_t m = rows_of(sizes);
-    Tensor y = new_output(x, sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    dispatch_float(x.scalar_type(), "block_linear: x", [&](auto x_zero) {
-        using T = decltype(x_zero);
-        const FloatLinear<T> call{data<T>(x), nullptr, as_float.data(), mutable_data<T>(y), m, n, k};
+    const Blocks weight("block_linear", crow_indices, col_indices, values, n, x_in.size(-1));
+    return float_linear_output("block_linear", x_in, n, nullptr, bias, [&]<class T>(const FloatLinear<T>& call) {
         dispatch_float(values.scalar_type(), "block_linear: values",
                        [&](auto zero) { linear<T, decltype(zero)>(call, weight); });
     });
-    return y;
 }
 
 }  // namespace

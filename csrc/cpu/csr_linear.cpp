@@ -10,10 +10,10 @@
 #include <atomic>
 #include <limits>
 
-#include "common/bias.h"
-#include "common/dtype.h"
+#include "common/compiled.h"
 #include "common/floats.h"
-#include "common/tensor.h"
+#include "common/linear_binding.h"
+#include "common/scratch.h"
 
 namespace engine {
 namespace {
@@ -246,28 +246,6 @@ ENGINE_INLINE uint32_t transpose(const T* x,  // [rows, k]
     return bad;
 }
 
-template <class T>
-using Transpose = uint32_t (*)(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt);
-
-template <int kRows, class T>
-uint32_t transpose_portable(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt) {
-    return transpose<kRows>(x, rows, begin, end, k, xt);
-}
-#if ENGINE_X86
-template <int kRows, class T>
-ENGINE_AVX2 uint32_t transpose_avx2(const T* x, int64_t rows, int64_t begin, int64_t end, int64_t k, float* xt) {
-    return transpose<kRows>(x, rows, begin, end, k, xt);
-}
-#endif
-
-template <int kRows, class T>
-Transpose<T> transpose_kernel() {
-#if ENGINE_X86
-    if (isa() != Isa::portable) return transpose_avx2<kRows, T>;
-#endif
-    return transpose_portable<kRows, T>;
-}
-
 // Up to kRows rows of x from x on. False where a column lay outside.
 template <int kRows, class T, class V, class I>
 bool block_of_rows(const Csr<V, I>& w,
@@ -276,7 +254,7 @@ bool block_of_rows(const Csr<V, I>& w,
                    float* y,     // [rows, n]
                    float* xt) {  // [k, kRows], scratch
     std::atomic<uint32_t> bad{0};
-    const Transpose<T> turn = transpose_kernel<kRows, T>();
+    auto* const turn = compiled_to_avx2<transpose<kRows, T>>();
     parallel_rows(w.k, kRows * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
         bad.fetch_or(turn(x, rows, begin, end, w.k, xt), std::memory_order_relaxed);
     });
@@ -291,6 +269,8 @@ bool block_of_rows(const Csr<V, I>& w,
     return inside.load();
 }
 
+struct CsrScratch;  // tag: x transposed and results as fp32, held by the calling thread
+
 template <class T, class V, class I>
 void linear(const Csr<V, I>& w,
             const T* x,  // [m, k]
@@ -298,14 +278,17 @@ void linear(const Csr<V, I>& w,
             T* y) {                        // [m, n]
     constexpr int64_t kScratch = 1 << 20;  // bytes; beyond, 16 transposed rows would leave the caches
     const int most = m == 1 ? 1 : m <= 8 || w.k * 16 * static_cast<int64_t>(sizeof(float)) > kScratch ? 8 : 16;
-    std::vector<float> scratch(w.k * most + 16), results(sizeof(T) == 4 ? 0 : w.n * most);
-    float* xt = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / sizeof(float);
+    const int64_t turned = w.k * most, results = sizeof(T) == 4 ? 0 : w.n * most;
+    using Own = Scratch<CsrScratch>;
+    Own scratch(Own::bytes_for<float>(turned) + Own::bytes_for<float>(results));
+    float* const xt = scratch.take<float>(turned);
+    float* const converted = scratch.take<float>(results);
     bool inside = true;
     for (int64_t first = 0; first < m; first += most) {
         const T* from = x + first * w.k;
         T* to = y + first * w.n;
         const int64_t rows = std::min<int64_t>(most, m - first);
-        float* as_float = results.data();
+        float* as_float = converted;
         if constexpr (sizeof(T) == 4) as_float = to;
         if (most == 1) inside &= block_of_rows<1>(w, from, rows, as_float, xt);
         if (most > 1 && rows <= 8) inside &= block_of_rows<8>(w, from, rows, as_float, xt);
@@ -328,40 +311,30 @@ void check_offsets(const I* crow,  // [n + 1]
     STD_TORCH_CHECK(rises, "csr_linear: crow_indices: expected offsets rising from 0 to ", nnz);
 }
 
-Tensor csr_linear(Tensor x_in, Tensor crow_in, Tensor columns_in, Tensor values_in, std::optional<Tensor> bias_in) {
-    STD_TORCH_CHECK(x_in.dim() >= 1, "csr_linear: x: expected shape [..., K]");
-    STD_TORCH_CHECK(crow_in.dim() == 1 && crow_in.numel() > 0, "csr_linear: crow_indices: expected shape [N + 1]");
-    STD_TORCH_CHECK(values_in.dim() == 1 && columns_in.dim() == 1 && columns_in.size(0) == values_in.size(0),
-                    "csr_linear: col_indices, values: expected shape [nnz]");
+Tensor csr_linear(Tensor x, Tensor crow_in, Tensor columns_in, Tensor values_in, std::optional<Tensor> bias) {
+    constexpr auto op = "csr_linear";
+    STD_TORCH_CHECK(x.dim() >= 1, op, ": x: expected shape [..., K]");
+    STD_TORCH_CHECK(crow_in.dim() == 1 && crow_in.numel() > 0, op, ": crow_indices: expected shape [N + 1]");
+    STD_TORCH_CHECK(values_in.dim() == 1 && columns_in.dim() == 1 && columns_in.size(0) == values_in.size(0), op,
+                    ": col_indices, values: expected shape [nnz]");
     const ScalarType index = crow_in.scalar_type();
-    STD_TORCH_CHECK((index == ScalarType::Int || index == ScalarType::Long) && columns_in.scalar_type() == index,
-                    "csr_linear: crow_indices, col_indices: expected both int32 or both int64");
-    const Tensor x = as_contiguous(x_in), crow = as_contiguous(crow_in), columns = as_contiguous(columns_in);
-    const Tensor values = as_contiguous(values_in);
+    STD_TORCH_CHECK((index == ScalarType::Int || index == ScalarType::Long) && columns_in.scalar_type() == index, op,
+                    ": crow_indices, col_indices: expected both int32 or both int64");
+    const Tensor crow = as_contiguous(crow_in), columns = as_contiguous(columns_in), values = as_contiguous(values_in);
     const int64_t n = crow.size(0) - 1, nnz = values.size(0);
-    std::vector<int64_t> sizes = sizes_of(x);
-    const int64_t k = sizes.back();
-    STD_TORCH_CHECK(k > 0 || nnz == 0, "csr_linear: col_indices: expected none, as x has no columns");
-    sizes.back() = n;
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
-    const int64_t m = rows_of(sizes);
-    STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == n), "csr_linear: bias: expected shape [N]");
-    const FloatBias bias(bias_in);
-    auto run = [&](auto x_zero, auto value_zero, auto index_zero) {
-        using T = decltype(x_zero);
-        using V = decltype(value_zero);
-        using I = decltype(index_zero);
-        check_offsets(data<I>(crow), n, nnz);
-        const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), bias.data(), n, k};
-        linear(w, data<T>(x), m, mutable_data<T>(y));
-    };
-    dispatch_float(x.scalar_type(), "csr_linear: x", [&](auto x_zero) {
-        dispatch_float(values.scalar_type(), "csr_linear: values", [&](auto value_zero) {
-            if (index == ScalarType::Int) run(x_zero, value_zero, int32_t{});
-            if (index == ScalarType::Long) run(x_zero, value_zero, int64_t{});
+    STD_TORCH_CHECK(x.size(-1) > 0 || nnz == 0, op, ": col_indices: expected none, as x has no columns");
+    return float_linear_output(op, x, n, nullptr, bias, [&](const auto& call) {
+        dispatch_float(values.scalar_type(), "csr_linear: values", [&](auto zero) {
+            const auto run = [&](auto index_zero) {
+                using V = decltype(zero);
+                using I = decltype(index_zero);
+                check_offsets(data<I>(crow), n, nnz);
+                const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), call.bias, n, call.k};
+                linear(w, call.x, call.m, call.y);
+            };
+            index == ScalarType::Int ? run(int32_t{}) : run(int64_t{});
         });
     });
-    return y;
 }
 
 }  // namespace

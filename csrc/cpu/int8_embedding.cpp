@@ -3,9 +3,10 @@
 
 #include <atomic>
 
+#include "common/compiled.h"
 #include "common/dequantize.h"
 #include "common/dtype.h"
-#include "common/isa.h"
+#include "common/huge_pages.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -35,9 +36,9 @@ ENGINE_INLINE int64_t row_of(const Table<I>& t, int64_t i, int64_t end) {
 
 // Output rows begin to end; false where an index is out of range, whose row is then left as it is.
 template <class I, class T>
-bool look_up_portable(const Table<I>& t,
-                      T* y,  // [n, dim]
-                      int64_t begin, int64_t end) {
+ENGINE_INLINE bool look_up(const Table<I>& t,
+                           T* y,  // [n, dim]
+                           int64_t begin, int64_t end) {
     bool in_range = true;
     for (int64_t i = begin; i < end; ++i) {
         const int64_t row = row_of(t, i, end);
@@ -46,7 +47,6 @@ bool look_up_portable(const Table<I>& t,
     }
     return in_range;
 }
-#if ENGINE_X86
 template <class I, class T>
 ENGINE_AVX2 ENGINE_INLINE bool look_up_x86(const Table<I>& t, T* y, int64_t begin, int64_t end) {
     bool in_range = true;
@@ -57,15 +57,6 @@ ENGINE_AVX2 ENGINE_INLINE bool look_up_x86(const Table<I>& t, T* y, int64_t begi
     }
     return in_range;
 }
-template <class I, class T>
-ENGINE_AVX2 bool look_up_avx2(const Table<I>& t, T* y, int64_t begin, int64_t end) {
-    return look_up_x86(t, y, begin, end);
-}
-template <class I, class T>
-ENGINE_AVX512 bool look_up_avx512(const Table<I>& t, T* y, int64_t begin, int64_t end) {
-    return look_up_x86(t, y, begin, end);
-}
-#endif
 
 template <class I>
 void fill(const Table<I>& table, ScalarType dtype, Tensor& y) {
@@ -73,11 +64,7 @@ void fill(const Table<I>& table, ScalarType dtype, Tensor& y) {
     dispatch_float(dtype, "int8_embedding: dtype", [&](auto zero) {
         using T = decltype(zero);
         T* to = mutable_data<T>(y);
-        auto kernel = look_up_portable<I, T>;
-#if ENGINE_X86
-        if (isa() == Isa::avx2) kernel = look_up_avx2<I, T>;
-        if (isa() == Isa::avx512) kernel = look_up_avx512<I, T>;
-#endif
+        auto* const kernel = compiled<look_up<I, T>, look_up_x86<I, T>>();
         parallel_rows(table.n, table.dim * (sizeof(T) + 1) + sizeof(I), [&](int64_t begin, int64_t end) {
             if (!kernel(table, to, begin, end)) in_range = false;
         });
@@ -99,7 +86,7 @@ Tensor int8_embedding(Tensor indices_in, Tensor weight_in, Tensor scale_in, Scal
                  scale = as_contiguous(scale_in);
     std::vector<int64_t> sizes = sizes_of(indices);
     sizes.push_back(weight.size(1));
-    Tensor y = new_tensor(weight, sizes, dtype);
+    Tensor y = new_output(weight, sizes, dtype);
     const auto look_up_all = [&](auto index) {
         using I = decltype(index);
         const Table<I> table = {data<I>(indices), data<int8_t>(weight), data<float>(scale),

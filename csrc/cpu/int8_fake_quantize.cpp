@@ -1,8 +1,9 @@
 // int8_fake_quantize: each row rounded to int8 and back in one go. The second pass over a row finds it in cache, so
 // that memory sees one read of x and one write of y.
 
+#include "common/compiled.h"
 #include "common/dtype.h"
-#include "common/isa.h"
+#include "common/huge_pages.h"
 #include "common/quantize.h"
 #include "common/tensor.h"
 
@@ -37,53 +38,26 @@ ENGINE_INLINE void round_rows(const T* x,             // [rows, k]
     }
 }
 
-template <class T>
-void rows_portable(const T* x, T* y, const RowScale* fixed, int64_t begin, int64_t end, int64_t k) {
-    round_rows(x, y, fixed, begin, end, k);
-}
-#if ENGINE_X86
-template <class T>
-ENGINE_AVX2 void rows_avx2(const T* x, T* y, const RowScale* fixed, int64_t begin, int64_t end, int64_t k) {
-    round_rows(x, y, fixed, begin, end, k);
-}
-template <class T>
-ENGINE_AVX512 void rows_avx512(const T* x, T* y, const RowScale* fixed, int64_t begin, int64_t end, int64_t k) {
-    round_rows(x, y, fixed, begin, end, k);
-}
-#endif
-
-// A given scale: anything that can't divide makes every row NaN, as in int8_linear.
-RowScale fixed_scale(float scale) {
-    const float inverse = 1.0f / scale;
-    const bool usable = scale > 0.0f && std::isfinite(scale) && std::isfinite(inverse);
-    if (!usable) return {std::numeric_limits<float>::quiet_NaN(), 0.0f, false};
-    return {scale, inverse, true};
-}
-
 Tensor int8_fake_quantize(Tensor x_in, std::optional<Tensor> scale) {
     STD_TORCH_CHECK(x_in.dim() >= 1, "int8_fake_quantize: x: expected at least one dimension");
     RowScale given{};
     if (scale) {
         STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Float, "int8_fake_quantize: scale: expected float32");
         STD_TORCH_CHECK(scale->numel() == 1, "int8_fake_quantize: scale: expected one element");
-        given = fixed_scale(*data<float>(*scale));
+        given = static_scale(*data<float>(*scale), 0);
     }
     const Tensor x = as_contiguous(x_in);
     const std::vector<int64_t> sizes = sizes_of(x);
     const int64_t k = sizes.back();
     const int64_t rows = k ? x.numel() / k : 0;
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_output(x, sizes, x.scalar_type());
 
     dispatch_float(x.scalar_type(), "int8_fake_quantize: x", [&](auto zero) {
         using T = decltype(zero);
         const T* from = data<T>(x);
         T* to = mutable_data<T>(y);
         const RowScale* fixed = scale ? &given : nullptr;
-        auto kernel = rows_portable<T>;
-#if ENGINE_X86
-        if (isa() == Isa::avx2) kernel = rows_avx2<T>;
-        if (isa() == Isa::avx512) kernel = rows_avx512<T>;
-#endif
+        auto* const kernel = compiled<round_rows<T>>();
         parallel_rows(rows, 2 * k * sizeof(T),
                       [&](int64_t begin, int64_t end) { kernel(from, to, fixed, begin, end, k); });
     });

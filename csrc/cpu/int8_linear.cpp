@@ -5,15 +5,11 @@
 
 #include <cstring>
 
-#include "common/bias.h"
 #include "common/dot_int8_avx512.h"
 #include "common/dot_tiles_avx2.h"
-#include "common/dtype.h"
 #include "common/gemm_int8.h"
-#include "common/huge_pages.h"
 #include "common/int8_activations.h"
-#include "common/patches.h"
-#include "common/tensor.h"
+#include "common/linear_binding.h"
 
 namespace engine {
 namespace {
@@ -61,7 +57,7 @@ __attribute__((noinline)) void add_dots(const QuantizedRows<typename Kernel::Q>&
                                         const int8_t* w,  // [columns, rows.k], at k
                                         int64_t columns, int64_t ahead,
                                         Total* totals) {  // [rows.rows, kDotBlock]
-    alignas(64) int32_t sums[(Kernel::kRows + 3) / 4 * 4 * kDotColumns];
+    alignas(64) int32_t sums[round_up(Kernel::kRows, 4) * kDotColumns];
     const auto* q = rows.q + k;
     if (columns < kDotColumns) {  // too few to read side by side: one by one, each read four times over
         for (int64_t j = 0; j < columns; ++j, w += rows.k) {
@@ -73,10 +69,10 @@ __attribute__((noinline)) void add_dots(const QuantizedRows<typename Kernel::Q>&
         }
         return;
     }
-    // Tiles as even as can be: one row alone uses the registers badly.
-    const int64_t tiles = (rows.rows + Kernel::kRows - 1) / Kernel::kRows;
+    // Tiles of nearly equal height: a tile of one row would leave most registers idle.
+    const int64_t tiles = divide_up(rows.rows, Kernel::kRows);
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-        const int64_t count = (rows.rows - row + tiles - tile - 1) / (tiles - tile);
+        const int64_t count = divide_up(rows.rows - row, tiles - tile);
         const auto* x = q + row * rows.stride;
         const int8_t* asked = tile == 0 ? w + ahead : w;  // the first tile asks for what comes next
         dot_tile<Kernel>(count, {x, rows.stride, w, rows.k, kc, asked, rows.k, kDotColumns, x, w}, sums);
@@ -93,8 +89,7 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
     Total totals[kInt8DotRows * kDotBlock];
     const int64_t step = Kernel::depth(call.m);
     // Four rows of weights lie one after another, and so do their successors: one stream, asked for 8 KB ahead.
-    const int64_t group = kDotColumns * std::max<int64_t>(1, call.k),
-                  next_groups = ((8 << 10) + group - 1) / group * group;
+    const int64_t group = kDotColumns * std::max<int64_t>(1, call.k), next_groups = round_up(8 << 10, group);
     const bool groupwise = step >= call.k;
     for (int64_t block = begin; block < end; block += kDotBlock) {
         const int64_t columns = std::min(kDotBlock, end - block);
@@ -103,8 +98,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
             const int64_t part_end = std::min(columns, part + Kernel::kTogether);
             for (int64_t k = 0; k < call.k; k += step) {
                 const int64_t kc = std::min(step, call.k - k);
-                // Rows that are not multiplied whole continue with their next stretch; after the last stretch comes the
-                // first one of the next part's rows.
+                // Where K is cut, what is read next is the same row's next stretch; after its last one, the first
+                // stretch of the next part's rows.
                 const int64_t ahead = groupwise ? next_groups : k + kc < call.k ? kc : Kernel::kTogether * call.k - k;
                 for (int64_t j = part; j < part_end; j += kDotColumns) {
                     add_dots<Kernel>(rows, k, kc, weight + (block + j) * call.k + k,
@@ -119,8 +114,8 @@ void dot_outputs(const LinearCall<T>& call, const QuantizedRows<typename Kernel:
 #if ENGINE_X86
 // Tall tiles, of many rows of activations, are for activations that stay in L1. Where these come from L2, wide tiles,
 // which multiply fewer rows of them by more rows of weights, read them less often.
-using TallTiles = DotTiles<6, 4, 3>;
-using WideTiles = DotTiles<4, 6, 3>;
+using TallDots = DotTiles<6, 4, 3>;
+using WideDots = DotTiles<4, 6, 3>;
 constexpr int64_t kTallRows = 24;
 
 struct DotAvx512 {
@@ -180,9 +175,9 @@ bool dot_linear(const LinearCall<T>& call, const int8_t* weight) {
     if (isa() == Isa::avx512) {
         return dot_linear<DotAvx512>(call, [&](auto total, const auto& rows, int64_t begin, int64_t end) {
             if (call.m <= kTallRows) {
-                return dot_outputs_avx512<TallTiles, decltype(total)>(call, rows, weight, begin, end);
+                return dot_outputs_avx512<TallDots, decltype(total)>(call, rows, weight, begin, end);
             }
-            dot_outputs_avx512<WideTiles, decltype(total)>(call, rows, weight, begin, end);
+            dot_outputs_avx512<WideDots, decltype(total)>(call, rows, weight, begin, end);
         });
     }
 #endif
@@ -195,37 +190,17 @@ void linear(const LinearCall<T>& call, const int8_t* weight) {
     if (!dot_linear(call, weight)) int8_panel_linear(call, DenseProvider{weight, call.k});
 }
 
-void check(int64_t k, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
-           const std::optional<Tensor>& input_scale) {
-    STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Char,
-                    "int8_linear: weight: expected int8 [N, K]");
-    const int64_t n = weight.size(0);
-    STD_TORCH_CHECK(weight.size(1) == k, "int8_linear: x: expected shape [..., ", weight.size(1), "]");
-    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
-                    "int8_linear: scale: expected float32 [N]");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "int8_linear: bias: expected shape [N]");
-    check_input_scale("int8_linear", input_scale, k);
-}
-
 template <bool as_patches>
-Tensor int8_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::optional<Tensor> bias,
+Tensor int8_linear(Tensor x, Tensor weight_in, Tensor scale, std::optional<Tensor> bias,
                    std::optional<Tensor> input_scale) {
-    LinearInput input("int8_linear", x_in, as_patches);
-    check(input.k, weight_in, scale_in, bias, input_scale);
-    const Tensor& x = input.x;
-    const Tensor weight = as_contiguous(weight_in), scale = as_contiguous(scale_in);
-    const int64_t n = weight.size(0), k = weight.size(1);
-    input.sizes.back() = n;
-    Tensor y = new_output(x, input.sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    if (input_scale) input_scale = as_contiguous(*input_scale);
-    dispatch_float(x.scalar_type(), "int8_linear: x", [&](auto zero) {
-        using T = decltype(zero);
-        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
-                   input.m, n, k, input.where()},
-                  data<int8_t>(weight));
-    });
-    return y;
+    constexpr auto op = "int8_linear";
+    LinearInput input(op, x, as_patches);
+    STD_TORCH_CHECK(weight_in.dim() == 2 && weight_in.scalar_type() == ScalarType::Char, op,
+                    ": weight: expected int8 [N, K]");
+    STD_TORCH_CHECK(weight_in.size(1) == input.k, op, ": x: expected shape [..., ", weight_in.size(1), "]");
+    const Tensor weight = as_contiguous(weight_in);
+    return int8_linear_output(op, input, weight.size(0), scale, bias, input_scale,
+                              [&](const auto& call) { linear(call, data<int8_t>(weight)); });
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // int8_quantize: each row of x to int8 with a scale of its own. One pass for the maximum, one to round; a row is small
 // enough that the second finds it in cache, so that memory sees one read of x and one write of q.
 
+#include "common/compiled.h"
 #include "common/dtype.h"
-#include "common/isa.h"
+#include "common/huge_pages.h"
 #include "common/quantize.h"
 #include "common/tensor.h"
 
@@ -22,27 +23,12 @@ ENGINE_INLINE void quantize_rows(const T* x,    // [rows, k]
     }
 }
 
-template <class T>
-void rows_portable(const T* x, int8_t* q, float* scale, int64_t begin, int64_t end, int64_t k) {
-    quantize_rows(x, q, scale, begin, end, k);
-}
-#if ENGINE_X86
-template <class T>
-ENGINE_AVX2 void rows_avx2(const T* x, int8_t* q, float* scale, int64_t begin, int64_t end, int64_t k) {
-    quantize_rows(x, q, scale, begin, end, k);
-}
-template <class T>
-ENGINE_AVX512 void rows_avx512(const T* x, int8_t* q, float* scale, int64_t begin, int64_t end, int64_t k) {
-    quantize_rows(x, q, scale, begin, end, k);
-}
-#endif
-
 std::tuple<Tensor, Tensor> int8_quantize(Tensor x_in) {
     STD_TORCH_CHECK(x_in.dim() >= 1, "int8_quantize: x: expected at least one dimension");
     const Tensor x = as_contiguous(x_in);
     std::vector<int64_t> sizes = sizes_of(x);
     const int64_t k = sizes.back();
-    Tensor q = new_tensor(x, sizes, ScalarType::Char);
+    Tensor q = new_output(x, sizes, ScalarType::Char);
     sizes.pop_back();
     Tensor scale = new_tensor(x, sizes, ScalarType::Float);
     const int64_t rows = scale.numel();
@@ -52,11 +38,7 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x_in) {
         const T* from = data<T>(x);
         int8_t* to = mutable_data<int8_t>(q);
         float* scales = mutable_data<float>(scale);
-        auto kernel = rows_portable<T>;
-#if ENGINE_X86
-        if (isa() == Isa::avx2) kernel = rows_avx2<T>;
-        if (isa() == Isa::avx512) kernel = rows_avx512<T>;
-#endif
+        auto* const kernel = compiled<quantize_rows<T>>();
         parallel_rows(rows, k * (sizeof(T) + 1),
                       [&](int64_t begin, int64_t end) { kernel(from, to, scales, begin, end, k); });
     });

@@ -1,12 +1,12 @@
 // int8_weight_linear: float activations times int8 weights [N, K] as they lie, in fp32. For many rows of activations
 // the panels of common/gemm_float.h; for a few, dot products straight from the weights, which memory bounds.
 
-#include "common/bias.h"
-#include "common/dtype.h"
+#include "common/compiled.h"
+#include "common/floats.h"
 #include "common/gemm_float.h"
 #include "common/int8_weight_dots_avx2.h"
 #include "common/int8_weight_dots_avx512.h"
-#include "common/tensor.h"
+#include "common/linear_binding.h"
 #if ENGINE_X86
 #include <immintrin.h>
 #endif
@@ -34,42 +34,19 @@ ENGINE_INLINE void convert_block(const int8_t* weight,  // [rows, k], from k0 on
         for (int64_t i = 0; i < kc; ++i) convert(from[i], to[i]);
     }
 }
-using ConvertBlock = void (*)(const int8_t*, int64_t, int64_t, int64_t, bool, float*);
-void convert_block_portable(const int8_t* weight, int64_t k, int64_t rows, int64_t kc, bool more, float* panel) {
-    convert_block(weight, k, rows, kc, more, panel);
-}
-#if ENGINE_X86
-ENGINE_AVX2 void convert_block_avx2(const int8_t* weight, int64_t k, int64_t rows, int64_t kc, bool more,
-                                    float* panel) {
-    convert_block(weight, k, rows, kc, more, panel);
-}
-template <class Element>
-ENGINE_AVX512 void convert_block_avx512(const int8_t* weight, int64_t k, int64_t rows, int64_t kc, bool more,
-                                        Element* panel) {
-    convert_block(weight, k, rows, kc, more, panel);
-}
-#endif
-
-ConvertBlock converter() {
-#if ENGINE_X86
-    if (isa() == Isa::avx2) return convert_block_avx2;
-    if (isa() == Isa::avx512) return convert_block_avx512<float>;
-#endif
-    return convert_block_portable;
-}
 
 struct Int8Provider {
     using Value = int8_t;
     const int8_t* weight;  // [n, k]
     int64_t k;
-    ConvertBlock convert;
+    decltype(&convert_block<float>) convert = compiled<convert_block<float>>();
 
     void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, float* panel) const {
         convert(weight + row * k + k0, k, rows, kc, k0 + 2 * kFloatDepth <= k, panel);
     }
 #if ENGINE_X86
     void block(int64_t row, int64_t rows, int64_t k0, int64_t kc, BFloat16* panel) const {
-        convert_block_avx512(weight + row * k + k0, k, rows, kc, k0 + 2 * kFloatDepth <= k, panel);
+        Compiled<convert_block<BFloat16>>::avx512(weight + row * k + k0, k, rows, kc, k0 + 2 * kFloatDepth <= k, panel);
     }
 #endif
 };
@@ -102,8 +79,7 @@ struct WeightDotsPortable {
                     for (int j = 0; j < kLanes; ++j) acc[j] += activations[i + j] * static_cast<float>(weights[i + j]);
                 }
                 for (int j = 0; i + j < kc; ++j) acc[j] += activations[i + j] * static_cast<float>(weights[i + j]);
-                const float sum = ((acc[0] + acc[4]) + (acc[2] + acc[6])) + ((acc[1] + acc[5]) + (acc[3] + acc[7]));
-                sums[m * R + r] = add ? sums[m * R + r] + sum : sum;
+                sums[m * R + r] = add ? sums[m * R + r] + sum_8(acc) : sum_8(acc);
             }
         }
     }
@@ -123,7 +99,7 @@ struct PairsScratch;                   // tag: the activations of a call, held b
 // Products of bfloat16.
 void pairs_linear(const FloatLinear<BFloat16>& call, const int8_t* weight) {
     if (call.m == 0 || call.n == 0) return;
-    const int64_t stride = divide_up(call.k, 64) * 64;
+    const int64_t stride = FloatRows::stride_for(call.k);
     Scratch<PairsScratch> scratch(Scratch<PairsScratch>::bytes_for<BFloat16>(call.m * stride));
     auto* const x = scratch.take<BFloat16>(call.m * stride);
     bool finite[kMostPairRows];
@@ -146,7 +122,7 @@ void linear(const FloatLinear<T>& call, const int8_t* weight) {
         if (multiplies_bfloat16<T, int8_t>() && call.m <= kMostPairRows) return pairs_linear(call, weight);
     }
 #endif
-    if (call.m > kFloatDotRows) return float_panel_linear(call, Int8Provider{weight, call.k, converter()});
+    if (call.m > kFloatDotRows) return float_panel_linear(call, Int8Provider{weight, call.k});
 #if ENGINE_X86
     if (isa() == Isa::avx2) return dot_linear<WeightDotsAvx2>(call, weight);
     if (isa() == Isa::avx512) return dot_linear<WeightDotsAvx512<FloatStepAvx512>>(call, weight);
@@ -154,25 +130,17 @@ void linear(const FloatLinear<T>& call, const int8_t* weight) {
     dot_linear<WeightDotsPortable>(call, weight);
 }
 
-Tensor int8_weight_linear(Tensor x_in, Tensor weight_in, Tensor scale_in, std::optional<Tensor> bias) {
-    STD_TORCH_CHECK(weight_in.dim() == 2 && weight_in.scalar_type() == ScalarType::Char,
-                    "int8_weight_linear: weight: expected int8 [N, K]");
+Tensor int8_weight_linear(Tensor x, Tensor weight_in, Tensor scale_in, std::optional<Tensor> bias) {
+    constexpr auto op = "int8_weight_linear";
+    STD_TORCH_CHECK(weight_in.dim() == 2 && weight_in.scalar_type() == ScalarType::Char, op,
+                    ": weight: expected int8 [N, K]");
     const int64_t n = weight_in.size(0), k = weight_in.size(1);
-    STD_TORCH_CHECK(x_in.dim() >= 1 && x_in.size(-1) == k, "int8_weight_linear: x: expected shape [..., ", k, "]");
-    STD_TORCH_CHECK(scale_in.dim() == 1 && scale_in.size(0) == n && scale_in.scalar_type() == ScalarType::Float,
-                    "int8_weight_linear: scale: expected float32 [N]");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "int8_weight_linear: bias: expected shape [N]");
-    const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in), scale = as_contiguous(scale_in);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    const int64_t m = rows_of(sizes);
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    dispatch_float(x.scalar_type(), "int8_weight_linear: x", [&](auto zero) {
-        using T = decltype(zero);
-        linear<T>({data<T>(x), data<float>(scale), as_float.data(), mutable_data<T>(y), m, n, k}, data<int8_t>(weight));
-    });
-    return y;
+    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == k, op, ": x: expected shape [..., ", k, "]");
+    STD_TORCH_CHECK(scale_in.dim() == 1 && scale_in.size(0) == n && scale_in.scalar_type() == ScalarType::Float, op,
+                    ": scale: expected float32 [N]");
+    const Tensor weight = as_contiguous(weight_in), scale = as_contiguous(scale_in);
+    return float_linear_output(op, x, n, data<float>(scale), bias,
+                               [&](const auto& call) { linear(call, data<int8_t>(weight)); });
 }
 
 }  // namespace

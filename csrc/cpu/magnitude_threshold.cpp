@@ -12,7 +12,9 @@
 #include <cstring>
 #include <mutex>
 
+#include "common/compiled.h"
 #include "common/dtype.h"
+#include "common/round.h"
 #include "common/tensor.h"
 
 namespace engine {
@@ -89,33 +91,13 @@ ENGINE_INLINE void count_low(const float* w,  // [n]
     }
 }
 
-void low_portable(const float* w, int64_t n, uint32_t high, uint32_t* counts, int64_t lane) {
-    count_low(w, n, high, counts, lane);
-}
-#if ENGINE_X86
-ENGINE_AVX2 void low_avx2(const float* w, int64_t n, uint32_t high, uint32_t* counts, int64_t lane) {
-    count_low(w, n, high, counts, lane);
-}
-ENGINE_AVX512 void low_avx512(const float* w, int64_t n, uint32_t high, uint32_t* counts, int64_t lane) {
-    count_low(w, n, high, counts, lane);
-}
-#endif
-
-Count<float> count_low_kernel() {
-#if ENGINE_X86
-    if (isa() == Isa::avx2) return low_avx2;
-    if (isa() == Isa::avx512) return low_avx512;
-#endif
-    return low_portable;
-}
-
 // Adds the counts of `n` elements to `total`. Each thread counts in memory of its own.
 template <class T>
 void count(Count<T> kernel, const T* from, int64_t n, uint32_t high, std::vector<uint64_t>& total) {
     // A row stands for 4096 elements, so that a thread's counters are worth clearing and adding.
     constexpr int64_t kRow = 4096;
     std::mutex mutex;
-    const int64_t rows = (n + kRow - 1) / kRow;
+    const int64_t rows = divide_up(n, kRow);
     parallel_rows(rows, kRow * static_cast<int64_t>(sizeof(T)) / 16, [&](int64_t begin, int64_t end) {
         const int64_t last = std::min(end * kRow, n), bins = static_cast<int64_t>(total.size());
         const int64_t lane = last - begin * kRow < kManyElements ? 0 : bins;
@@ -146,7 +128,7 @@ class Counts {
         return sum(kHighBins, count_upper<float>, 0, [](uint32_t bits) { return bits >> kLowBits; });
     }
     std::vector<uint64_t> low(uint32_t high) const {  // [kLowBins] of those with these upper bits
-        return sum(kLowBins, count_low_kernel(), high, [=](uint32_t bits) {
+        return sum(kLowBins, compiled<count_low>(), high, [=](uint32_t bits) {
             return bits >> kLowBits == high ? bits & (kLowBins - 1) : static_cast<uint32_t>(kLowBins);
         });
     }

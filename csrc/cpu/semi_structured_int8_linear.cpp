@@ -7,13 +7,10 @@
 #include <array>
 #include <bit>
 
-#include "common/bias.h"
 #include "common/dot_bytes_avx2.h"
-#include "common/dtype.h"
 #include "common/gemm_int8.h"
-#include "common/huge_pages.h"
 #include "common/int8_activations.h"
-#include "common/patches.h"
+#include "common/linear_binding.h"
 #include "common/semi_structured.h"
 #include "common/semi_structured_avx512.h"
 #include "common/spread_blocks_avx512.h"
@@ -24,7 +21,7 @@
 namespace engine {
 namespace {
 
-// Up to so many rows of activations dot products are the faster way; to fewer on AVX2, which spreads weights faster.
+// The most rows of activations for which dot products win; fewer on AVX2, where expanding weights is cheap.
 constexpr int64_t kSemiDotRows = 16, kSemiDotRowsAvx2 = 8;
 constexpr int64_t kBlock = 32;  // weight rows for which a stretch of the activations stays in L1
 constexpr int64_t kValuesAhead = 2 << 10, kMetadataAhead = 1 << 9;  // how far ahead memory is asked for
@@ -178,11 +175,7 @@ struct DotAvx2 {
             step<R>(tail.values, tail.metadata, q + whole, stride, acc);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(acc[r]), _mm256_extracti128_si256(acc[r], 1));
-            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-            sums[r] = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
-        }
+        for (int r = 0; r < R; ++r) sums[r] = horizontal_sum_avx2(acc[r]);
     }
 };
 #endif
@@ -279,12 +272,12 @@ struct Fetch {
         const auto tile_of = count < columns() || count == 1 ? tile<1, kTall>
                              : count == 4                    ? tile<4, 4>
                                                              : tile<3, kTall>;
-        const int64_t tiles = (rows.rows + kTall - 1) / kTall, together = count == columns() ? count : 1;
+        const int64_t tiles = divide_up(rows.rows, kTall), together = count == columns() ? count : 1;
         for (int64_t j = 0; j < count; j += together) {
             const SemiRows w{weight.values_at(row + j, k0), weight.metadata_at(row + j, k0), weight.row_values(),
                              weight.row_bytes()};
             for (int64_t t = 0, first = 0; t < tiles; ++t) {
-                const int64_t tall = (rows.rows - first + tiles - t - 1) / (tiles - t);
+                const int64_t tall = divide_up(rows.rows - first, tiles - t);
                 int32_t sums[kTall * 4 + 3];
                 const auto* q = reinterpret_cast<const uint8_t*>(rows.q + first * rows.stride + k0);
                 tile_of(tall, q, rows.stride, w, kc, ahead, sums);
@@ -393,38 +386,17 @@ void linear(const LinearCall<T>& call, const Weight& weight) {
     dot_linear<DotPortable>(call, weight);
 }
 
-void check(int64_t k, const Tensor& values, const Tensor& metadata, const Tensor& scale,
-           const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale) {
-    check_semi_structured("semi_structured_int8_linear", values, metadata, k);
-    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "semi_structured_int8_linear: values: expected int8");
-    const int64_t n = values.size(0);
-    STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == n && scale.scalar_type() == ScalarType::Float,
-                    "semi_structured_int8_linear: scale: expected float32 [N]");
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n),
-                    "semi_structured_int8_linear: bias: expected shape [N]");
-    check_input_scale("semi_structured_int8_linear", input_scale, k);
-}
-
 template <bool as_patches>
-Tensor semi_structured_int8_linear(Tensor x_in, Tensor values_in, Tensor metadata_in, Tensor scale_in,
+Tensor semi_structured_int8_linear(Tensor x, Tensor values_in, Tensor metadata_in, Tensor scale,
                                    std::optional<Tensor> bias, std::optional<Tensor> input_scale) {
-    LinearInput input("semi_structured_int8_linear", x_in, as_patches);
-    check(input.k, values_in, metadata_in, scale_in, bias, input_scale);
-    const Tensor& x = input.x;
+    constexpr auto op = "semi_structured_int8_linear";
+    LinearInput input(op, x, as_patches);
+    check_semi_structured(op, values_in, metadata_in, input.k);
+    STD_TORCH_CHECK(values_in.scalar_type() == ScalarType::Char, op, ": values: expected int8");
     const Tensor values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
-    const Tensor scale = as_contiguous(scale_in);
-    const int64_t n = values.size(0), k = input.k;
-    input.sizes.back() = n;
-    Tensor y = new_output(x, input.sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    if (input_scale) input_scale = as_contiguous(*input_scale);
-    dispatch_float(x.scalar_type(), "semi_structured_int8_linear: x", [&](auto zero) {
-        using T = decltype(zero);
-        linear<T>({data<T>(x), input_scale_of(input_scale), data<float>(scale), as_float.data(), mutable_data<T>(y),
-                   input.m, n, k, input.where()},
-                  {data<int8_t>(values), data<uint8_t>(metadata), n, k});
-    });
-    return y;
+    const Weight weight{data<int8_t>(values), data<uint8_t>(metadata), values.size(0), input.k};
+    return int8_linear_output(op, input, weight.n, scale, bias, input_scale,
+                              [&](const auto& call) { linear(call, weight); });
 }
 
 }  // namespace

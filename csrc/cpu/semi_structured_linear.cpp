@@ -3,12 +3,10 @@
 // for all rows; many meet the stored values only (common/spmm.h). With AVX-512 the panels of common/gemm_float.h, which
 // the weights are spread to, are faster below 64 rows, and in bfloat16.
 
-#include "common/bias.h"
 #include "common/bitmap_float_avx512.h"
-#include "common/dtype.h"
 #include "common/floats.h"
 #include "common/gemm_float.h"
-#include "common/huge_pages.h"
+#include "common/linear_binding.h"
 #include "common/semi_structured.h"
 #include "common/semi_structured_avx512.h"
 #include "common/spmm.h"
@@ -110,10 +108,7 @@ struct DotPortable {
             const SemiTail<V, kLanes> tail(values + i / 2, metadata + i / 8, k - i);
             add(tail.values, tail.metadata, x + i, stride, M, acc);
         }
-        for (int m = 0; m < M; ++m) {
-            const float* a = acc[m];
-            sums[m] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
-        }
+        for (int m = 0; m < M; ++m) sums[m] = sum_8(acc[m]);
     }
 };
 
@@ -200,7 +195,7 @@ struct SemiBitmap {
     FloatColumn<V> column(int64_t row, int64_t together, Scratch& scratch) const {
         const int64_t values_bytes = weight.row_values() * static_cast<int64_t>(sizeof(V));
         const int64_t bytes = weight.row_bytes();
-        scratch.mask.resize((bytes + 63) / 64 * 64);
+        scratch.mask.resize(round_up(bytes, 64));
         const uint8_t* metadata = weight.metadata_at(row, 0);
         bitmap_of_row_avx512(metadata, bytes, scratch.mask.data());
         return {scratch.mask.data(), readable(row, 0, weight.row_values(), scratch.values),
@@ -277,27 +272,18 @@ void linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
     dot_linear<DotPortable>(call, weight);
 }
 
-Tensor semi_structured_linear(Tensor x_in, Tensor values_in, Tensor metadata_in, std::optional<Tensor> bias) {
-    STD_TORCH_CHECK(x_in.dim() >= 1, "semi_structured_linear: x: expected at least one dimension");
-    check_semi_structured("semi_structured_linear", values_in, metadata_in, x_in.size(-1));
-    const int64_t n = values_in.size(0), k = x_in.size(-1);
-    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n),
-                    "semi_structured_linear: bias: expected shape [N]");
-    const Tensor x = as_contiguous(x_in), values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = n;
-    const int64_t m = rows_of(sizes);
-    Tensor y = new_output(x, sizes, x.scalar_type());
-    const FloatBias as_float(bias);
-    dispatch_float(x.scalar_type(), "semi_structured_linear: x", [&](auto x_zero) {
-        using T = decltype(x_zero);
-        const FloatLinear<T> call{data<T>(x), nullptr, as_float.data(), mutable_data<T>(y), m, n, k};
+Tensor semi_structured_linear(Tensor x, Tensor values_in, Tensor metadata_in, std::optional<Tensor> bias) {
+    constexpr auto op = "semi_structured_linear";
+    STD_TORCH_CHECK(x.dim() >= 1, op, ": x: expected at least one dimension");
+    check_semi_structured(op, values_in, metadata_in, x.size(-1));
+    const Tensor values = as_contiguous(values_in), metadata = as_contiguous(metadata_in);
+    const int64_t n = values.size(0);
+    return float_linear_output(op, x, n, nullptr, bias, [&]<class T>(const FloatLinear<T>& call) {
         dispatch_float(values.scalar_type(), "semi_structured_linear: values", [&](auto zero) {
             using V = decltype(zero);
-            linear<T, V>(call, {data<V>(values), data<uint8_t>(metadata), n, k});
+            linear<T, V>(call, {data<V>(values), data<uint8_t>(metadata), n, call.k});
         });
     });
-    return y;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // semi_structured_to_dense: the values of a 2:4 weight back at their places, zeros elsewhere.
 
 #include "common/huge_pages.h"
+#include "common/round.h"
 #include "common/semi_structured.h"
 
 namespace engine {
@@ -34,7 +35,7 @@ void spread(const Tensor& values, const Tensor& metadata, int64_t k, Tensor& den
         for (int64_t row = begin; row < end; ++row) {
             const W* from = weight.values_at(row, 0);
             const uint8_t* places = weight.metadata_at(row, 0);
-            const int64_t whole = k / 8 * 8;
+            const int64_t whole = round_down(k, 8);
             if (!is_consistent(from, places, k)) bad.store(row, std::memory_order_relaxed);
             W* to = out + row * k;
             spread_any(from, places, whole, to, [](W value) { return value; });

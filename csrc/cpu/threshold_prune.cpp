@@ -1,16 +1,11 @@
 // threshold_prune: zeros in place of small weights. One read, one write, no branch: the loop vectorises by itself.
 
+#include "common/compiled.h"
 #include "common/dtype.h"
 #include "common/huge_pages.h"
 
 namespace engine {
 namespace {
-
-template <class T>
-using PruneSpan = void (*)(const T* w,              // [n]
-                           const float* threshold,  // [n] where `step` is 1, [1] where it is 0
-                           int64_t step, int64_t n,
-                           T* out);  // [n]
 
 // Elements move as bits, so that a kept NaN keeps its payload.
 template <bool kSameThreshold, class T>
@@ -27,37 +22,16 @@ ENGINE_INLINE void prune_loop(const T* w, const float* threshold, int64_t n, T* 
 }
 
 template <class T>
-ENGINE_INLINE void prune_span(const T* w, const float* threshold, int64_t step, int64_t n, T* out) {
+ENGINE_INLINE void prune_span(const T* w,              // [n]
+                              const float* threshold,  // [n] where `step` is 1, [1] where it is 0
+                              int64_t step, int64_t n,
+                              T* out) {  // [n]
     if (step == 0) {
         const float one = threshold[0];  // a local can't alias `out`
         prune_loop<true>(w, &one, n, out);
     } else {
         prune_loop<false>(w, threshold, n, out);
     }
-}
-
-template <class T>
-void span_portable(const T* w, const float* threshold, int64_t step, int64_t n, T* out) {
-    prune_span(w, threshold, step, n, out);
-}
-#if ENGINE_X86
-template <class T>
-ENGINE_AVX2 void span_avx2(const T* w, const float* threshold, int64_t step, int64_t n, T* out) {
-    prune_span(w, threshold, step, n, out);
-}
-template <class T>
-ENGINE_AVX512 void span_avx512(const T* w, const float* threshold, int64_t step, int64_t n, T* out) {
-    prune_span(w, threshold, step, n, out);
-}
-#endif
-
-template <class T>
-PruneSpan<T> prune_kernel() {
-#if ENGINE_X86
-    if (isa() == Isa::avx2) return span_avx2<T>;
-    if (isa() == Isa::avx512) return span_avx512<T>;
-#endif
-    return span_portable<T>;
 }
 
 // A threshold that broadcasts against a weight of any shape, as rows as long as they can be within which it either
@@ -109,7 +83,7 @@ template <class T>
 void prune(const T* weight,  // [n]
            const Spans& spans, int64_t n,
            T* out) {  // [n]
-    const PruneSpan<T> kernel = prune_kernel<T>();
+    auto* const kernel = compiled<prune_span<T>>();
     if (n == 0) return;
     if (spans.sizes.empty()) {  // a single row, which threads share
         const float* threshold = spans.row(0);

@@ -4,7 +4,9 @@
 #include <algorithm>
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
+#include "common/round.h"
 #include "common/tensor.h"
 #if ENGINE_X86
 #include <immintrin.h>
@@ -49,7 +51,7 @@ ENGINE_AVX2 ENGINE_INLINE void transpose_8x8(const float* from, int64_t from_str
 // For AVX-512 processors too.
 ENGINE_AVX2 void tile_avx2(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
                            int64_t columns) {
-    const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+    const int64_t whole_rows = round_down(rows, 8), whole_columns = round_down(columns, 8);
     for (int64_t r = 0; r < whole_rows; r += 16) {  // by two, so that a line of the output is written at once
         for (int64_t c = 0; c < whole_columns; c += 8) {
             for (int64_t i = r; i < std::min(whole_rows, r + 16); i += 8) {
@@ -77,8 +79,8 @@ Tensor transpose(Tensor x_in) {
     STD_TORCH_CHECK(x_in.dim() == 3, "transpose: x: expected shape [B, R, C]");
     const Tensor x = as_contiguous(x_in);
     const int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
-    Tensor y = new_tensor(x, {batch, columns, rows}, x.scalar_type());
-    const int64_t high = (rows + kTile - 1) / kTile, wide = (columns + kTile - 1) / kTile;
+    Tensor y = new_output(x, {batch, columns, rows}, x.scalar_type());
+    const int64_t high = divide_up(rows, kTile), wide = divide_up(columns, kTile);
     dispatch_float(x.scalar_type(), "transpose: x", [&](auto zero) {
         using T = decltype(zero);
         const T* from = data<T>(x);

@@ -5,6 +5,7 @@
 // becomes word 4 i + t of step j: a lane t of a quad has 64 bytes of w one after another.
 #pragma once
 
+#include "common/round.h"
 #include "cuda/quantize_rows.cuh"
 
 namespace engine::cuda {
@@ -108,7 +109,7 @@ struct ArrangedRows {
         : tokens(tile_tokens(rows.m)),
           m(rows.m),
           steps(stretches_of<V>(rows.k) * kStepsAStretch),
-          tiles((rows.m + tokens - 1) / tokens),
+          tiles(divide_up(rows.m, tokens)),
           memory(new_tensor(x, {tiles, steps, tokens, 128}, ScalarType::Byte)),
           factor_memory(new_tensor(x, {rows.m}, ScalarType::Float)),
           data(engine::data<uint8_t>(memory)),

@@ -2,9 +2,9 @@
 //
 // Values come by cp.async into shared memory, two stages ahead. There a lane holds two words, and the position in them
 // of its next value. For each register of weights a selector by which byte_permute puts the next values to their
-// places; where the position crosses a word, the next word is loaded. Instructions a register: 9 (int8) or 8.5
-// (16-bit), of which 3 to 3.5 are for the pipe of shifts and permutations, that has half the rate; and 4 a weight
-// (int8, of a quarter register) or 6 (16-bit, of half a register) with all else.
+// places; where the position crosses a word, the next word is loaded. A 32-bit register of weights costs 9 instructions
+// (int8) or 8.5 (16-bit), of which 3 to 3.5 go to the pipe of shifts and permutations, which has half the rate; with
+// everything else a weight costs about 4 (int8) or 6 (16-bit).
 #pragma once
 
 #include "cuda/bitmap.cuh"

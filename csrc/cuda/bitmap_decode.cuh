@@ -13,6 +13,7 @@
 #include <limits>
 #include <utility>
 
+#include "common/round.h"
 #include "cuda/bitmap_cursor.cuh"
 
 namespace engine::cuda {
@@ -271,7 +272,7 @@ void multiply_few(const Bitmap<V>& w, const Fragments& x, const Output& output, 
     STD_TORCH_CHECK(w.columns <= std::numeric_limits<int32_t>::max(), what, ": more columns than 32 bits count");
     const auto whole = [&](int bytes) { return (reinterpret_cast<uintptr_t>(w.mask) | w.row_bytes) % bytes == 0; };
     const int alignment = whole(16) ? 16 : whole(4) ? 4 : 1;
-    const int64_t stages = (w.columns * static_cast<int64_t>(sizeof(V)) + kFragmentStage - 1) / kFragmentStage;
+    const int64_t stages = divide_up(w.columns * static_cast<int64_t>(sizeof(V)), kFragmentStage);
     const auto start = [&](auto groups, auto is_long, auto warps, int64_t most) {
         constexpr int kGroups = decltype(groups)::value, kWarps = decltype(warps)::value;
         constexpr int kRows = kGroups * kGroupRows;
@@ -279,7 +280,7 @@ void multiply_few(const Bitmap<V>& w, const Fragments& x, const Output& output, 
         const int64_t slices = std::max<int64_t>(1, std::min({most, int64_t{kWarps}, stages}));
         const auto run = [&](auto kernel, size_t part) {
             const size_t shared = slices * std::max<size_t>(2 * kRows * kCopyBytes, part) + 16;
-            launch_dependent(kernel, what, (w.rows + kRows - 1) / kRows, static_cast<int>(slices) * kWarp,
+            launch_dependent(kernel, what, divide_up(w.rows, kRows), static_cast<int>(slices) * kWarp,
                              static_cast<int>(shared), device, w, x, output, alignment, Constants{1, 4});
         };
         if (x.m <= 8) return run(decode_kernel<V, kGroups, 8, kLong, kWarps, Output>, sizeof(Total<V>[kRows][8]));

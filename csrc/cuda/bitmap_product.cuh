@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "common/round.h"
 #include "cuda/bitmap.cuh"
 
 namespace engine::cuda {
@@ -128,7 +129,7 @@ template <class V, class Output>
 void multiply_bitmap(const Bitmap<V>& w, const Activations& x, const Output& output, const float* poison,
                      const char* what, const OnDeviceOf& device) {
     if (x.m == 0 || w.rows == 0) return;
-    const int64_t tiles_m = (x.m + kTileM - 1) / kTileM, tiles_n = (w.rows + kTileN - 1) / kTileN;
+    const int64_t tiles_m = divide_up(x.m, kTileM), tiles_n = divide_up(w.rows, kTileN);
     auto kernel = tile_kernel<false, V, Output>;
     if constexpr (sizeof(V) == 1)
         if (spans_of<V>(w.columns) > kExactSpans) kernel = tile_kernel<true, V, Output>;

@@ -17,6 +17,7 @@
 // reduce_kernel adds. So it is, too, where the sums of int8 could pass 2^31.
 #pragma once
 
+#include "common/round.h"
 #include "cuda/bitmap_tile_output.cuh"
 #include "cuda/tma.cuh"
 #include "cuda/wgmma.cuh"
@@ -191,25 +192,17 @@ template <class V, class Output>
 void multiply_bitmap_tiles(const Bitmap<V>& w, const ArrangedRows<V>& x, const Output& output, const char* what,
                            const OnDeviceOf& device) {
     if (x.m == 0 || w.rows == 0) return;
-    TileWork<V> work{w,
-                     x.data,
-                     x.factor,
-                     nullptr,
-                     nullptr,
-                     x.m,
-                     x.tiles,
-                     (w.rows + kTileRows - 1) / kTileRows,
-                     stretches_of<V>(w.columns),
-                     0,
-                     false};
+    TileWork<V> work{
+        w, x.data, x.factor, nullptr, nullptr, x.m, x.tiles, divide_up(w.rows, kTileRows), stretches_of<V>(w.columns),
+        0, false};
     constexpr int kMaskBytes = kLaneWeights<V> / 8;
     work.aligned = w.row_bytes % kMaskBytes == 0 && reinterpret_cast<uintptr_t>(w.mask) % kMaskBytes == 0;
     // As many parts as multiprocessors are left for, of at least 8 stretches; of at most 2^17 products of int8.
     const int64_t tiles = work.tiles_m * work.tiles_n;
     int64_t parts = std::max<int64_t>(1, std::min(device.processors() / tiles, work.stretches / 8));
-    if (sizeof(V) == 1) parts = std::max(parts, (w.columns + (1 << 17) - 1) >> 17);
-    work.stretches_a_part = (work.stretches + parts - 1) / parts;
-    parts = (work.stretches + work.stretches_a_part - 1) / work.stretches_a_part;
+    if (sizeof(V) == 1) parts = std::max(parts, divide_up(w.columns, 1 << 17));
+    work.stretches_a_part = divide_up(work.stretches, parts);
+    parts = divide_up(work.stretches, work.stretches_a_part);
     std::optional<Tensor> partial, fits;
     if (parts > 1) {
         partial = new_tensor(x.memory, {parts, tiles, x.tokens, kTileRows}, ScalarType::Int);

@@ -10,6 +10,7 @@
 // waits once, at the end, to raise the error.
 
 #include "common/dtype.h"
+#include "common/round.h"
 #include "cuda/bitmap.cuh"
 #include "cuda/tiles.cuh"
 
@@ -236,8 +237,8 @@ Tensor bitmap_to_dense(Tensor bitmask_in, Tensor row_offsets_in, Tensor values_i
                     w.row_bytes <= kMostTilesARow * kTileBytes<V>) {
                     const Tiling tiling{static_cast<uint32_t>(w.rows), static_cast<uint32_t>(chunks), 0,
                                         divisor(static_cast<uint32_t>(w.row_bytes)), 0};
-                    launch(tiles_kernel<V>, kOp, (chunks + kTileBytes<V> - 1) / kTileBytes<V>, kPruneThreads, device, w,
-                           tiling, reinterpret_cast<EightOf<V>*>(to), bad);
+                    launch(tiles_kernel<V>, kOp, divide_up(chunks, kTileBytes<V>), kPruneThreads, device, w, tiling,
+                           reinterpret_cast<EightOf<V>*>(to), bad);
                     return;
                 }
                 launch(dense_kernel<V>, kOp, matrix.blocks(), kPruneThreads, device, w, matrix, to, bad,

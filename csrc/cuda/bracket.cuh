@@ -1,13 +1,17 @@
 // How magnitude_threshold finds the k-th smallest magnitude of many 16-bit floats in one pass over them.
 //
-// A sample, an eight in a thousand or fewer, says between which two magnitudes the result lies but for one chance in
-// many millions; the pass counts what is not below the lower one, two weights at a time as cuda/tiles.cuh compares
-// them, and by shared memory only the few per cent in between. Whether the result is one of those is then
-// known for certain; if not, the passes of cuda/magnitude_threshold.cu follow. Nothing comes back to the CPU.
+// A sample of about 8192 chunks of eight weights brackets the result between two magnitudes, six standard deviations to
+// either side of its estimate if weights are independent. The pass counts what is not below the lower one, two weights
+// at a time as cuda/tiles.cuh compares them, and by shared memory only the few per cent in between. Whether the result
+// is one of those is then known for certain; if not, as may be where neighbours are alike, the passes of
+// cuda/magnitude_threshold.cu follow. Nothing comes back to the CPU.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
+#include "common/round.h"
 #include "cuda/tiles.cuh"
 
 namespace engine::cuda {
@@ -24,11 +28,14 @@ struct Bracket {
     uint64_t found;                // whether the result was one of them
 };
 
-// Each thread counts a chunk.
+// Each thread counts a chunk of the `every` that are its own. Not the first of them: `every` is a multiple of the row
+// length for many weights, and the same few columns would stand for all. Multiples of the golden section spread evenly.
 template <class T>
 __global__ void __launch_bounds__(kBracketThreads) sample_kernel(const T* w, int64_t chunks, int64_t every,
                                                                  unsigned* bins) {  // [kSampleBins], 0 at first
-    const int64_t chunk = (static_cast<int64_t>(blockIdx.x) * kBracketThreads + threadIdx.x) * every;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kBracketThreads + threadIdx.x;
+    const uint64_t fraction = static_cast<uint32_t>(thread) * 0x9e3779b9u;  // of 2^32
+    const int64_t chunk = thread * every + static_cast<int64_t>(fraction * static_cast<uint64_t>(every) >> 32);
     if (chunk >= chunks) return;
     const Chunk<T> some = reinterpret_cast<const Chunk<T>*>(w)[chunk];
     for (const uint32_t word : some.words) {
@@ -75,6 +82,23 @@ __global__ void __launch_bounds__(kBracketThreads) bracket_kernel(const unsigned
     if (high - low > kBetween) low = high - kBetween;
     bracket->low = low;
     bracket->high = high;
+}
+
+// `bracket` of all the weights' n elements, for the result that has `rank` among them.
+template <class T>
+void find_bracket(const std::vector<Tensor>& weights, int64_t n, unsigned long long rank,
+                  unsigned* sample,  // [kSampleBins], 0 at first
+                  Bracket* bracket,  // 0 at first
+                  const OnDeviceOf& device) {
+    const int64_t every = std::max<int64_t>(1, n / 8 / kSampled);
+    for (const Tensor& weight : weights) {
+        const int64_t chunks = weight.numel() / 8;
+        launch(sample_kernel<T>, "magnitude_threshold: sample_kernel",
+               divide_up(divide_up(chunks, every), kBracketThreads), kBracketThreads, device, data<T>(weight), chunks,
+               every, sample);
+    }
+    launch(bracket_kernel, "magnitude_threshold: bracket_kernel", 1, kBracketThreads, device, sample,
+           static_cast<double>(rank) / static_cast<double>(n), bracket);
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 // thread has one row of w and 2 or 8 of x: 3 loads from shared memory for 8 products.
 #pragma once
 
+#include "common/round.h"
 #include "cuda/quantize_rows.cuh"
 
 namespace engine::cuda {
@@ -64,10 +65,10 @@ void multiply_fp32(const Tensor& x, const Source& w, Rows rows, const FloatOutpu
     if (rows.m == 0 || w.rows == 0) return;
     dispatch_float(x.scalar_type(), what, [&](auto zero) {
         const PreparedRows<float> in(x, zero, rows, kFp32Depth, true, what, device);
-        const int64_t tile_m = rows.m <= 8 ? 8 : 32, tiles_m = (rows.m + tile_m - 1) / tile_m;
+        const int64_t tile_m = rows.m <= 8 ? 8 : 32, tiles_m = divide_up(rows.m, tile_m);
         launch(rows.m <= 8 ? fp32_kernel<8, Source> : fp32_kernel<32, Source>, what,
-               tiles_m * ((w.rows + kFp32N - 1) / kFp32N), kFp32Threads, device, w, in.x, rows.m, in.stride, output,
-               in.poison, tiles_m);
+               tiles_m * divide_up(w.rows, kFp32N), kFp32Threads, device, w, in.x, rows.m, in.stride, output, in.poison,
+               tiles_m);
     });
 }
 

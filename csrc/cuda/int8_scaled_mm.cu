@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/dtype.h"
+#include "common/round.h"
 #include "cuda/int8_warpgroup.cuh"
 #include "cuda/quantize_rows.cuh"
 
@@ -20,13 +21,13 @@ struct Operands {
 template <class Tile, class Y>
 void multiply(const Operands& of, const Int8Output& output, const OnDeviceOf& device) {
     constexpr int kTokens = Tile::kTokens, kRows = Tile::kRows;
-    const auto tiles_of = [](int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); };
-    const TileOrder tiles{tiles_of(of.n, kRows), tiles_of(of.m, kTokens), 2048 / kRows};
+    const TileOrder tiles{static_cast<int>(divide_up(of.n, kRows)), static_cast<int>(divide_up(of.m, kTokens)),
+                          2048 / kRows};
     const auto map_x = tile_map(of.q.const_data_ptr(), of.m, of.k, of.k, kTokens, 128, kOp);
     const auto map_w = tile_map(of.weight.const_data_ptr(), of.n, of.k, of.k, kRows, 128, kOp);
     launch_with_shared(int8_warpgroup_kernel<Tile, Y>, kOp, std::min<int64_t>(device.processors(), tiles.count()),
                        Tile::kThreads, sizeof(typename Tile::Shared), device, map_x, map_w, output, of.m,
-                       tiles_of(of.k, 128), tiles);
+                       static_cast<int>(divide_up(of.k, 128)), tiles);
 }
 
 // A tile is made in the time that its copies and products take: by an H200, of 128 rows of w by 128 tokens in 0.54, of
@@ -34,8 +35,8 @@ void multiply(const Operands& of, const Int8Output& output, const OnDeviceOf& de
 template <class Y>
 void multiply_by_best(const Operands& of, const Int8Output& output, const OnDeviceOf& device) {
     const auto time = [&](int rows, int tokens, double of_tile) {
-        const int64_t tiles = ((of.n + rows - 1) / rows) * ((of.m + tokens - 1) / tokens);
-        return static_cast<double>((tiles + device.processors() - 1) / device.processors()) * of_tile;
+        const int64_t tiles = divide_up(of.n, rows) * divide_up(of.m, tokens);
+        return static_cast<double>(divide_up(tiles, device.processors())) * of_tile;
     };
     const double large = time(128, 256, 1.0), middle = time(128, 128, 0.54), small = time(64, 128, 0.37);
     if (large <= std::min(middle, small)) return multiply<DenseTile<2, 256>, Y>(of, output, device);

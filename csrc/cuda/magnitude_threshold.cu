@@ -16,6 +16,7 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/round.h"
 #include "cuda/bracket.cuh"
 
 namespace engine::cuda {
@@ -210,17 +211,10 @@ void try_bracket_of(const std::vector<Tensor>& weights, int64_t n, unsigned long
                     Bracket* bracket, unsigned long long* between, Known* known, float* threshold,
                     const OnDeviceOf& device) {
     constexpr const char* kWhat = "magnitude_threshold: between_kernel";
-    const int64_t every = std::max<int64_t>(1, n / 8 / kSampled);
-    for (const Tensor& weight : weights) {
-        const int64_t chunks = weight.numel() / 8, taken = (chunks + every - 1) / every;
-        launch(sample_kernel<T>, "magnitude_threshold: sample_kernel", (taken + kBracketThreads - 1) / kBracketThreads,
-               kBracketThreads, device, data<T>(weight), chunks, every, sample);
-    }
-    launch(bracket_kernel, "magnitude_threshold: bracket_kernel", 1, kBracketThreads, device, sample,
-           static_cast<double>(rank) / static_cast<double>(n), bracket);
+    find_bracket<T>(weights, n, rank, sample, bracket, device);
     for (const Tensor& weight : weights) {
         constexpr int64_t kWork = 8 * kBracketThreads * kBracketChunks;
-        const int64_t blocks = std::min<int64_t>((weight.numel() + kWork - 1) / kWork, device.processors() * 8);
+        const int64_t blocks = std::min<int64_t>(divide_up(weight.numel(), kWork), device.processors() * 8);
         launch(between_kernel<T>, kWhat, blocks, kBracketThreads, device, data<T>(weight), weight.numel(), bracket,
                between);
     }
@@ -275,7 +269,7 @@ Tensor tensors_threshold(const std::vector<Tensor>& weights_in, double sparsity)
         for (const Tensor& weight : weights) {
             dispatch_float(weight.scalar_type(), "magnitude_threshold: weight", [&](auto zero) {
                 using T = decltype(zero);
-                const int64_t size = weight.numel(), work = (size + 8 * kThreads - 1) / (8 * kThreads);
+                const int64_t size = weight.numel(), work = divide_up(size, 8 * kThreads);
                 const int64_t blocks = std::min<int64_t>(work, device.processors() * kBlocksAProcessor);
                 launch(count_kernel<T>, kWhat, blocks, kThreads, device, data<T>(weight), size, known, bins, pass,
                        bracket);

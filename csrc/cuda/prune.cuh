@@ -15,6 +15,7 @@
 #include <bit>
 
 #include "common/quantize.h"
+#include "common/round.h"
 #include "cuda/ptx.cuh"
 
 namespace engine::cuda {
@@ -108,7 +109,7 @@ struct Matrix {
     int64_t rows, columns, row_bytes;  // row_bytes = ceil(columns / 8), of the mask
     int row_warps;
     ENGINE_INLINE int block_rows() const { return kPruneWarps / row_warps; }
-    int64_t blocks() const { return (rows + block_rows() - 1) / block_rows(); }
+    int64_t blocks() const { return divide_up(rows, block_rows()); }
 };
 
 template <bool kAligned, bool kAmax, class T>

@@ -2,6 +2,7 @@
 // a weight. The CPU waits for nothing.
 
 #include "common/dtype.h"
+#include "common/round.h"
 #include "cuda/prune.cuh"
 
 namespace engine::cuda {
@@ -92,13 +93,12 @@ std::tuple<Tensor, Tensor> prune_to_semi_structured(Tensor weight_in) {
         const OnDeviceOf device(weight);
         if (rows_aligned(weight)) {
             constexpr int64_t kWork = kPairThreads * kPairEach;
-            launch(keep_whole_kernel<T>, kOp, (bytes + kWork - 1) / kWork, kPairThreads, device,
+            launch(keep_whole_kernel<T>, kOp, divide_up(bytes, kWork), kPairThreads, device,
                    static_cast<const Eight<T>*>(weight.const_data_ptr()),
                    static_cast<KeptOfEight<T>*>(values.mutable_data_ptr()), mutable_data<uint8_t>(metadata), bytes);
         } else {
-            launch(keep_edges_kernel<T>, kOp, (bytes + kPairThreads - 1) / kPairThreads, kPairThreads, device,
-                   data<T>(weight), mutable_data<T>(values), mutable_data<uint8_t>(metadata), columns, row_bytes,
-                   bytes);
+            launch(keep_edges_kernel<T>, kOp, divide_up(bytes, kPairThreads), kPairThreads, device, data<T>(weight),
+                   mutable_data<T>(values), mutable_data<uint8_t>(metadata), columns, row_bytes, bytes);
         }
     });
     return {values, metadata};

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/quantize.h"
+#include "common/round.h"
 #include "cuda/product.cuh"
 
 namespace engine::cuda {
@@ -171,9 +172,8 @@ struct QuantizedRows {
     // `input_scale` contiguous: one, one for each channel, or none: by row. `fragments`: in the order of ByFragment.
     QuantizedRows(const Tensor& x, Rows rows, const std::optional<Tensor>& input_scale, int64_t multiple,
                   const char* what, const OnDeviceOf& device, bool fragments = false)
-        : q_memory(new_tensor(
-              x, {fragments ? ByFragment(rows.m).rows : rows.m, (rows.k + multiple - 1) / multiple * multiple},
-              ScalarType::Char)),
+        : q_memory(new_tensor(x, {fragments ? ByFragment(rows.m).rows : rows.m, round_up(rows.k, multiple)},
+                              ScalarType::Char)),
           scale_memory(new_tensor(x, {rows.m}, ScalarType::Float)),
           q(mutable_data<int8_t>(q_memory)),
           scale(mutable_data<float>(scale_memory)),
@@ -237,7 +237,7 @@ struct PreparedRows {
     template <class T>
     PreparedRows(const Tensor& from, T, Rows rows, int64_t multiple, bool wants_poison, const char* what,
                  const OnDeviceOf& device, bool fragments = false)
-        : x(static_cast<const To*>(from.const_data_ptr())), stride((rows.k + multiple - 1) / multiple * multiple) {
+        : x(static_cast<const To*>(from.const_data_ptr())), stride(round_up(rows.k, multiple)) {
         const bool as_is =
             !fragments && std::is_same_v<T, To> && rows.k == stride && reinterpret_cast<uintptr_t>(x) % 16 == 0;
         if (as_is && !wants_poison) return;

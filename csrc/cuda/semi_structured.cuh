@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "common/round.h"
 #include "cuda/quantize_rows.cuh"
 
 namespace engine::cuda {
@@ -224,9 +225,9 @@ bool has_whole_steps(const SemiStructured<V>& w) {
 template <int kTokens, bool kWhole, bool kLong, class V, class Output>
 void launch_semi_structured(const SemiStructured<V>& w, const Activations& x, const Output& output, const float* poison,
                             const char* what, const OnDeviceOf& device) {
-    const int64_t tiles_m = (x.m + kTokens - 1) / kTokens;
-    launch(semi_structured_kernel<kTokens, kWhole, kLong, V, Output>, what,
-           tiles_m * ((w.rows + kSemiRows - 1) / kSemiRows), kSemiThreads, device, w, x, output, poison, tiles_m);
+    const int64_t tiles_m = divide_up(x.m, kTokens);
+    launch(semi_structured_kernel<kTokens, kWhole, kLong, V, Output>, what, tiles_m * divide_up(w.rows, kSemiRows),
+           kSemiThreads, device, w, x, output, poison, tiles_m);
 }
 
 template <class V, class Output>

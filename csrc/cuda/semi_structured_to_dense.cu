@@ -2,6 +2,7 @@
 // weight. The CPU waits once, at the end, to learn whether the metadata was consistent.
 
 #include "common/dtype.h"
+#include "common/round.h"
 #include "cuda/semi_structured.cuh"
 
 namespace engine::cuda {
@@ -90,11 +91,11 @@ void spread_all(const Tensor& values, const Tensor& metadata, Tensor& dense) {
     auto* to = static_cast<V*>(dense.mutable_data_ptr());
     const HostWord bad(kOp, device);
     if (columns % 8 == 0 && reinterpret_cast<uintptr_t>(from) % alignof(SomeOf<V, 4>) == 0) {
-        launch(spread_whole_kernel<V>, kOp, (bytes + kSpreadThreads * kSpreadEach - 1) / (kSpreadThreads * kSpreadEach),
-               kSpreadThreads, device, reinterpret_cast<const SomeOf<V, 4>*>(from), data<uint8_t>(metadata),
+        launch(spread_whole_kernel<V>, kOp, divide_up(bytes, kSpreadThreads * kSpreadEach), kSpreadThreads, device,
+               reinterpret_cast<const SomeOf<V, 4>*>(from), data<uint8_t>(metadata),
                reinterpret_cast<SomeOf<V, 8>*>(to), bytes, bad.on_device());
     } else {
-        launch(spread_edges_kernel<V>, kOp, (bytes + kSpreadThreads - 1) / kSpreadThreads, kSpreadThreads, device, from,
+        launch(spread_edges_kernel<V>, kOp, divide_up(bytes, kSpreadThreads), kSpreadThreads, device, from,
                data<uint8_t>(metadata), to, columns, bytes, bad.on_device());
     }
     STD_TORCH_CHECK(bad.after_all() == 0, kOp, ": metadata: expected places that ascend");

@@ -8,6 +8,7 @@
 // A step of 128 rows of w by 256 of x takes the tensor cores 512 clocks and brings 42 KB (int8), of which 10 are w's.
 #pragma once
 
+#include "common/round.h"
 #include "cuda/semi_structured.cuh"
 #include "cuda/warpgroup_output.cuh"
 
@@ -119,8 +120,8 @@ template <class Tile, class Y, class V, class Output>
 void launch_semi_structured_warpgroup(const SemiStructured<V>& w, const Activations& x, const Output& output,
                                       const float* poison, const char* what, const OnDeviceOf& device) {
     constexpr int kTokens = Tile::kTokens, kRows = Tile::kRows;
-    const auto tiles_of = [](int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); };
-    const TileOrder tiles{tiles_of(w.rows, kRows), tiles_of(x.m, kTokens), 2048 / kRows};
+    const TileOrder tiles{static_cast<int>(divide_up(w.rows, kRows)), static_cast<int>(divide_up(x.m, kTokens)),
+                          2048 / kRows};
     const auto map_x = tile_map(x.data, x.m, x.stride, x.stride, kTokens, 128, what);
     const int64_t row_size = w.row_values * static_cast<int64_t>(sizeof(V));
     const auto map_w = tile_map(w.values, w.rows, row_size, row_size, Tile::kRows, 64, what);
@@ -136,9 +137,9 @@ int semi_tile_tokens(int64_t rows, int64_t m, int processors) {
     int best = 0;
     int64_t least = 0;
     for (const int tokens : {256, 128, 64}) {
-        const int64_t tiles = ((rows + kRows - 1) / kRows) * ((m + tokens - 1) / tokens);
+        const int64_t tiles = divide_up(rows, kRows) * divide_up(m, tokens);
         const int64_t step = kRows * (64 + kStepMetadata<V>)+tokens * 128;
-        const int64_t bytes = (tiles + processors - 1) / processors * step;
+        const int64_t bytes = divide_up(tiles, processors) * step;
         if (best == 0 || bytes < least) {
             best = tokens;
             least = bytes;

@@ -7,9 +7,11 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "common/compiled.h"
 #include "common/dot_bytes_avx2.h"
 #include "common/isa.h"
 #include "common/registers_avx512.h"
@@ -22,16 +24,17 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Keeps what was computed from being optimised away. Not for a loop's vectors: an operand in memory would have GCC keep
-// them there, and the loop would measure its own spills.
+// Keeps the compiler from discarding `value`. Not for vector accumulators: the constraint "m" would keep them in
+// memory, and the loop would measure its own spills.
 template <class T>
 void keep(const T& value) {
     asm volatile("" : : "m"(value) : "memory");
 }
 
-// Work a second, of all threads together: each calls `work(thread)`, which returns how much it did, until the time is
+// Work a second, summed over all threads: each calls `work(thread)`, which returns how much it did, until the time is
 // up. Threads start counting together, and each is rated by its own clock, so that a late start costs nothing.
 double rate(int threads, double seconds, const std::function<double(int)>& work) {
+    if (threads < 1 || !(seconds > 0)) throw std::invalid_argument("expected at least one thread and some seconds");
     std::vector<double> rates(threads);
     std::atomic<int> waiting{threads};
     std::vector<std::thread> pool;
@@ -68,6 +71,7 @@ struct Buffer {
 };
 
 std::vector<std::unique_ptr<Buffer>> buffers(int count, int64_t bytes) {
+    if (bytes < 1) throw std::invalid_argument("expected a buffer of at least one byte");
     std::vector<std::unique_ptr<Buffer>> made;
     for (int i = 0; i < count; ++i) made.push_back(std::make_unique<Buffer>(bytes));
     return made;
@@ -81,13 +85,12 @@ ENGINE_INLINE uint64_t read_words(const uint64_t* words, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) {
         for (int j = 0; j < 16; ++j) sum[j] ^= words[i + j];
     }
-    return sum[0] ^ sum[5] ^ sum[10] ^ sum[15];
+    uint64_t all = 0;
+    for (const uint64_t each : sum) all ^= each;
+    return all;
 }
-uint64_t read_portable(const uint64_t* words, int64_t count) { return read_words(words, count); }
-#if ENGINE_X86
-ENGINE_AVX2 uint64_t read_avx2(const uint64_t* words, int64_t count) { return read_words(words, count); }
-ENGINE_AVX512 uint64_t read_avx512(const uint64_t* words, int64_t count) { return read_words(words, count); }
 
+#if ENGINE_X86
 // Enough chains that no instruction waits for another (2 pipes by 4 or 5 cycles); int8 needs registers for operands
 // too.
 constexpr int kChains = 12, kInt8Chains = 8;
@@ -204,12 +207,7 @@ ENGINE_AVX2 double signs_avx2(int) {
 }  // namespace
 
 double read_gbps(int64_t bytes, int threads, double seconds) {
-    auto* read = read_portable;
-#if ENGINE_X86
-    const Isa best = isa_of(best_variant());
-    if (best == Isa::avx2) read = read_avx2;
-    if (best == Isa::avx512) read = read_avx512;
-#endif
+    auto* const read = compiled<read_words>(isa_of(best_variant()));
     const auto from = buffers(threads, bytes);
     return 1e-9 * rate(threads, seconds, [&](int thread) {
                const Buffer& buffer = *from[thread];

@@ -133,29 +133,40 @@ ENGINE_INLINE void int8_decode_body(const char* scales,  // 4 bytes a block, at 
 
 // -------------------------------------------------------------------------------------------------------------- bitmap
 
-// How many elements are looked at to find the threshold: so many that about 40 of them will be kept.
-inline int64_t bitmap_samples(int64_t n, double density) {
+// One element of so many is looked at to find the threshold: at least 1024 in all, and enough that about 40 of them
+// lie above it. n is not 0.
+inline int64_t bitmap_stride(int64_t n, double density) {
     const double wanted = std::max(1024.0, std::ceil(40.0 / density));  // perhaps beyond what an integer holds
-    return wanted < static_cast<double>(n) ? static_cast<int64_t>(wanted) : n;
+    return wanted < static_cast<double>(n) ? n / static_cast<int64_t>(wanted) : 1;
 }
 
-// The magnitude above which about `density` of x + residual lies, from elements evenly spread; the same from run to
-// run. An element is kept where NOT |v| <= threshold. Zeros are never kept, and what is no number always.
+// The magnitude above which about `density` of x + residual lies, estimated from one element of each stride; the same
+// from run to run. Which one looks random, so that no length of rows makes all samples fall into a few columns, and
+// half of the choices hang on the other half's values: else what they always miss might never be sent.
+// An element is kept where NOT |v| <= threshold. Zeros are never kept, and what is no number always.
 inline float bitmap_threshold(const float* x,         // [n]
                               const float* residual,  // [n], or null
                               int64_t n, double density) {
-    const int64_t samples = bitmap_samples(n, density);
-    if (samples == 0) return 0.0f;
-    thread_local std::vector<uint32_t> keys;
-    keys.resize(samples);
-    for (int64_t j = 0; j < samples; ++j) {
-        const int64_t i = j * n / samples;
-        keys[j] = std::bit_cast<uint32_t>(residual ? x[i] + residual[i] : x[i]) & 0x7fffffffu;
+    if (n == 0) return 0.0f;
+    const int64_t stride = bitmap_stride(n, density), samples = (n + stride - 1) / stride;
+    std::vector<uint32_t> keys(samples);
+    uint32_t seed = 0;
+    for (int64_t half = 0; half < 2; ++half) {
+        uint32_t sum = 0;
+        for (int64_t j = half; j < samples; j += 2) {
+            const auto low = static_cast<uint32_t>(j);
+            const int64_t fraction = (low * low + seed) * 0x61c88647u;  // the golden ratio's: evenly spread
+            const int64_t i = j * stride + (std::min(stride, n - j * stride) * fraction >> 32);
+            const auto key = std::bit_cast<uint32_t>(residual ? x[i] + residual[i] : x[i]) & 0x7fffffffu;
+            keys[j] = std::min(key, 0x7f800000u);
+            sum += keys[j];
+        }
+        seed = sum;
     }
     const auto kept = std::max<int64_t>(1, std::llrint(density * static_cast<double>(samples)));
     std::nth_element(keys.begin(), keys.begin() + (samples - kept), keys.end());
-    // One less in the last place than the smallest sample that is kept: where many are equal, none would be kept else.
-    const uint32_t key = std::min(keys[samples - kept], 0x7f800000u);
+    // One ulp below the smallest kept sample: otherwise none of a run of equal values would be kept.
+    const uint32_t key = keys[samples - kept];
     return std::bit_cast<float>(key ? key - 1 : 0u);
 }
 
@@ -327,8 +338,8 @@ inline bool bitmap_decode_add(const char* wire,  // as bitmap_encode made it, al
     const auto* values = reinterpret_cast<const uint16_t*>(wire + bitmap_bytes(n));
     const auto* group = reinterpret_cast<const uint8_t*>(values + capacity);
     const auto* end = group + std::min(capacity, bitmap_groups(n));
-    // Places are found some ahead of the sums, so that these find them fetched, and in loops whose ends the processor
-    // can foresee: a word covers 512 elements.
+    // Positions are decoded up to kAhead elements ahead of the additions so that prefetches complete, in loops with
+    // predictable trip counts; a mask word covers 512 elements.
     constexpr int64_t kAhead = 64, kFound = 1024;
     int64_t places[kFound], found = 0, added = 0;
     const auto add_until = [&](int64_t last) {

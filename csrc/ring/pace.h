@@ -56,7 +56,7 @@ class Pace {
             its.done = 0;
             its.seconds[streamed] = its.best;
             const double usual = its.seconds[its.prefers], other = its.seconds[!its.prefers];
-            // The worse the other way is, the rarer it is tried: that costs some 3 % of the time at most.
+            // The worse the other way measured, the less often it is tried again: trials cost about 3 % at most.
             if (streamed != its.prefers)
                 its.until_trial =
                     static_cast<int>(kPeriod * std::clamp(std::max(other / usual, usual / other), 1.0, 16.0));

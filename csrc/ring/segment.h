@@ -26,7 +26,8 @@ struct alignas(64) Counter {
     std::atomic<uint32_t> sleepers;  // how many wait on `steps` in the kernel: nobody needs waking at 0
 };
 
-// What a rank was called with. Four are kept: a rank that begins exchange n knows that all have read its n - 2.
+// What a rank was called with, in a ring of four: when a rank begins exchange n, every peer has finished reading its
+// entry n - 2.
 struct Operation {
     uint64_t sequence;
     Call call;

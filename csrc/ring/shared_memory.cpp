@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "ring/segment.h"
 
@@ -18,9 +19,8 @@ namespace engine::ring {
 namespace {
 
 constexpr std::chrono::seconds kWarnAfter{10};
-// How often a rank that waits offers its core to others before it sleeps; hardly where the ranks are badly spread over
-// the cores and other processes use them too. There sleepers help: the kernel wakes one on an idle core if there is
-// one.
+// How often a waiting rank yields before it sleeps on the futex; only kUnevenPatience times where ranks crowd some cores
+// and other processes compete, as the kernel wakes a sleeper on an idle core.
 constexpr int kPatience = 200, kUnevenPatience = 3;
 // How often a rank looks before it first yields, where no other rank is on its core: whoever else is there may keep it.
 constexpr int kLooks = 64;
@@ -44,6 +44,22 @@ bool crowded(int most) {
     text[std::max<ssize_t>(length, 0)] = 0;
     return std::sscanf(text, "%*s %*s %*s %d/", &running) != 1 || running < 1 || running > most;
 }
+
+// Closes a file descriptor unless it is released.
+class Descriptor {
+  public:
+    explicit Descriptor(int number) : number_(number) {}
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+    ~Descriptor() {
+        if (number_ >= 0) close(number_);
+    }
+    int get() const { return number_; }
+    int release() { return std::exchange(number_, -1); }
+
+  private:
+    int number_;
+};
 
 [[noreturn]] void refuse(const std::string& what, int error) {
     throw std::runtime_error(what + ": " + std::strerror(error));
@@ -111,27 +127,23 @@ void SharedMemory::close_descriptor() {
 
 void SharedMemory::open_peer(int rank, int pid, int descriptor, const std::string& token, const std::string& host) {
     if (rank < 0 || rank >= world_size_ || peers_[rank].segment) throw std::invalid_argument("no such peer to open");
-    Peer& peer = peers_[rank];
-    peer.alive = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
-    if (peer.alive < 0) refuse("cannot watch process " + std::to_string(pid), errno);
+    Descriptor alive(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
+    if (alive.get() < 0) refuse("cannot watch process " + std::to_string(pid), errno);
     const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(descriptor);
-    const int opened = open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-    if (opened < 0) refuse("cannot open " + path, errno);
+    const Descriptor opened(open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+    if (opened.get() < 0) refuse("cannot open " + path, errno);
     struct stat status;
     // Looked at before it is mapped: another process's file may be shorter, or shrink.
-    const bool ours = fstat(opened, &status) == 0 && static_cast<size_t>(status.st_size) == kSegmentBytes &&
-                      (fcntl(opened, F_GET_SEALS) & F_SEAL_SHRINK) > 0;
-    try {
-        if (!ours) throw std::runtime_error(path + " is another file");
-        peer.segment = map_segment(opened);
-    } catch (...) {
-        close(opened);
-        throw;
-    }
-    close(opened);
-    if (std::strncmp(header(rank).token, token.c_str(), sizeof(Header::token)) != 0)
+    const int seals = fcntl(opened.get(), F_GET_SEALS);  // -1 where it isn't of this kind
+    if (seals < 0 || !(seals & F_SEAL_SHRINK) || fstat(opened.get(), &status) ||
+        static_cast<size_t>(status.st_size) != kSegmentBytes)
+        throw std::runtime_error(path + " is another file");
+    char* segment = map_segment(opened.get());
+    if (std::strncmp(reinterpret_cast<Header*>(segment)->token, token.c_str(), sizeof(Header::token)) != 0) {
+        munmap(segment, kSegmentBytes);
         throw std::runtime_error(path + " is another segment");
-    peer.host = host;
+    }
+    peers_[rank] = {segment, alive.release(), host};
 }
 
 Header& SharedMemory::header(int rank) const { return *reinterpret_cast<Header*>(peers_[rank].segment); }
@@ -160,7 +172,7 @@ std::string SharedMemory::error() const {
 }
 
 void SharedMemory::interrupt(const std::string& text) {
-    if (interrupted_.load()) return;
+    if (interrupting_.exchange(true)) return;
     interruption_ = text;
     interrupted_.store(true);
 }

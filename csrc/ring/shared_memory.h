@@ -148,7 +148,7 @@ class SharedMemory {
     std::string error_;                 // the first error's text: the group refuses further use with it
     mutable std::mutex error_mutex_;    // of error_ and what the own header says of it; taken last
     std::mutex mutex_;                  // held by an operation
-    std::atomic<bool> interrupted_{false};
+    std::atomic<bool> interrupting_{false}, interrupted_{false};  // begun to be, and with its text
     std::string interruption_;
     std::chrono::steady_clock::time_point looked_{};
 };

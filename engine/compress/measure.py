@@ -1,7 +1,6 @@
 """Runs the model on the example inputs: what each layer sees, how long each takes, dense and compressed in turn."""
 
 import contextlib
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.nn._replace import switches_of_fused_paths
+from engine.nn._replace import set_item, switches_of_fused_paths
 
 # A round is one forward pass of each side. Below the least, a median says nothing; the time limit bounds large models.
 # Even numbers, so that as many rounds begin with one side as with the other.
@@ -53,41 +52,22 @@ def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
 @contextlib.contextmanager
 def _unfused(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """`model` calling the modules of these names with plain tensors, as it will when they are replaced."""
-    undo: list[Callable[[], None]] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for name in names:
             for attributes, key, value in switches_of_fused_paths(model, name):
-                undo.append(functools.partial(attributes.__setitem__, key, attributes[key]))
-                attributes[key] = value
+                set_item(attributes, key, value, undo)
         yield
-    finally:
-        for step in reversed(undo):
-            step()
 
 
 def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callable[[], None]:
     """Puts the modules in place, each under its qualified name, or none of them; returns what puts all back."""
-    undo: list[Callable[[], None]] = []
-
-    def set_item(items: dict, key: str, value: Any) -> None:
-        undo.append(functools.partial(items.__setitem__, key, items[key]))
-        items[key] = value
-
-    def restore() -> None:
-        for step in reversed(undo):
-            step()
-
-    try:
+    with contextlib.ExitStack() as undo:
         for name, module in replacements.items():
             path, _, child = name.rpartition(".")
-            parent = model.get_submodule(path)
-            set_item(parent._modules, child, module)
+            set_item(model.get_submodule(path)._modules, child, module, undo)
             for attributes, key, value in switches_of_fused_paths(model, name):
-                set_item(attributes, key, value)
-    except BaseException:
-        restore()
-        raise
-    return restore
+                set_item(attributes, key, value, undo)
+        return undo.pop_all().close
 
 
 def observe(

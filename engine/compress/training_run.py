@@ -166,10 +166,11 @@ class TrainingRun:
         return total
 
     def _expect_finite(self, value: Tensor, what: str, step: int) -> None:
-        """Raises in every process when `value` is not finite in one of them."""
+        """Raises in every process that trains together when `value` is not finite in one of them."""
         bad = (~value.isfinite()).float()
         if self.model is not self.student and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+            group = getattr(self.model, "process_group", None)  # DDP's; others may train something else, or not at all
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX, group)
         if bad.item():
             raise FloatingPointError(
                 f"engine.distill: step {step + 1}: the {what} is {value.item()}; "

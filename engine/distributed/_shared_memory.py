@@ -139,6 +139,13 @@ class _Closed:
     def interrupt(self, text: str) -> None:
         """There is nothing to end."""
 
+    def lost(self) -> str:
+        """Why nothing works any more, in the place of a peer's name."""
+        return self._reason
+
+    def fail(self, text: str) -> None:
+        """It refuses already."""
+
 
 def connect(group: dist.ProcessGroup) -> tuple[Communicator | None, str]:
     """Every rank of `group` calls it; all get a communicator, or all get None and why.

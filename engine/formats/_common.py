@@ -17,10 +17,15 @@ def nbytes_of(*tensors: Tensor | None) -> int:
 def taking_over(where: str, weight: Tensor, input_scale: Tensor | float) -> tuple[Tensor, Tensor]:
     """What is to be quantised of `weight` `[N, K]`, and the input's scale as a tensor.
 
-    With one scale for all of the input, `[]`, the weight as it is; with one for each channel, `[K]`, what they are
-    divided by the weight is multiplied by.
+    With one scale for all of the input, `[]`, that is the weight as it is; with one for each channel, `[K]`, it is
+    `weight * scale`, as each channel of the input will be divided by its scale (smoothing). One that would make
+    every output NaN is refused.
     """
     scale = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device)
+    usable = ((scale > 0) & scale.isfinite() & scale.reciprocal().isfinite()).all()
+    expected = "numbers above 0, they and their reciprocals finite"
+    got = input_scale if scale.numel() == 1 else "others"
+    _check.expect(scale.is_meta or bool(usable), where, "input_scale", expected, got)
     if scale.numel() == 1:
         return weight, scale.reshape(())
     _check.has_shape(where, "input_scale", scale, (weight.shape[1],))
@@ -106,9 +111,24 @@ def shard_columns_scales(
     return own(scale), own(input_scale[begin:end])
 
 
+def check_values_dtype(where: str, values: torch.dtype | None) -> None:
+    """Raises TypeError unless weights can be kept in the dtype `values`; None stands for the weight's own."""
+    known = (None, *_check.FLOAT_DTYPES, torch.int8)
+    _check.expect(values in known, where, "values", "a float32, float16, bfloat16 or int8 dtype", values, TypeError)
+
+
 def quantize_values(where: str, values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """int8 values and the scale of each row of `[N, ...]`: of its amax, or `scale`, by which they are clipped."""
+    """int8 values and the scale of each row of `[N, ...]`: of its amax, or `scale`, by which they are clipped.
+
+    Either way it is NaN for a row that is not all finite.
+    """
     if scale is None:
         return ops.int8_quantize(values)
     _check.has_shape(where, "scale", scale, (values.shape[0],))
-    return (values.float() / scale.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8), scale
+    scale = torch.where(values.isfinite().all(1), scale, torch.nan)
+    return round_to(values, scale.unsqueeze(1)), scale
+
+
+def round_to(values: Tensor, scale: Tensor) -> Tensor:
+    """`values` as int8 multiples of `scale`, 0 where that is NaN."""
+    return (values.float() / scale).round_().clamp_(-127, 127).nan_to_num_(0.0).to(torch.int8)

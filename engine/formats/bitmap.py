@@ -10,9 +10,11 @@ from engine import ops
 from engine.formats._common import (
     check_shard,
     check_values,
+    check_values_dtype,
     dequantized,
     nbytes_of,
     own,
+    round_to,
     shard_columns_scales,
     taking_over,
 )
@@ -64,6 +66,7 @@ class Bitmap:
         127 of them) instead of by their row's amax. An `input_scale` `[K]`, for each channel, multiplies the weight
         once it is pruned.
         """
+        check_values_dtype("formats.Bitmap", values)
         weight = weight.detach()
         if values != torch.int8:
             if input_scale is not None or scale is not None:
@@ -80,8 +83,9 @@ class Bitmap:
         else:
             _check.has_shape("formats.Bitmap", "scale", scale, (weight.shape[0],))
             bitmask, row_offsets, kept = ops.prune_to_bitmap(weight, threshold)
-            kept = (kept.float() / scale.repeat_interleave(row_offsets.diff())).round_().clamp_(-127, 127)
-            kept = kept.to(torch.int8)
+            rows = torch.arange(weight.shape[0], device=scale.device).repeat_interleave(row_offsets.diff())
+            scale = scale.index_fill(0, rows[~kept.isfinite()], torch.nan)
+            kept = round_to(kept, scale[rows])
         return cls(kept, bitmask, row_offsets, weight.shape[1], scale, input_scale)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:

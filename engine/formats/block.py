@@ -10,6 +10,7 @@ from engine import ops
 from engine.formats._common import (
     check_shard,
     check_values,
+    check_values_dtype,
     dequantized,
     nbytes_of,
     own,
@@ -18,7 +19,7 @@ from engine.formats._common import (
     taking_over,
 )
 from engine.ops import _check
-from engine.ops._block import BLOCK_SHAPE, block_norms, check_block, check_block_metadata
+from engine.ops._block import BLOCK_SHAPE, block_norms, check_block, check_block_metadata, check_block_shape
 from engine.ops._prune import as_threshold, keep_mask
 from engine.ops.block_int8_linear import block_int8_linear_of_patches
 
@@ -62,6 +63,8 @@ class Block:
 
         `values`, `input_scale` and `scale` are those of :meth:`engine.formats.Bitmap.from_dense`.
         """
+        check_values_dtype("formats.Block", values)
+        check_block_shape("formats.Block", block_shape)
         weight = weight.detach()
         if values != torch.int8:
             if input_scale is not None or scale is not None:

@@ -38,8 +38,13 @@ class Csr:
 
     @classmethod
     def from_sparse_csr(cls, weight: Tensor) -> "Csr":
-        """Takes the tensors of a torch.sparse_csr weight, without a copy."""
-        return cls(weight.values(), weight.crow_indices(), weight.col_indices(), weight.shape[1])
+        """Takes the tensors of a torch.sparse_csr weight, float `[N, K]`, without a copy. `check` looks at them."""
+        where, layout = "formats.Csr.from_sparse_csr", getattr(weight, "layout", type(weight).__name__)
+        _check.expect(layout == torch.sparse_csr, where, "weight", "a torch.sparse_csr tensor", layout, TypeError)
+        _check.has_shape(where, "weight", weight, ("N", "K"))
+        format = cls(weight.values(), weight.crow_indices(), weight.col_indices(), weight.shape[1])
+        format.check()
+        return format
 
     def to_sparse_csr(self) -> Tensor:
         """The weight as a torch.sparse_csr tensor over the same memory."""
@@ -48,7 +53,8 @@ class Csr:
         )
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[N, K]` with zeros where pruned."""
+        """The weight `[N, K]` with zeros where pruned. Indices that do not fit are refused, as by `linear`."""
+        self.check()
         return dense_rows(self.crow_indices, self.col_indices, self.values, 0, self.shape[0], self.columns).to(dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -60,6 +60,8 @@ class DenseInt8:
             raise ValueError(f"engine.formats.DenseInt8: activation: expected one of {ACTIVATIONS}, got {activation!r}")
         if (activation == "static") != (input_scale is not None):
             raise ValueError("engine.formats.DenseInt8: input_scale goes with activation='static', and only with it")
+        _check.is_float("formats.DenseInt8", "weight", weight)
+        _check.has_shape("formats.DenseInt8", "weight", weight, ("N", "K"))
         if input_scale is not None:
             weight, input_scale = taking_over("formats.DenseInt8", weight.detach(), input_scale)
         values, scale = quantize_values("formats.DenseInt8", weight.detach(), scale)

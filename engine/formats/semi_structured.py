@@ -10,6 +10,7 @@ from engine import ops
 from engine.formats._common import (
     check_shard,
     check_values,
+    check_values_dtype,
     dequantized,
     nbytes_of,
     own,
@@ -59,6 +60,7 @@ class SemiStructured:
 
         `values`, `input_scale` and `scale` are those of :meth:`engine.formats.Bitmap.from_dense`.
         """
+        check_values_dtype("formats.SemiStructured", values)
         if values != torch.int8 and (input_scale is not None or scale is not None):
             raise ValueError("engine.formats.SemiStructured: input_scale and scale go with values=torch.int8")
         weight = weight.detach()

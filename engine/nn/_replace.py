@@ -1,5 +1,6 @@
 """What replacing a layer in a model has to mind: its kind, autocast, PyTorch's fused paths, and hooks."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,12 @@ def in_autocast(x: Tensor) -> Tensor:
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def set_item(items: dict[str, Any], key: str, value: Any, undo: contextlib.ExitStack) -> None:
+    """Sets an item that is there; `undo` sets it back."""
+    undo.callback(items.__setitem__, key, items[key])
+    items[key] = value
 
 
 def switches_of_fused_paths(model: nn.Module, name: str) -> Iterator[tuple[dict[str, Any], str, Any]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from engine.nn._replace import has_hooks, has_tensor_hooks, is_as_made, switches_of_fused_paths
+from engine.nn._replace import has_hooks, has_tensor_hooks, is_as_made, set_item, switches_of_fused_paths
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 PARAMETERS = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", *SEPARATE_WEIGHTS}
@@ -216,26 +216,17 @@ def attention_unfused(model: nn.Module) -> Iterator[list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if name and isinstance(module, nn.MultiheadAttention) and not why_not_unfused(module):
             found.setdefault(module, []).append(name)
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-
-    def set_item(items: dict[str, Any], key: str, value: Any) -> None:
-        undo.append((items, key, items[key]))
-        items[key] = value
-
     split: dict[Tensor, list[nn.Parameter]] = {}
-    try:
+    with contextlib.ExitStack() as undo:
         for module, names in found.items():
             twin = _twin(module, split)
             for name in names:
                 parent, _, child = name.rpartition(".")
-                set_item(vars(model.get_submodule(parent))["_modules"], child, twin)
+                set_item(vars(model.get_submodule(parent))["_modules"], child, twin, undo)
                 for attributes, key, value in switches_of_fused_paths(model, name):
-                    set_item(attributes, key, value)
+                    set_item(attributes, key, value, undo)
         yield [name for names in found.values() for name in names]
-    except BaseException:
-        for items, key, value in reversed(undo):
-            items[key] = value
-        raise
+        undo.pop_all()
 
 
 def why_not_unfused(attention: nn.MultiheadAttention) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engine import ops
 from engine.formats import DenseInt8, Format
 from engine.nn._replace import in_autocast, is_conv1d
+from engine.ops import _check
 
 RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights or blocks
 ALWAYS_FLOAT32 = ("scale", "input_scale")
@@ -60,6 +61,7 @@ class _Compressed(nn.Module):
 
     def __init__(self, format: Format, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        _check.is_kind(f"nn.{type(self).__name__}", "format", format, Format, "a format of engine.formats")
         if dtype is None:
             dtype = format.values.dtype if format.values.is_floating_point() else torch.float32
         # Without elements: it follows .to(dtype) as any float parameter does, so that the dtype of the dense weight is
@@ -194,8 +196,12 @@ class CompressedLinear(_Compressed):
         `format_type.from_dense(weight, **how)` and shares its bias.
 
         Float values take over the weight's `requires_grad`, so that a pruned layer can be trained on as it is.
+        Another layer may compute something else with its weight: TypeError.
         """
         transposed = is_conv1d(linear)
+        if not transposed:
+            where, expected = "nn.CompressedLinear.from_dense", "nn.Linear or Hugging Face's Conv1D"
+            _check.is_kind(where, "linear", linear, nn.Linear, expected)
         matrix = linear.weight.t().contiguous() if transposed else linear.weight
         module = cls(format_type.from_dense(matrix, **how), linear.bias, linear.weight.dtype, transposed)
         if module.values.is_floating_point():
@@ -235,8 +241,7 @@ class CompressedEmbedding(_Compressed):
     """
 
     def __init__(self, format: DenseInt8, padding_idx: int | None = None, dtype: torch.dtype | None = None) -> None:
-        if not isinstance(format, DenseInt8):
-            raise TypeError(f"engine.nn.CompressedEmbedding: expected a DenseInt8, got {type(format).__name__}")
+        _check.is_kind("nn.CompressedEmbedding", "format", format, DenseInt8, "a DenseInt8")
         super().__init__(format, dtype)
         self.num_embeddings, self.embedding_dim = format.shape
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
@@ -244,7 +249,12 @@ class CompressedEmbedding(_Compressed):
 
     @classmethod
     def from_dense(cls, embedding: nn.Embedding, format_type: type[DenseInt8] = DenseInt8) -> "CompressedEmbedding":
-        """Compresses `embedding`'s weight. An embedding with `max_norm` changes its weight as it runs: ValueError."""
+        """Compresses `embedding`'s weight. An embedding with `max_norm` changes its weight as it runs: ValueError.
+
+        What is no nn.Embedding is a TypeError.
+        """
+        where = "nn.CompressedEmbedding.from_dense"
+        _check.is_kind(where, "embedding", embedding, nn.Embedding, "nn.Embedding")
         if embedding.max_norm is not None:
             raise ValueError("engine.nn.CompressedEmbedding: an embedding with max_norm can't be compressed")
         format = format_type.from_dense(embedding.weight)

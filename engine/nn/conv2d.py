@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.formats import Format
 from engine.nn._replace import in_autocast
 from engine.nn.compressed import _Compressed
+from engine.ops import _check
 from engine.ops._transpose import transpose
 
 PATCH_BYTES = 8 << 20  # of patches at a time: they stay in the last cache, and yet are rows enough for a product
@@ -173,8 +174,10 @@ class CompressedConv2d(_Compressed):
     def from_dense(cls, conv: nn.Conv2d, format_type: type[Format], **how: Any) -> "CompressedConv2d":
         """Compresses `conv`'s weight by `format_type.from_dense(as_matrix(weight), **how)` and shares its bias.
 
-        Float values take over the weight's `requires_grad`. A convolution with groups can't be compressed: ValueError.
+        Float values take over the weight's `requires_grad`. A convolution with groups can't be compressed: ValueError;
+        a layer of another kind, a transposed convolution for one, neither: TypeError.
         """
+        _check.is_kind("nn.CompressedConv2d.from_dense", "conv", conv, nn.Conv2d, "nn.Conv2d")
         if why := why_not(conv):
             raise ValueError(f"engine.nn.CompressedConv2d: {conv} can't be compressed: {why}")
         module = cls.over(format_type.from_dense(as_matrix(conv.weight), **how), conv, conv.weight.dtype)

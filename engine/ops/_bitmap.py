@@ -83,7 +83,7 @@ def check_bitmap_metadata(op: str, bitmask: Tensor, row_offsets: Tensor, values:
     """
     _check.is_dtype(op, "bitmask", bitmask, torch.uint8)
     _check.is_dtype(op, "row_offsets", row_offsets, torch.int64)
-    _check.expect(columns >= 0, op, "columns", "at least 0", columns)
+    _check.is_size(op, "columns", columns)
     _check.has_shape(op, "bitmask", bitmask, ("N", (columns + 7) // 8))
     _check.has_shape(op, "row_offsets", row_offsets, (bitmask.shape[0] + 1,))
     _check.has_shape(op, "values", values, ("nnz",))

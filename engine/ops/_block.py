@@ -8,6 +8,8 @@ blocks each kept one stands in, ascending within a row of blocks. `values`, `[B,
 `torch.sparse_bsr_tensor` has them too.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -20,11 +22,13 @@ BLOCK_SHAPE = (32, 32)
 STEP, MOST = 16, 256
 
 
-def check_block_shape(op: str, block_rows: int, block_columns: int) -> None:
-    """Raises ValueError unless both are multiples of 16 from 16 to 256."""
-    fits = all(STEP <= size <= MOST and size % STEP == 0 for size in (block_rows, block_columns))
+def check_block_shape(op: str, block_shape: Sequence[int]) -> None:
+    """Raises TypeError unless it is two integers, ValueError unless both are multiples of 16 from 16 to 256."""
+    pair = isinstance(block_shape, Sequence) and len(block_shape) == 2 and all(map(_check.is_integer, block_shape))
+    _check.expect(pair, op, "block_shape", "two ints", block_shape, TypeError)
+    fits = all(STEP <= size <= MOST and size % STEP == 0 for size in block_shape)
     expected = f"multiples of {STEP} from {STEP} to {MOST}"
-    _check.expect(fits, op, "block_shape", expected, f"{block_rows}x{block_columns}")
+    _check.expect(fits, op, "block_shape", expected, "x".join(map(str, block_shape)))
 
 
 def check_block_metadata(
@@ -37,8 +41,9 @@ def check_block_metadata(
     _check.is_dtype(op, "crow_indices", crow_indices, torch.int32)
     _check.is_dtype(op, "col_indices", col_indices, torch.int32)
     _check.has_shape(op, "values", values, ("B", "R", "C"))
-    check_block_shape(op, values.shape[1], values.shape[2])
-    _check.expect(rows >= 0 and columns >= 0, op, "rows and columns", "at least 0", f"{rows} and {columns}")
+    check_block_shape(op, values.shape[1:])
+    _check.is_size(op, "rows", rows)
+    _check.is_size(op, "columns", columns)
     _check.has_shape(op, "crow_indices", crow_indices, (-(-rows // values.shape[1]) + 1,))
     _check.has_shape(op, "col_indices", col_indices, (values.shape[0],))
 
@@ -93,9 +98,9 @@ def from_blocks(crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows:
     return padded[:rows, :columns]
 
 
-def collect_blocks(dense: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> Tensor:
-    """What `dense` holds where blocks are kept, of the shape of `values`. The transpose of `from_blocks`."""
-    count, block_rows, block_columns = values.shape
+def collect_blocks(dense: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `dense` holds where blocks are kept: `shape`, `[B, R, C]`. The transpose of `from_blocks`."""
+    count, block_rows, block_columns = shape
     rows = block_rows_of(crow_indices, count)
     return as_blocks(dense, block_rows, block_columns)[rows, col_indices.long()]
 

@@ -1,6 +1,7 @@
 """The words in which an argument is refused: op (or `formats.Bitmap`), argument, what was expected, what came."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,10 +15,16 @@ def expect(condition: bool, op: str, argument: str, expected: str, got: object, 
         raise error(f"engine.{where}: {argument}: expected {expected}, got {got}")
 
 
+def is_kind(op: str, argument: str, given: object, kinds: Any, expected: str) -> None:
+    """Raises TypeError unless `given` is an instance of `kinds`."""
+    expect(isinstance(given, kinds), op, argument, expected, type(given).__name__, TypeError)
+
+
 def is_float(op: str, argument: str, t: torch.Tensor) -> None:
     """Raises TypeError unless `t` is a float32, float16 or bfloat16 tensor."""
     got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
     expect(got in FLOAT_DTYPES, op, argument, "a float32, float16 or bfloat16 tensor", got, TypeError)
+    is_strided(op, argument, t)
 
 
 def is_dtype(op: str, argument: str, t: torch.Tensor, *dtypes: torch.dtype) -> None:
@@ -25,6 +32,24 @@ def is_dtype(op: str, argument: str, t: torch.Tensor, *dtypes: torch.dtype) -> N
     got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     expect(got in dtypes, op, argument, f"a {names} tensor", got, TypeError)
+    is_strided(op, argument, t)
+
+
+def is_strided(op: str, argument: str, t: torch.Tensor) -> None:
+    """Raises TypeError where a tensor is sparse, mkldnn's or nested: kernels read memory by strides."""
+    fits = t.layout == torch.strided and not t.is_nested
+    expect(fits, op, argument, "a dense tensor", "a nested one" if t.is_nested else t.layout, TypeError)
+
+
+def is_integer(number: object) -> bool:
+    """Whether an op takes `number` for an int: an int, one of NumPy, or a symbol for one."""
+    return hasattr(type(number), "__index__") and not isinstance(number, torch.Tensor)
+
+
+def is_size(op: str, argument: str, number: int) -> None:
+    """Raises TypeError unless `number` is an integer, ValueError where it is negative."""
+    expect(is_integer(number), op, argument, "an int", type(number).__name__, TypeError)
+    expect(number >= 0, op, argument, "at least 0", number)
 
 
 def has_shape(op: str, argument: str, t: torch.Tensor, shape: Sequence[int | str]) -> None:

@@ -13,6 +13,9 @@ from engine.ops import _check
 from engine.ops._library import REFERENCES
 from engine.ops._linear import bias_gradient, check_activations, check_bias
 from engine.ops._patches import define_with_patches
+from engine.ops.int8_dequantize import int8_dequantize
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def define_int8_linear(
@@ -83,7 +86,7 @@ def define_int8_linear(
         grad, grad_x = grad.float(), None
         if ctx.needs_input_grad[0]:
             weight = (to_dense_quickly or to_dense)(*stored, scale.shape[0], ctx.columns)
-            grad_x = grad @ (weight * scale.unsqueeze(-1))
+            grad_x = grad @ int8_dequantize(weight, scale)
             grad_x = (grad_x / channels[0] if channels else grad_x).to(ctx.dtype)
         nothing = (None,) * (stored_count + 1)
         return grad_x, *nothing, bias_gradient(ctx, grad, place=stored_count + 2), None
@@ -113,7 +116,10 @@ def quantize_by(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_tensor(input_scale: Tensor | float | None, x: Tensor) -> Tensor | None:
-    """A scale that was given as a number, beside `x`."""
+    """A scale that was given as a number, beside `x`; beyond float32's range it is infinity."""
     if input_scale is None or not isinstance(input_scale, float | int):
         return input_scale
-    return torch.full((), input_scale, dtype=torch.float32, device=x.device)
+    device = getattr(x, "device", None)  # what is no tensor the op refuses by name
+    if abs(input_scale) > FLOAT32_MAX:
+        return torch.full((), input_scale, dtype=torch.float64, device=device).float()
+    return torch.full((), input_scale, dtype=torch.float32, device=device)

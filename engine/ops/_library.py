@@ -6,13 +6,36 @@ which stays as the default for every other device and for :func:`engine.referenc
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LIBRARY = torch.library.Library("engine", "DEF")
+from engine.ops import _check
+
+
+class _Library(torch.library.Library):
+    """One whose autograd kernels refuse forward-mode derivatives: those that PyTorch makes leave them zero."""
+
+    def impl(self, op_name, fn, dispatch_key="", **how):
+        if dispatch_key == "Autograd":
+            fn = _without_tangents(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **how)
+
+
+def _without_tangents(name: str, kernel: Callable) -> Callable:
+    def checked(keyset, *args, **kwargs):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        return kernel(keyset, *args, **kwargs)
+
+    return checked
+
+
+LIBRARY = _Library("engine", "DEF")
 REFERENCES: dict[str, Callable] = {}
 
 
@@ -40,9 +63,11 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
-    torch.library.register_fake(qualified, _all_or_none_meta(qualified, fake), lib=LIBRARY)
+    torch.library.register_fake(qualified, _all_or_none_meta(schema, fake), lib=LIBRARY)
 
     def refuse(ctx: object, *grads: object) -> None:
+        if "_backward_" in name:
+            raise RuntimeError(f"engine.ops.{_public(name)} has no second derivative: its gradients have no gradient")
         raise RuntimeError(f"engine.ops.{name} has no gradient; call it under torch.no_grad() or on detached tensors")
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
@@ -56,7 +81,7 @@ def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Call
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
-    torch.library.register_fake(f"engine::{name}", _all_or_none_meta(f"engine::{name}", fake), lib=LIBRARY)
+    torch.library.register_fake(f"engine::{name}", _all_or_none_meta(schema, fake), lib=LIBRARY)
     return getattr(torch.ops.engine, name).default
 
 
@@ -71,14 +96,23 @@ def _contiguous(reference: Callable) -> Callable:
     return contiguous
 
 
-def _all_or_none_meta(qualified: str, fake: Callable) -> Callable:
-    """One argument on the meta device has the fake kernel called for all: it would answer memory never written to."""
+def _all_or_none_meta(schema: str, fake: Callable) -> Callable:
+    """`fake`, unless some tensors are on the meta device and others are not.
+
+    PyTorch then calls it for the whole call, and its result would be memory that nothing was written to.
+    """
 
     @functools.wraps(fake)
     def checked(*args, **kwargs):
-        devices = {a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)}
+        on = [(place, t.device.type) for place, t in _tensors((*args, *kwargs.values()))]
+        devices = {device for _, device in on}
         if "meta" in devices and len(devices) > 1:
-            raise DevicesDiffer(f"{qualified}: expected all tensors on one device, got {' and '.join(sorted(devices))}")
+            names = [argument.name for argument in torch._C.parse_schema(f"engine::{schema}").arguments]
+            names = [*names[: len(args)], *kwargs]
+            (first, device), (place, other) = on[0], next(each for each in on if each[1] != on[0][1])
+            expected = f"a tensor on {device}, as {names[first]} is"
+            op = _public(schema[: schema.index("(")])
+            _check.expect(False, op, names[place], expected, f"one on {other}", DevicesDiffer)
         return fake(*args, **kwargs)
 
     return checked
@@ -90,14 +124,17 @@ def _without_autograd_overhead(op: torch._ops.OpOverload, check: Callable | None
     That kernel is Python in PyTorch and costs 8 µs a call under `torch.no_grad()`, more than a small layer; inference
     mode skips it by itself.
     """
+    name = op.name().partition("::")[2]
     direct = op._op  # what `op` itself calls, a Python frame later
+    is_tracing = torch._C._is_tracing
 
     def call(*args):
         try:
-            if torch.compiler.is_dynamo_compiling():
+            # torch.jit.trace traces twice, once without gradients, and wants the call in the same line.
+            if torch.compiler.is_dynamo_compiling() or is_tracing():
                 return op(*args)
             if forward_ad._current_level >= 0:
-                _refuse_tangents(op, args)
+                _refuse_tangents(name, args)
             if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
                 return direct(*args)
             with torch._C._AutoDispatchBelowAutograd():
@@ -112,10 +149,22 @@ def _without_autograd_overhead(op: torch._ops.OpOverload, check: Callable | None
     return call
 
 
-def _refuse_tangents(op: torch._ops.OpOverload, args: tuple) -> None:
-    """Forward-mode derivatives would silently be zero."""
-    if any(isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
-        raise RuntimeError(f"{op.name().replace('::', '.ops.')} has no forward-mode derivative (jvp)")
+def _refuse_tangents(name: str, args: tuple) -> None:
+    if any(forward_ad.unpack_dual(t).tangent is not None for _, t in _tensors(args)):
+        raise RuntimeError(f"engine.ops.{_public(name)} has no forward-mode derivative (jvp)")
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The tensors among `args`, those of lists too, each with the place of its argument."""
+    for place, arg in enumerate(args):
+        for each in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(each, torch.Tensor):
+                yield place, each
+
+
+def _public(name: str) -> str:
+    """What a user calls the op by: without the overload, and of a gradient's op the op itself."""
+    return re.split(r"\.|_backward_|_of_list", name)[0]
 
 
 def explained_by(check: Callable) -> Callable:
@@ -133,7 +182,7 @@ def explained_by(check: Callable) -> Callable:
                 return function(*args, **kwargs)
             except DevicesDiffer:
                 raise
-            except RuntimeError:
+            except (AttributeError, RuntimeError):  # the former where the function itself asks what is no tensor
                 given = inspect.signature(function).bind(*args, **kwargs)
                 given.apply_defaults()
                 check(*given.args)

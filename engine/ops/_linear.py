@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.ops import _check
@@ -22,17 +21,6 @@ def check_bias(op: str, bias: Tensor | None, rows: int) -> None:
     if bias is not None:
         _check.is_float(op, "bias", bias)
         _check.has_shape(op, "bias", bias, (rows,))
-
-
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` in fp32, of the dtype of `x`: the reference of the float linear ops.
-
-    A row of `x` that is not all finite gives NaN: otherwise it would depend on the weight's zeros being stored.
-    """
-    y = x.float() @ weight.float().t() + 0.0  # a kernel's sum begins with 0.0, and so is never -0.0
-    if bias is not None:
-        y = y + bias.float()
-    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan).to(x.dtype)
 
 
 def as_rows(t: Tensor) -> Tensor:

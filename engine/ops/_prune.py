@@ -12,6 +12,8 @@ def check_threshold(op: str, weight: Tensor, threshold: float | Tensor) -> None:
         number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
         _check.expect(number, op, "threshold", "a number or a tensor", type(threshold).__name__, TypeError)
         return
+    holds_data = threshold.device.type != "meta" or weight.device.type == "meta"
+    _check.expect(holds_data, op, "threshold", "a tensor that holds data, as weight does", "one on meta", RuntimeError)
     _check.expect(not threshold.is_complex(), op, "threshold", "a real tensor", threshold.dtype, TypeError)
     fits = threshold.dim() <= weight.dim() and all(
         have in (1, want) for have, want in zip(reversed(threshold.shape), reversed(weight.shape), strict=False)

@@ -6,67 +6,13 @@ import torch
 from torch import Tensor
 
 from engine import backends
-from engine.ops import _check
 from engine.ops._bitmap import bitmap_mask, check_bitmap, check_bitmap_metadata
+from engine.ops._float_linear import define_float_linear
 from engine.ops._library import define
-from engine.ops._linear import DENSE_AT_ONCE, bias_gradient, check_activations, check_bias, check_rows, multiply
+from engine.ops._linear import DENSE_AT_ONCE, check_rows
 from engine.ops.bitmap_to_dense import bitmap_to_dense
 
-
-def _check_metadata(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None) -> None:
-    op = "bitmap_linear"
-    check_activations(op, x)
-    _check.is_float(op, "values", values)
-    check_bitmap_metadata(op, bitmask, row_offsets, values, x.shape[-1])
-    check_bias(op, bias, bitmask.shape[0])
-
-
-def _check_arguments(
-    x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None
-) -> None:
-    _check_metadata(x, bitmask, row_offsets, values, bias)
-    check_bitmap("bitmap_linear", bitmask, row_offsets, values, x.shape[-1])
-
-
-def _reference(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_arguments(x, bitmask, row_offsets, values, bias)
-    weight = x.new_zeros(bitmask.shape[0], x.shape[-1], dtype=torch.float32)
-    weight[bitmap_mask(bitmask, x.shape[-1])] = values.float()
-    return multiply(x, weight, bias)
-
-
-def _fake(x: Tensor, bitmask: Tensor, row_offsets: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_metadata(x, bitmask, row_offsets, values, bias)
-    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
-
-
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, bitmask, row_offsets, values, bias = inputs
-    need_x, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    ctx.save_for_backward(x if need_values else None, bitmask, row_offsets, values if need_x else None)
-    ctx.columns, ctx.nnz, ctx.dtype = x.shape[-1], values.shape[0], values.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
-    x, bitmask, row_offsets, values = ctx.saved_tensors
-    grad_x = grad_values = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _backward_input_op(grad, bitmask, row_offsets, values, ctx.columns)
-    if ctx.needs_input_grad[3]:
-        grad_values = _backward_values_op(grad, x, bitmask, row_offsets, ctx.nnz, ctx.dtype)
-    grad_bias = bias_gradient(ctx, grad, place=4)
-    return grad_x, None, None, grad_values, grad_bias
-
-
-_op = define(
-    "bitmap_linear(Tensor x, Tensor bitmask, Tensor row_offsets, Tensor values, Tensor? bias=None) -> Tensor",
-    check=_check_arguments,
-    reference=_reference,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
+OP = "bitmap_linear"
 
 
 def bitmap_linear(
@@ -81,7 +27,7 @@ def bitmap_linear(
     The bitmap is checked on the way: what does not fit together is refused. A row of `x` that holds a NaN or an
     infinity makes its row of `y` NaN, and no other.
 
-    Has gradients for `x`, `values` (at the kept places alone) and `bias`.
+    Has gradients for `x`, `values` (at the kept places alone) and `bias`; second derivatives are refused.
 
     On CUDA nothing waits for the GPU, so that a bitmap whose data do not fit together raises no error there: the
     outputs of the rows that it is wrong about are NaN.
@@ -179,4 +125,23 @@ _backward_values_op = define(
     " ScalarType dtype) -> Tensor",
     reference=_backward_values,
     fake=_fake_backward_values,
+)
+
+
+def _to_dense(bitmask: Tensor, row_offsets: Tensor, values: Tensor, columns: int) -> Tensor:
+    weight = values.new_zeros(bitmask.shape[0], columns, dtype=torch.float32)
+    weight[bitmap_mask(bitmask, columns)] = values.float()
+    return weight
+
+
+_op = define_float_linear(
+    "bitmap_linear(Tensor x, Tensor bitmask, Tensor row_offsets, Tensor values, Tensor? bias=None) -> Tensor",
+    check_metadata=lambda *bitmap: check_bitmap_metadata(OP, *bitmap),
+    check_data=lambda *bitmap: check_bitmap(OP, *bitmap),
+    row_count=lambda bitmask, row_offsets, values: bitmask.shape[0],
+    to_dense=_to_dense,
+    input_gradient=_backward_input_op,
+    values_gradient=lambda grad, x, bitmask, row_offsets, shape, dtype: _backward_values_op(
+        grad, x, bitmask, row_offsets, shape[0], dtype
+    ),
 )

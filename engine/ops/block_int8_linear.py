@@ -6,6 +6,7 @@ from torch import Tensor
 from engine.ops import _check
 from engine.ops._block import check_block, check_block_metadata, from_blocks
 from engine.ops._int8_linear import as_tensor, define_int8_linear
+from engine.ops.block_to_dense import block_to_dense
 
 OP = "block_int8_linear"
 
@@ -23,6 +24,7 @@ _op, block_int8_linear_of_patches = define_int8_linear(
     check_metadata=_check_metadata,
     check_data=lambda crow, col, values, columns: check_block(OP, crow, col, values.shape[2], columns),
     to_dense=from_blocks,
+    to_dense_quickly=block_to_dense,
 )
 
 

@@ -1,74 +1,47 @@
 """block_linear: a linear layer of whose weight only some blocks are kept, with float values."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._block import check_block, check_block_metadata, collect_blocks, from_blocks
-from engine.ops._library import define
-from engine.ops._linear import as_rows, bias_gradient, check_activations, check_bias, multiply
+from engine.ops._float_linear import define_float_linear
+from engine.ops._linear import as_rows
+from engine.ops.block_to_dense import block_to_dense
 
 OP = "block_linear"
 
 
-def _check_metadata(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
-) -> None:
-    check_activations(OP, x)
-    _check.is_float(OP, "values", values)
-    check_block_metadata(OP, crow_indices, col_indices, values, rows, x.shape[-1])
-    check_bias(OP, bias, rows)
-
-
-def _check_arguments(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
-) -> None:
-    _check_metadata(x, crow_indices, col_indices, values, rows, bias)
-    check_block(OP, crow_indices, col_indices, values.shape[2], x.shape[-1])
-
-
-def _reference(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
+def _input_gradient(
+    grad: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, columns: int
 ) -> Tensor:
-    _check_arguments(x, crow_indices, col_indices, values, rows, bias)
-    return multiply(x, from_blocks(crow_indices, col_indices, values.float(), rows, x.shape[-1]), bias)
+    weight = block_to_dense(crow_indices, col_indices, values.float(), rows, columns)
+    return (grad.float() @ weight).to(grad.dtype)
 
 
-def _fake(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, bias: Tensor | None = None
+def _values_gradient(
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    rows: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
 ) -> Tensor:
-    _check_metadata(x, crow_indices, col_indices, values, rows, bias)
-    return x.new_empty((*x.shape[:-1], rows))
+    return collect_blocks(as_rows(grad).t() @ as_rows(x), crow_indices, col_indices, shape).to(dtype)
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], output: Tensor) -> None:
-    x, crow_indices, col_indices, values, ctx.rows, bias = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, crow_indices, col_indices, values)
-    ctx.columns, ctx.dtype = x.shape[-1], x.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, Tensor | None]:
-    x, crow_indices, col_indices, values = ctx.saved_tensors
-    grad = grad.float()
-    grad_x = grad_values = None
-    if ctx.needs_input_grad[0]:
-        weight = from_blocks(crow_indices, col_indices, values.float(), ctx.rows, ctx.columns)
-        grad_x = (grad @ weight).to(ctx.dtype)
-    if ctx.needs_input_grad[3]:
-        dense = as_rows(grad).t() @ as_rows(x)
-        grad_values = collect_blocks(dense, crow_indices, col_indices, values).to(values.dtype)
-    grad_bias = bias_gradient(ctx, grad, place=5)
-    return grad_x, None, None, grad_values, None, grad_bias
-
-
-_op = define(
+_op = define_float_linear(
     "block_linear(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, SymInt rows, Tensor? bias=None)"
     " -> Tensor",
-    check=_check_arguments,
-    reference=_reference,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+    check_metadata=lambda *blocks: check_block_metadata(OP, *blocks),
+    check_data=lambda crow, col, values, rows, columns: check_block(OP, crow, col, values.shape[2], columns),
+    row_count=lambda crow, col, values, rows: rows,
+    to_dense=lambda crow, col, values, rows, columns: from_blocks(crow, col, values.float(), rows, columns),
+    input_gradient=_input_gradient,
+    values_gradient=_values_gradient,
 )
 
 

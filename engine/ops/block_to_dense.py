@@ -32,11 +32,14 @@ def _fake(crow_indices: Tensor, col_indices: Tensor, values: Tensor, rows: int, 
 
 
 def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    crow_indices, col_indices, values, *_ = inputs
+    ctx.save_for_backward(crow_indices, col_indices)
+    ctx.shape = values.shape
 
 
 def _backward(ctx, grad: Tensor) -> tuple[None, None, Tensor, None, None]:
-    return None, None, collect_blocks(grad, *ctx.saved_tensors), None, None
+    crow_indices, col_indices = ctx.saved_tensors
+    return None, None, collect_blocks(grad, crow_indices, col_indices, ctx.shape), None, None
 
 
 _op = define(

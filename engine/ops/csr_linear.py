@@ -3,69 +3,12 @@
 import torch
 from torch import Tensor
 
-from engine.ops import _check
 from engine.ops._csr import blocks, check_csr, check_csr_metadata, dense_rows, row_indices
+from engine.ops._float_linear import define_float_linear
 from engine.ops._library import define
-from engine.ops._linear import bias_gradient, check_activations, check_bias, check_rows, multiply
+from engine.ops._linear import check_rows
 
-
-def _check_metadata(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None
-) -> None:
-    op = "csr_linear"
-    check_activations(op, x)
-    _check.is_float(op, "values", values)
-    check_csr_metadata(op, crow_indices, col_indices, values)
-    check_bias(op, bias, crow_indices.shape[0] - 1)
-
-
-def _check_arguments(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None
-) -> None:
-    _check_metadata(x, crow_indices, col_indices, values, bias)
-    check_csr("csr_linear", crow_indices, col_indices, x.shape[-1])
-
-
-def _reference(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    _check_arguments(x, crow_indices, col_indices, values, bias)
-    weight = dense_rows(crow_indices, col_indices, values, 0, crow_indices.shape[0] - 1, x.shape[-1])
-    return multiply(x, weight, bias)
-
-
-def _fake(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_metadata(x, crow_indices, col_indices, values, bias)
-    return x.new_empty((*x.shape[:-1], crow_indices.shape[0] - 1))
-
-
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, crow_indices, col_indices, values, bias = inputs
-    need_x, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    ctx.save_for_backward(x if need_values else None, crow_indices, col_indices, values if need_x else None)
-    ctx.columns, ctx.dtype = x.shape[-1], values.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
-    x, crow_indices, col_indices, values = ctx.saved_tensors
-    grad_x = grad_values = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _backward_input_op(grad, crow_indices, col_indices, values, ctx.columns)
-    if ctx.needs_input_grad[3]:
-        grad_values = _backward_values_op(grad, x, crow_indices, col_indices, ctx.dtype)
-    grad_bias = bias_gradient(ctx, grad, place=4)
-    return grad_x, None, None, grad_values, grad_bias
-
-
-_op = define(
-    "csr_linear(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias=None) -> Tensor",
-    check=_check_arguments,
-    reference=_reference,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
+OP = "csr_linear"
 
 
 def csr_linear(
@@ -79,7 +22,7 @@ def csr_linear(
     On CUDA nothing waits for the GPU, so that indices which do not fit together raise no error there: the outputs of
     the rows that they are wrong about are NaN.
 
-    Has gradients for `x`, `values` and `bias`.
+    Has gradients for `x`, `values` and `bias`; second derivatives are refused.
 
     Args:
         x: `[..., K]`, float32, float16 or bfloat16.
@@ -154,4 +97,15 @@ _backward_values_op = define(
     " -> Tensor",
     reference=_backward_values,
     fake=_fake_backward_values,
+)
+
+
+_op = define_float_linear(
+    "csr_linear(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias=None) -> Tensor",
+    check_metadata=lambda crow, col, values, columns: check_csr_metadata(OP, crow, col, values),
+    check_data=lambda crow, col, values, columns: check_csr(OP, crow, col, columns),
+    row_count=lambda crow, col, values: crow.shape[0] - 1,
+    to_dense=lambda crow, col, values, columns: dense_rows(crow, col, values, 0, crow.shape[0] - 1, columns),
+    input_gradient=_backward_input_op,
+    values_gradient=lambda grad, x, crow, col, shape, dtype: _backward_values_op(grad, x, crow, col, dtype),
 )

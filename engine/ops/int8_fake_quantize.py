@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check
-from engine.ops._int8_linear import quantize_by
+from engine.ops._int8_linear import as_tensor, quantize_by
 from engine.ops._library import REFERENCES, define, explained_by
 from engine.ops.int8_quantize import int8_quantize  # noqa: F401  (defines the reference that this one builds on)
 
@@ -76,6 +76,4 @@ def int8_fake_quantize(x: Tensor, scale: Tensor | float | None = None) -> Tensor
         TypeError: `x` or `scale` has another dtype.
         ValueError: `x` has no dimension, or `scale` more than one element.
     """
-    if isinstance(scale, float | int):
-        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
-    return _op(x, scale)
+    return _op(x, as_tensor(scale, x))

@@ -64,7 +64,7 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 
     A row of `x` that holds a NaN or an infinity makes its row of `y` NaN, and no other.
 
-    Has gradients for `x` and `bias`.
+    Has gradients for `x` and `bias`; second derivatives are refused.
 
     Args:
         x: `[..., K]`, float32, float16 or bfloat16.

@@ -1,6 +1,7 @@
 """magnitude_threshold: the magnitude below which a given fraction of the weights lies, exactly."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,15 @@ SCOPES = ("tensor", "row")
 
 
 def _check_arguments(weight: Tensor | Sequence[Tensor], sparsity: float, scope: str = "tensor") -> None:
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    several = isinstance(weight, (list, tuple))
+    weights: list[Any] = list(weight) if several else [weight]
     for i, each in enumerate(weights):
-        _check.is_float("magnitude_threshold", "weight" if isinstance(weight, Tensor) else f"weight[{i}]", each)
+        _check.is_float("magnitude_threshold", f"weight[{i}]" if several else "weight", each)
     number = isinstance(sparsity, (int, float)) and 0 <= sparsity < 1
     _check.expect(number, "magnitude_threshold", "sparsity", "a number in [0, 1)", sparsity)
     _check.expect(scope in SCOPES, "magnitude_threshold", "scope", f"one of {', '.join(SCOPES)}", repr(scope))
     if scope == "row":
-        one = isinstance(weight, Tensor)
-        _check.expect(one, "magnitude_threshold", "weight", "one tensor with scope='row'", "several")
+        _check.expect(not several, "magnitude_threshold", "weight", "one tensor with scope='row'", "several")
         _check.has_shape("magnitude_threshold", "weight", weights[0], ("N", "K"))
 
 

@@ -14,7 +14,7 @@ OP = "prune_to_block"
 def _check_op(weight: Tensor, keep: Tensor, block_rows: int, block_columns: int) -> None:
     _check.is_dtype(OP, "weight", weight, *_check.FLOAT_DTYPES, torch.int8)
     _check.has_shape(OP, "weight", weight, ("N", "K"))
-    check_block_shape(OP, block_rows, block_columns)
+    check_block_shape(OP, (block_rows, block_columns))
     _check.is_dtype(OP, "keep", keep, torch.bool)
     _check.has_shape(OP, "keep", keep, (-(-weight.shape[0] // block_rows), -(-weight.shape[1] // block_columns)))
 
@@ -50,12 +50,12 @@ def _check_arguments(
     block_shape: tuple[int, int] = BLOCK_SHAPE,
     keep: Tensor | None = None,
 ) -> None:
+    check_block_shape(OP, block_shape)
     _check.expect((threshold is None) != (keep is None), OP, "threshold", "either a threshold or keep", "both or none")
     if keep is not None:
         return _check_op(weight, keep, *block_shape)
     _check.is_float(OP, "weight", weight)
     _check.has_shape(OP, "weight", weight, ("N", "K"))
-    check_block_shape(OP, *block_shape)
     assert threshold is not None
     row_blocks, column_blocks = -(-weight.shape[0] // block_shape[0]), -(-weight.shape[1] // block_shape[1])
     check_threshold(OP, weight.new_empty(row_blocks, column_blocks, device="meta"), threshold)
@@ -71,7 +71,7 @@ def prune_to_block(
     """Keeps whole blocks of a weight, those whose root mean square is above the threshold, or those that `keep` names.
 
     A block with a NaN is kept. The op itself, `torch.ops.engine.prune_to_block`, takes `keep` alone, so that it only
-    moves weights and its result is the same to the bit everywhere; norms are sums in float32, which round differently
+    moves weights and its result is the same to the bit everywhere; the order in which norms are summed differs
     from device to device.
 
     Args:

@@ -4,43 +4,28 @@ They write into tensors of the caller, who reuses them piece after piece. The la
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from engine._ring_codec import BLOCK, GROUP, HEADER, bitmap_bytes, bitmap_capacity, dense_bytes, threshold_of
 from engine.ops import _check
 from engine.ops._library import REFERENCES, define_mutating, explained_by
 from engine.ops.int8_quantize import int8_quantize  # noqa: F401  (defines the reference that this one builds on)
 from engine.ops.prune_to_bitmap import prune_to_bitmap  # noqa: F401  (the same)
 
 CODECS = ("bf16", "int8", "bitmap")
-BLOCK = 256  # elements that share a scale in "int8"
-GROUP = 8  # elements that share a bit of the first bitmask in "bitmap"
-HEADER = 8  # bytes before it
 ROOM = 1.25  # how many more values than the density asks for "bitmap" has room for: its threshold is an estimate
 
 
 def wire_bytes(codec: str, n: int, density: float = 0.01) -> int:
     """Bytes that `n` elements take by `codec`; the same on every rank, whatever the values are."""
     _check.expect(codec in CODECS, "ring_codec", "codec", f"one of {', '.join(CODECS)}", repr(codec))
-    if codec == "bf16":
-        return 2 * n
-    if codec == "int8":
-        return 4 * -(-n // BLOCK) + n
+    if codec != "bitmap":
+        return dense_bytes(codec, n)
     capacity = min(n, math.ceil(ROOM * density * n) + 32)
-    return _bitmap_bytes(n) + 2 * capacity + min(capacity, -(-n // GROUP))
-
-
-def _bitmap_bytes(n: int) -> int:
-    """Bytes before the values."""
-    return HEADER + 8 * -(-n // (64 * GROUP))
-
-
-def _bitmap_capacity(n: int, size: int) -> int:
-    """How many values there is room for in so many bytes; -1 where `n` elements never make so many."""
-    room, groups = size - _bitmap_bytes(n), -(-n // GROUP)
-    each, shared = (3, 0) if room <= 3 * groups else (2, groups)
-    return -1 if room < 0 or (room - shared) % each else (room - shared) // each
+    return bitmap_bytes(n) + 2 * capacity + min(capacity, -(-n // GROUP))
 
 
 def _check_floats(op: str, name: str, t: Tensor, n: int) -> None:
@@ -55,8 +40,8 @@ def _check_wire(op: str, codec: str, wire: Tensor, n: int) -> None:
     _check.expect(wire.is_contiguous(), op, "wire", "a contiguous tensor", f"strides {wire.stride()}")
     size = wire.shape[0]
     if codec == "bitmap":
-        what = f"{_bitmap_bytes(n)} bytes, 2 for each value, 1 for each group of {GROUP} elements"
-        _check.expect(_bitmap_capacity(n, size) >= 0, op, "wire", what, size)
+        what = f"{bitmap_bytes(n)} bytes, 2 for each value, 1 for each group of {GROUP} elements"
+        _check.expect(bitmap_capacity(n, size) >= 0, op, "wire", what, size)
     else:
         _check.expect(size == wire_bytes(codec, n), op, "wire", f"{wire_bytes(codec, n)} bytes", size)
 
@@ -83,6 +68,16 @@ def _check_decode(wire: Tensor, codec: str, x: Tensor, factor: float = 1.0, add:
     _check_wire("ring_decode", codec, wire, x.numel())
 
 
+def _with_address(op: str, check: Callable, place: int) -> Callable:
+    """`check`, and whether the wire, argument `place`, lies where kernels read it: apart, as fakes have no address."""
+
+    def explain(*args) -> None:
+        check(*args)
+        _check.expect(args[place].data_ptr() % 8 == 0, op, "wire", "an address that is a multiple of 8", "another")
+
+    return explain
+
+
 def _in_blocks(x: Tensor) -> Tensor:
     """[n] to [blocks, BLOCK], the last filled up with zeros."""
     return torch.nn.functional.pad(x, (0, -x.shape[0] % BLOCK)).view(-1, BLOCK)
@@ -107,24 +102,12 @@ def _reference_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tens
         residual.copy_(torch.where(received.isfinite(), values - received, residual))
 
 
-def _threshold(values: Tensor, density: float) -> Tensor:
-    """Below the smallest of the samples that are kept by one unit in the last place; 0 where that is 0."""
-    n = values.shape[0]
-    samples = math.ceil(min(n, max(1024, 40 / density)))
-    if samples == 0:
-        return values.new_zeros(())
-    keys = values[torch.arange(samples, device=values.device) * n // samples].abs().view(torch.int32)
-    kept = max(1, round(density * samples))
-    key = keys.sort().values[samples - kept]
-    return (key.clamp(max=0x7F800000) - 1).clamp(min=0).view(torch.float32)
-
-
 def _reference_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:
     _check_prune_encode(x, residual, density, wire)
     n = x.shape[0]
     values = x.clone() if residual is None else x + residual
-    capacity = _bitmap_capacity(n, wire.shape[0])
-    bitmask, _, kept = REFERENCES["prune_to_bitmap"](values.unsqueeze(0), _threshold(values, density))
+    capacity = bitmap_capacity(n, wire.shape[0])
+    bitmask, _, kept = REFERENCES["prune_to_bitmap"](values.unsqueeze(0), threshold_of(values, None, density))
     places = _places(bitmask[0], n)
     count = min(capacity, places.shape[0])
     sent = _bfloat16_bits(kept[:count])
@@ -133,7 +116,7 @@ def _reference_prune_encode(x: Tensor, residual: Tensor | None, density: float, 
     header = torch.tensor([count, 0 if finite else 1], dtype=torch.int32, device=x.device).view(torch.uint8)
     groups = _packed(torch.nn.functional.pad(mask, (0, -n % (64 * GROUP))))
     some = groups.ne(0)
-    room = sent.new_zeros(wire.shape[0] - _bitmap_bytes(n))
+    room = sent.new_zeros(wire.shape[0] - bitmap_bytes(n))
     room[: 2 * count] = sent
     room[2 * capacity :][: int(some.sum())] = groups[some]
     wire.copy_(torch.cat([header, _packed(some), room]))
@@ -166,7 +149,7 @@ def _values_of(wire: Tensor, codec: str, n: int, factor: float) -> Tensor:
         q = _in_blocks(wire[4 * blocks :].view(torch.int8).float())
         return (q * scale.unsqueeze(-1)).view(-1)[:n]
     count, flags = wire[:HEADER].view(torch.int32).tolist()
-    begin, capacity = _bitmap_bytes(n), _bitmap_capacity(n, wire.shape[0])
+    begin, capacity = bitmap_bytes(n), bitmap_capacity(n, wire.shape[0])
     values, masks = wire[begin:][: 2 * capacity].view(torch.bfloat16).float(), wire[begin + 2 * capacity :]
     some = _places(wire[HEADER:begin], 8 * (begin - HEADER))
     good = 0 <= count <= capacity and flags in (0, 1)
@@ -204,7 +187,7 @@ _decode = define_mutating(
 )
 
 
-@explained_by(_check_encode)
+@explained_by(_with_address("ring_encode", _check_encode, 3))
 def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) -> None:
     """Encodes `x + residual` into `wire`; the residual becomes what the receiver will not see of it.
 
@@ -216,7 +199,7 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
         x: float32 `[n]`, contiguous.
         residual: like `x`, changed in place; None: nothing is added and nothing kept.
         codec: "bf16" or "int8".
-        wire: uint8 `[wire_bytes(codec, n)]`, overwritten.
+        wire: uint8 `[wire_bytes(codec, n)]` at an address that is a multiple of 8, overwritten.
 
     Raises:
         TypeError: another dtype.
@@ -225,7 +208,7 @@ def ring_encode(x: Tensor, residual: Tensor | None, codec: str, wire: Tensor) ->
     _encode(x, residual, codec, wire)
 
 
-@explained_by(_check_prune_encode)
+@explained_by(_with_address("ring_prune_encode", _check_prune_encode, 3))
 def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: Tensor) -> None:
     """Moves the largest magnitudes of `x + residual` into `wire` and the rest into the residual; `x` becomes 0.
 
@@ -239,7 +222,8 @@ def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: 
         x: float32 `[n]`, contiguous, changed in place.
         residual: like `x`, changed in place; None: what is not sent is lost.
         density: in (0, 1].
-        wire: uint8 `[wire_bytes("bitmap", n, density)]`, overwritten; the room for values follows from its size.
+        wire: uint8 `[wire_bytes("bitmap", n, density)]` at an address that is a multiple of 8, overwritten; the room
+            for values follows from its size.
 
     Raises:
         TypeError: another dtype.
@@ -248,12 +232,12 @@ def ring_prune_encode(x: Tensor, residual: Tensor | None, density: float, wire: 
     _prune_encode(x, residual, density, wire)
 
 
-@explained_by(_check_decode)
+@explained_by(_with_address("ring_decode", _check_decode, 0))
 def ring_decode(wire: Tensor, codec: str, x: Tensor, factor: float = 1.0, add: bool = False) -> None:
     """Decodes `wire` into `x`, or adds it to `x`, each value times `factor` (for an average).
 
     Args:
-        wire: uint8, as an encoder made it from as many elements as `x` has.
+        wire: uint8, as an encoder made it from as many elements as `x` has, at an address that is a multiple of 8.
         codec: "bf16", "int8" or "bitmap".
         x: float32 `[n]`, contiguous, changed in place.
         factor: multiplies every value ("int8": every scale) before it is used.

@@ -6,6 +6,7 @@ from torch import Tensor
 from engine.ops import _check
 from engine.ops._int8_linear import as_tensor, define_int8_linear
 from engine.ops._semi_structured import check_semi_structured, check_semi_structured_metadata, spread
+from engine.ops.semi_structured_to_dense import semi_structured_to_dense
 
 OP = "semi_structured_int8_linear"
 
@@ -23,6 +24,7 @@ _op, semi_structured_int8_linear_of_patches = define_int8_linear(
     check_metadata=_check_metadata,
     check_data=lambda values, metadata, columns: check_semi_structured(OP, values, metadata, columns),
     to_dense=lambda values, metadata, rows, columns: spread(values, metadata)[:, :columns],
+    to_dense_quickly=lambda values, metadata, rows, columns: semi_structured_to_dense(values, metadata, columns),
 )
 
 

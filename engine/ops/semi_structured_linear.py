@@ -1,65 +1,34 @@
 """semi_structured_linear: a linear layer whose 2:4 weight holds float values."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from engine.ops import _check
-from engine.ops._library import define
-from engine.ops._linear import as_rows, bias_gradient, check_activations, check_bias, multiply
-from engine.ops._semi_structured import check_semi_structured, check_semi_structured_metadata, collect, spread
+from engine.ops._float_linear import define_float_linear
+from engine.ops._linear import as_rows
+from engine.ops._semi_structured import check_semi_structured, check_semi_structured_metadata, spread
+from engine.ops.semi_structured_to_dense import semi_structured_gather, semi_structured_to_dense
 
 OP = "semi_structured_linear"
 
 
-def _check_metadata(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
-    check_activations(OP, x)
-    _check.is_float(OP, "values", values)
-    check_semi_structured_metadata(OP, values, metadata, x.shape[-1])
-    check_bias(OP, bias, values.shape[0])
+def _input_gradient(grad: Tensor, values: Tensor, metadata: Tensor, columns: int) -> Tensor:
+    return (grad.float() @ semi_structured_to_dense(values.float(), metadata, columns)).to(grad.dtype)
 
 
-def _check_arguments(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> None:
-    _check_metadata(x, values, metadata, bias)
-    check_semi_structured(OP, values, metadata, x.shape[-1])
+def _values_gradient(grad: Tensor, x: Tensor, metadata: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return semi_structured_gather(as_rows(grad).t() @ as_rows(x), metadata).to(dtype)
 
 
-def _reference(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_arguments(x, values, metadata, bias)
-    return multiply(x, spread(values.float(), metadata)[:, : x.shape[-1]], bias)
-
-
-def _fake(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_metadata(x, values, metadata, bias)
-    return x.new_empty((*x.shape[:-1], values.shape[0]))
-
-
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, values, metadata, bias = inputs
-    need_x, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    ctx.save_for_backward(x if need_values else None, values if need_x else None, metadata)
-    ctx.columns, ctx.dtype, ctx.values_dtype = x.shape[-1], x.dtype, values.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
-    x, values, metadata = ctx.saved_tensors
-    grad = grad.float()
-    grad_x = grad_values = None
-    if ctx.needs_input_grad[0]:
-        grad_x = (grad @ spread(values.float(), metadata)[:, : ctx.columns]).to(ctx.dtype)
-    if ctx.needs_input_grad[1]:
-        dense = as_rows(grad).t() @ as_rows(x)
-        grad_values = collect(dense, metadata).to(ctx.values_dtype)
-    grad_bias = bias_gradient(ctx, grad, place=3)
-    return grad_x, grad_values, None, grad_bias
-
-
-_op = define(
+_op = define_float_linear(
     "semi_structured_linear(Tensor x, Tensor values, Tensor metadata, Tensor? bias=None) -> Tensor",
-    check=_check_arguments,
-    reference=_reference,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+    check_metadata=lambda *semi: check_semi_structured_metadata(OP, *semi),
+    check_data=lambda *semi: check_semi_structured(OP, *semi),
+    row_count=lambda values, metadata: values.shape[0],
+    to_dense=lambda values, metadata, columns: spread(values.float(), metadata)[:, :columns],
+    input_gradient=_input_gradient,
+    values_gradient=_values_gradient,
 )
 
 

@@ -60,6 +60,8 @@ def test_special_values(codec):
     for values in (special, special[3:], special[1:2], special[3:5]):
         x = torch.cat([values.repeat(70), torch.randn(2000)])
         check(x, torch.randn_like(x), codec)
+    column = torch.arange(6000).remainder(16)
+    check(torch.randn(6000) * column.ne(0), torch.randn(6000) * column.gt(1), codec)
     check(torch.zeros(300), torch.zeros(300), codec)
     check(torch.ones(3000), torch.zeros(3000), codec)  # more of one size than there is room for
 

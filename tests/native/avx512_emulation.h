@@ -606,6 +606,7 @@ EMULATED To cast(From v) {  // what the source does not hold is zero
 #define _mm512_roundscale_ps(a, imm) emulated::map<float>(emulated::RoundScale{imm}, a)
 #define _mm512_sad_epu8(...) emulated::sad<__m512i>(__VA_ARGS__)
 #define _mm512_set1_epi32(...) emulated::fill<__m512i>(static_cast<int32_t>(__VA_ARGS__))
+#define _mm512_set1_epi64(...) emulated::fill<__m512i>(static_cast<int64_t>(__VA_ARGS__))
 #define _mm512_set1_epi8(...) emulated::fill<__m512i>(static_cast<int8_t>(__VA_ARGS__))
 #define _mm512_set1_ps(...) emulated::fill<__m512>(static_cast<float>(__VA_ARGS__))
 #define _mm512_setr_epi32(...) emulated::listed<int32_t>(false, __VA_ARGS__)

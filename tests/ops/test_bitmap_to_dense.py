@@ -226,3 +226,6 @@ def test_errors():
         bitmap_to_dense(bitmask.to(torch.int8), row_offsets, values, columns)
     with pytest.raises(TypeError, match=r"bitmap_to_dense: row_offsets: expected a int64 tensor, got torch.int32"):
         bitmap_to_dense(bitmask, row_offsets.int(), values, columns)
+    for other in (21.0, "21", None):
+        with pytest.raises(TypeError, match=rf"bitmap_to_dense: columns: expected an int, got {type(other).__name__}"):
+            bitmap_to_dense(bitmask, row_offsets, values, other)

@@ -60,6 +60,10 @@ def test_errors():
         ((crow, col, values, 40, 32), ValueError, "col_indices: expected columns of blocks"),
         ((crow.long(), col, values, 40, 70), TypeError, "crow_indices: expected a"),
         ((crow, col, values.double(), 40, 70), TypeError, "values: expected a"),
+        ((crow, col, values, 40.0, 70), TypeError, "rows: expected an int, got float"),
+        ((crow, col, values, 40, None), TypeError, "columns: expected an int, got NoneType"),
+        ((crow, col, values, 2**40, 70), ValueError, "crow_indices: expected shape"),
+        ((crow, col, values, 40, -1), ValueError, "columns: expected at least 0, got -1"),
     ):
         with pytest.raises(error, match=message):
             block_to_dense(*arguments)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import LINEARS, few_outputs
-from stored import FORMS, Form, assert_same, random_keep
+from stored import FORMS, Form, assert_same, ops_called, random_keep
 from tolerance import assert_as_good_as_torch
 from torch import Tensor
 
@@ -197,6 +197,25 @@ def test_gradients_are_those_of_the_dense_formula(op, dtype, values_dtype):
         assert_as_good_as_torch(t.grad, want, own.to(t.dtype))
 
 
+@pytest.mark.parametrize("op", ["block_linear", "semi_structured_linear"], indirect=True)
+def test_the_gradient_expands_the_weight_by_its_op(op):
+    y = op(torch.randn(5, 30, requires_grad=True), op.weights(20, 30), 20)
+    assert f"engine.{OPS[op.name]}_to_dense.default" in ops_called(y.sum().backward)
+
+
+@pytest.mark.parametrize("op", ["block_linear", "semi_structured_linear"], indirect=True)
+def test_second_derivatives_by_expanding(op):
+    stored = list(op.weights(20, 33))
+    x, values = torch.randn(5, 33, requires_grad=True), stored[op.form.values].requires_grad_()
+
+    def second(y):
+        first = torch.autograd.grad(y.square().sum(), (x, values), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, values))
+
+    want = second(F.linear(x, op.dense(stored, 20, 33)))
+    torch.testing.assert_close(second(op(x, tuple(stored), 20)), want, rtol=1e-3, atol=1e-3 * want[0].abs().max())
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_one_gradient_alone(op, wanted):
     stored = op.weights(20, 30)
@@ -248,6 +267,28 @@ def test_reference_mode(op, monkeypatch):
     with reference_mode():
         assert (op(x, weight, 10) == 7).all()
     assert not (op(x, weight, 10) == 7).all()
+
+
+def test_second_derivatives(op):
+    """The dense formula's, or an error that names the op."""
+    x, weight = torch.randn(3, 20, requires_grad=True), op.weights(5, 20)
+    (grad,) = torch.autograd.grad(op(x, weight, 5).square().sum(), x, create_graph=True)
+    if op.name in ("bitmap_linear", "csr_linear"):
+        with pytest.raises(RuntimeError, match=f"engine.ops.{op.name} has no second derivative"):
+            grad.sum().backward()
+    else:
+        dense = op.dense(weight, 5, 20)
+        torch.testing.assert_close(torch.autograd.grad(grad.sum(), x)[0], 2 * torch.ones(3, 20) @ dense.t() @ dense)
+
+
+def test_forward_mode_derivatives_are_refused(op):
+    """By the op itself too, which has no function of Python's before it."""
+    x, arguments = torch.randn(3, 20), op.arguments(op.weights(5, 20), 5)
+    direct = getattr(torch.ops.engine, op.name)
+    for transform in (torch.func.jvp, lambda f, x, t: torch.func.jacfwd(f)(*x)):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=f"{op.name} has no forward-mode"):
+                transform(lambda x: direct(x, *arguments), (x,), (torch.ones_like(x),))
 
 
 def test_errors(op):

@@ -98,6 +98,8 @@ def test_compiles():
 def test_errors():
     with pytest.raises(TypeError, match=r"int8_fake_quantize: x: expected a float32.*got torch.float64"):
         int8_fake_quantize(torch.randn(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"int8_fake_quantize: x: expected a float32.*got NoneType"):
+        int8_fake_quantize(None, 0.1)
     with pytest.raises(ValueError, match=r"int8_fake_quantize: x: expected at least one dimension"):
         int8_fake_quantize(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"int8_fake_quantize: scale: expected one element"):

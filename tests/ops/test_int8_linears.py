@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import LINEARS
-from stored import FORMS, Form, activations, assert_same, int8_values, random_keep
+from stored import FORMS, Form, activations, assert_same, int8_values, ops_called, random_keep
 from torch import Tensor
 
 import engine
@@ -142,7 +142,9 @@ def test_one_tensor_on_meta_is_refused(op):
     arguments = [torch.randn(2, 16), *op.weights(3, 16), torch.randn(3)]
     for i, tensor in enumerate(arguments):
         mixed = [*arguments[:i], tensor.to("meta"), *arguments[i + 1 :]]
-        with pytest.raises(RuntimeError, match="on one device"):
+        here, there = ("meta", "cpu") if i == 0 else ("cpu", "meta")
+        message = f"engine.ops.{op.name}: [a-z_]+: expected a tensor on {here}, as x is, got one on {there}"
+        with pytest.raises(RuntimeError, match=message):
             op(*mixed)
     assert op(*(tensor.to("meta") for tensor in arguments)).is_meta
 
@@ -232,6 +234,13 @@ def test_gradient_goes_straight_through(op, dtype):
     torch.testing.assert_close(bias.grad, grad.float().sum((0, 1)))
 
 
+def test_the_gradient_expands_the_weight_by_its_ops(op):
+    y = op(torch.randn(5, 30, requires_grad=True), *op.weights(20, 30))
+    called = ops_called(y.sum().backward)
+    assert "engine.int8_dequantize.default" in called
+    assert op.name == "int8_linear" or f"engine.{OPS[op.name]}_to_dense.default" in called
+
+
 @pytest.mark.parametrize("m, n", [(0, 20), (3, 0)])
 def test_gradients_of_nothing(op, m, n):
     x, bias = torch.randn(m, 30, requires_grad=True), torch.randn(n, requires_grad=True)
@@ -290,6 +299,22 @@ def test_reference_mode(op, monkeypatch):
     with reference_mode():
         assert (op(x, *weight) == 7).all()
     assert not (op(x, *weight) == 7).all()
+
+
+@pytest.mark.parametrize("number", [1e39, -1e39, torch.nan, 0.0])
+def test_a_number_that_cannot_divide_makes_all_nan(op, number):
+    assert op(torch.randn(2, 16), *op.weights(3, 16), None, number).isnan().all()
+
+
+def test_other_layouts_are_refused(op):
+    x, weight = torch.randn(2, 16), op.weights(3, 16)
+    for other in (x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn(), torch.nested.nested_tensor([x, x[:1]])):
+        with pytest.raises(TypeError, match=f"{op.name}: x: expected a dense tensor, got"):
+            op(other, *weight)
+    with pytest.raises(TypeError, match=f"{op.name}: scale: expected a dense tensor, got torch.sparse_coo"):
+        op(x, *weight[:-1], weight[-1].to_sparse())
+    with pytest.raises(TypeError, match=f"{op.name}: x: expected a float32, float16 or bfloat16 tensor, got NoneType"):
+        op(None, *weight, None, 0.1)
 
 
 def test_errors(op):

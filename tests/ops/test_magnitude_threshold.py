@@ -198,5 +198,10 @@ def test_errors():
         magnitude_threshold([weight, weight], 0.5, "row")
     with pytest.raises(TypeError, match=r"magnitude_threshold: weight: expected a float32.*got torch.int64"):
         magnitude_threshold(torch.arange(3), 0.5)
+    for other in (None, 0.5):
+        with pytest.raises(TypeError, match=rf"magnitude_threshold: weight: .*got {type(other).__name__}"):
+            magnitude_threshold(other, 0.5)
+    with pytest.raises(RuntimeError, match=r"magnitude_threshold: weights: expected a tensor on cpu.*got one on meta"):
+        magnitude_threshold([weight, weight.to("meta")], 0.5)
     with pytest.raises(TypeError, match=r"magnitude_threshold: weight\[1\]: expected a float32.*got torch.float64"):
         magnitude_threshold([weight, weight.double()], 0.5)

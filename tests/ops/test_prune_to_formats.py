@@ -120,6 +120,10 @@ def test_errors(name):
         op(name, weight.double(), 0.1)
     with pytest.raises(ValueError, match=rf"{name}: weight: expected shape \[N, K\], got \[3\]"):
         op(name, weight[:, 0], 0.1)
+    for other in (None, [1.0], 1.0):
+        for threshold in (0.1, torch.tensor(0.1)):
+            with pytest.raises(TypeError, match=rf"{name}: weight: expected a float32.*got {type(other).__name__}"):
+                getattr(engine.ops, name)(other, threshold)
     for shape in ((3,), (2, 1), (1, 3, 4), (4, 3)):
         with pytest.raises(ValueError, match=rf"{name}: threshold: .*got"):
             op(name, weight, torch.rand(shape))

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine
+from engine._ring_codec import threshold_of
 from engine.ops import ring_decode, ring_encode, ring_prune_encode
 from engine.ops._library import REFERENCES
 from engine.ops.ring_codec import wire_bytes
@@ -131,6 +132,46 @@ def test_a_flood_of_what_is_no_number(variant):
     assert decode(wire, "bitmap", 1000).isnan().all() and after.eq(0).all()
 
 
+# What gradients look like: a dead input, one of larger values, inputs of many scales, tokens that don't occur.
+STRUCTURES = {
+    "plain": lambda x: x,
+    "a dead column": lambda x: x.index_fill(1, torch.tensor(0), 0),
+    "a large column": lambda x: torch.cat([4 * x[:, :1], x[:, 1:]], 1),
+    "large columns": lambda x: x * (1 + 7 * torch.arange(x.shape[1]).remainder(64).eq(0)),
+    "columns of many scales": lambda x: x * torch.linspace(-1, 1, x.shape[1]).exp(),
+    "few columns": lambda x: x * torch.arange(x.shape[1]).remainder(5).eq(3),
+    "few rows": lambda x: x * torch.arange(x.shape[0]).remainder(5).eq(3).unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("rows, columns", [(1024, 128), (256, 512), (100, 1280), (131, 1001)])
+def test_a_structured_gradient_is_sent_at_the_density(rows, columns, structure):
+    """128 columns are the distance between samples, the next two shapes multiples of it."""
+    shares = []
+    for _ in range(5):
+        x = STRUCTURES[structure](torch.randn(rows, columns)).flatten()
+        shares.append(encode(x, None, "bitmap")[0][:4].view(torch.int32).item() / x.numel() / DENSITY)
+    assert 0.7 < sum(shares) / 5 < 1.2 and min(shares) > 0.4, shares
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_element_of_a_structured_gradient_is_sent_in_time(structure):
+    residual, sent = torch.zeros(1024 * 128), torch.zeros(1024 * 128, dtype=torch.bool)
+    for _ in range(120):
+        x = STRUCTURES[structure](torch.randn(1024, 128).abs()).flatten()
+        wire, _, residual = encode(x, residual, "bitmap")
+        sent |= decode(wire, "bitmap", x.numel()).ne(0)
+    assert sent[x.ne(0)].all()
+    first, second = (half.norm().item() for half in residual.chunk(2))
+    assert first == pytest.approx(second, rel=0.1)
+
+
+def test_a_threshold_among_more_elements_than_32_bits_count():
+    x = torch.ones(1).expand(1 << 33)
+    assert threshold_of(x, None, 1e-3) == torch.tensor(0x3F7FFFFF, dtype=torch.int32).view(torch.float32)
+
+
 def test_equal_values_are_sent_in_turns(variant):
     """None is above the threshold alone: as many as there is room for go, and the residual sees to the others."""
     x, residual, total = torch.ones(1000), torch.zeros(1000), torch.zeros(1000)
@@ -220,5 +261,12 @@ def test_errors():
         ring_prune_encode(x, None, 0.0, wire)
     with pytest.raises(ValueError, match=r"ring_decode: x: expected a contiguous tensor"):
         ring_decode(wire, "int8", torch.randn(600)[::2])
+    odd = torch.zeros(309, dtype=torch.uint8)[1:]
+    with pytest.raises(ValueError, match=r"ring_encode: wire: expected an address that is a multiple of 8"):
+        ring_encode(x, None, "int8", odd)
+    with pytest.raises(ValueError, match=r"ring_prune_encode: wire: expected an address that is a multiple of 8"):
+        ring_prune_encode(x, None, 0.01, odd[: wire_bytes("bitmap", 300, 0.01)])
+    with pytest.raises(ValueError, match=r"ring_decode: wire: expected an address that is a multiple of 8"):
+        ring_decode(odd, "int8", x)
     with pytest.raises(ValueError, match=r"ring_codec: codec: expected one of bf16, int8, bitmap, got 'zip'"):
         wire_bytes("zip", 3)

@@ -41,6 +41,33 @@ def test_gradient_opcheck_and_compile():
     assert torch.equal(compiled(values), semi_structured_to_dense(values, metadata, 14))
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", [*MATRICES, (1500, 1030), (3, 0)], ids=str)
+def test_gather_takes_what_stands_at_the_kept_places(shape, dtype):
+    values, metadata = prune_to_semi_structured(torch.randn(shape).to(dtype))
+    dense = torch.randn(shape).to(dtype).requires_grad_()
+    got = torch.ops.engine.semi_structured_gather(dense, metadata)
+    assert got.shape == values.shape and got.dtype == dtype
+    restored, kept = reference(got.detach(), metadata, shape[1]), reference(values, metadata, shape[1]) != 0
+    assert torch.equal(restored, dense.where(kept, 0))
+    got.backward(got.detach())
+    assert torch.equal(dense.grad, restored)
+
+
+def test_gather_opcheck_and_errors():
+    metadata, gather = prune_to_semi_structured(torch.randn(5, 14))[1], torch.ops.engine.semi_structured_gather.default
+    for grad in (False, True):
+        torch.library.opcheck(gather, (torch.randn(5, 14, requires_grad=grad), metadata))
+    for dense, error, message in (
+        (torch.randn(5, 17), ValueError, r"metadata: expected shape"),
+        (torch.randn(4, 14), ValueError, r"metadata: expected shape"),
+        (torch.randn(14), ValueError, r"dense: expected shape \[N, K\]"),
+        (torch.ones(5, 14, dtype=torch.int8), TypeError, "dense: expected a float32"),
+    ):
+        with pytest.raises(error, match=f"semi_structured_gather: {message}"):
+            gather(dense, metadata)
+
+
 def test_what_lies_is_refused(variant):
     values, metadata = prune_to_semi_structured(torch.randn(5, 14))
     for index, byte, message in (((2, 0), 0x41, "two places that ascend"), ((3, 1), 0xE4, None)):

@@ -145,6 +145,11 @@ def test_compiles():
 def test_errors():
     with pytest.raises(TypeError, match=r"threshold_prune: weight: expected a float32.*got torch.float64"):
         threshold_prune(torch.randn(3, 4, dtype=torch.float64), 0.1)
+    for other in (None, [1.0]):
+        with pytest.raises(TypeError, match=rf"threshold_prune: weight: expected .*got {type(other).__name__}"):
+            threshold_prune(other, 0.1)
+    with pytest.raises(RuntimeError, match=r"threshold_prune: threshold: expected a tensor that holds data.*meta"):
+        threshold_prune(torch.randn(3, 4), torch.tensor(0.1, device="meta"))
     with pytest.raises(TypeError, match=r"threshold_prune: threshold: expected .*got str"):
         threshold_prune(torch.randn(3, 4), "0.1")
     with pytest.raises(TypeError, match=r"threshold_prune: threshold: expected a real tensor"):
