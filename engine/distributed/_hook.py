@@ -65,7 +65,7 @@ class HookState:
         parameters = bucket.parameters()
         numbers = tuple(self._numbers.setdefault(id(p), len(self._numbers)) for p in parameters)
         if numbers not in self._buckets:
-            flat = torch.zeros(bucket.buffer().numel())
+            flat = torch.zeros(bucket.buffer().numel(), dtype=torch.float32)
             offset = 0
             for number, parameter in zip(numbers, parameters, strict=True):
                 view = flat[offset : offset + parameter.numel()]

@@ -52,7 +52,7 @@ class Member:
         if torch.device("cpu") not in group._device_types:  # of NCCL alone: there is no other way
             self._faster[size_class] = True
         if size_class not in self._faster:
-            seconds = torch.tensor(_measure(communicator, group, SIZE_CLASSES[size_class][1]))
+            seconds = torch.tensor(_measure(communicator, group, SIZE_CLASSES[size_class][1]), dtype=torch.float32)
             communicator.agree(seconds)  # the slowest rank's, for all
             ours, theirs = seconds.tolist()
             self._faster[size_class] = ours <= theirs
@@ -93,7 +93,7 @@ def _size_class(t: torch.Tensor) -> int:
 
 def _measure(communicator: Communicator, group: dist.ProcessGroup, nbytes: int) -> list[float]:
     """Seconds of the quickest of some trials, through shared memory and through torch.distributed."""
-    t = torch.zeros(nbytes // 4)
+    t = torch.zeros(nbytes // 4, dtype=torch.float32)
     best = [float("inf")] * 2
     for trial in range(TRIALS + 1):
         for way in range(2):

@@ -224,7 +224,7 @@ class RowParallelLinear(_Parallel):
         if of is None or of() is not self.shard:  # the first time; or a file was loaded, or each rank quantised its own
             format: Any = self.shard.format
             one = format.input_scale is not None and format.input_scale.dim() == 0
-            static = format.input_scale.detach().reshape(1) if one else torch.zeros(1)
+            static = format.input_scale.detach().reshape(1) if one else torch.zeros(1, dtype=torch.float32)
             scales = torch.cat([format.scale.detach(), static.to(format.scale.device)])
             largest = torch.cat([scales, -scales])
             all_reduce(largest, "max", self.group)

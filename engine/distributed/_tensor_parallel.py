@@ -80,7 +80,7 @@ def tensor_parallel_(
         problem = str(error)
     _agree(found, (codec, exact), problem, group)
     if codec is not None:  # an unknown one is refused here, on every rank alike
-        all_reduce(torch.zeros(1, device=next(model.parameters()).device), "sum", group, codec)
+        all_reduce(torch.zeros(1, dtype=torch.float32, device=next(model.parameters()).device), "sum", group, codec)
     switches = [switch for target in found for name in target.names for switch in switches_of_fused_paths(model, name)]
     while found:  # not a for loop: it would keep every whole weight alive to the end
         _replace(model, found.pop(0), group, codec, exact)

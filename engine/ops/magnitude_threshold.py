@@ -48,7 +48,7 @@ def _fake(weight: Tensor, sparsity: float, scope: str = "tensor") -> Tensor:
 def _reference_of_list(weights: list[Tensor], sparsity: float) -> Tensor:
     _check_arguments(weights, sparsity)
     if not weights:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     return _select(torch.cat([weight.float().abs().reshape(-1) for weight in weights]), sparsity)
 
 

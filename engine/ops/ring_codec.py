@@ -154,14 +154,14 @@ def _values_of(wire: Tensor, codec: str, n: int, factor: float) -> Tensor:
     some = _places(wire[HEADER:begin], 8 * (begin - HEADER))
     good = 0 <= count <= capacity and flags in (0, 1)
     if good and flags:
-        return torch.full((n,), torch.nan, device=wire.device)
+        return torch.full((n,), torch.nan, dtype=torch.float32, device=wire.device)
     masks = masks[: some.shape[0]]
     bits = _places(masks, 8 * masks.shape[0])
     good = good and masks.shape == some.shape and bool(masks.all()) and bits.shape[0] == count
     places = GROUP * some[bits // 8] + bits % 8 if good else bits
     good = good and not bool((places >= n).any())
     _check.expect(good, "ring_decode", "wire", "a header, bitmasks and values that agree", "others", RuntimeError)
-    return torch.zeros(n, device=wire.device).index_copy_(0, places, values[:count] * factor)
+    return torch.zeros(n, dtype=torch.float32, device=wire.device).index_copy_(0, places, values[:count] * factor)
 
 
 def _reference_decode(wire: Tensor, codec: str, factor: float, add: bool, x: Tensor) -> None:
