@@ -26,6 +26,26 @@ def test_densities(variant, density):
         assert_same(block_int8_linear(x[:m], *weight), want[:m])
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (32, 32), (48, 80), (64, 64), (80, 48), (128, 16)])
+def test_rows_of_activations_in_groups(variant, shape):
+    """Half a vector of 8, one or two of 16, and rests of each; outputs by every tile."""
+    weight, x = weights(150, 333, shape), activations(75, 333)
+    want = reference(x, *weight)
+    for m in (7, 8, 9, 16, 17, 24, 25, 32, 33, 41, 64, 75):
+        assert_same(block_int8_linear(x[:m], *weight), want[:m])
+
+
+def test_sums_beyond_32_bits(variant):
+    n, k = 40, 140_000
+    values = torch.full((n, k), 127, dtype=torch.int8)
+    values[::3] = -127
+    packed = engine.ops.prune_to_block(values, block_shape=(16, 64), keep=torch.ones(3, -(-k // 64), dtype=torch.bool))
+    x, scale = torch.ones(35, k), torch.rand(n)
+    x[1] = -1
+    for m in (8, 12, 35):
+        assert_same(block_int8_linear(x[:m], *packed, scale), reference(x[:m], *packed, scale))
+
+
 def test_what_lies_beyond_the_matrix_does_not_count(variant):
     crow, col, values, scale = weights(40, 70, (32, 32), 1.0)
     x = activations(20, 70)
