@@ -79,17 +79,18 @@ NVCC += ["-gencode=arch=compute_90a,code=sm_90a"]
 NVCC += ["-gencode=arch=compute_90,code=compute_90"]
 
 
-def accepts(compiler: str, flag: str) -> bool:
-    command = [*shlex.split(compiler), flag, "-x", "c++", "-fsyntax-only", os.devnull]
+def accepts(compiler: str, flags: list[str]) -> bool:
+    command = [*shlex.split(compiler), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def extensions():
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX") or "c++"  # as torch's BuildExtension takes it
     if shutil.which(shlex.split(compiler)[0]) is None:
         warnings.warn("no C++ compiler: engine installs without native kernels, by its references", stacklevel=1)
         return []
-    CXX.extend(flag for flag in TUNING if accepts(compiler, flag))
+    if accepts(compiler, TUNING):
+        CXX.extend(TUNING)
     from pybind11.setup_helpers import Pybind11Extension
 
     how = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True}
