@@ -713,10 +713,12 @@ def test_what_was_given_to_a_layer_stays():
     assert model(torch.randn(2, 64)).shape == (2, 64)
     assert copy.deepcopy(model).first.gain == 2.0
     student = Gained()
+    student.first.mask = student.first.format_type = "of another meaning"
     batch = torch.randn(8, 64)
     recipe = Recipe(Prune(sparsity=0.5), guard="none", targets=("first",))
     engine.distill(student, Gained(), [batch], steps=1, recipe=recipe, progress=False)
     assert isinstance(student.first, CompressedLinear) and student.first.gain == 2.0
+    assert student.first.mask == student.first.format_type == "of another meaning"
 
 
 @pytest.mark.parametrize("hook", ["register_state_dict_pre_hook", "register_load_state_dict_post_hook"])
