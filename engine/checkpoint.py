@@ -21,7 +21,7 @@ from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn._replace import (
     give_attributes,
     given_attributes,
-    has_hooks,
+    hooks_of,
     is_conv1d,
     set_item,
     switches_of_fused_paths,
@@ -203,8 +203,8 @@ def _check_home(file: CheckpointFile, slots: Slots, name: str, source: str) -> N
         raise CheckpointError(f"{where}: is {file.weights[source].format.__name__}, an embedding takes DenseInt8")
     if getattr(module, "max_norm", None) is not None:
         raise CheckpointError(f"{where}: an embedding with max_norm can't be compressed")
-    if has_hooks(module):
-        raise CheckpointError(f"{where}: the model's layer has hooks, which a replacement would lose")
+    if hooks := hooks_of(module):
+        raise CheckpointError(f"{where}: the model's layer has hooks ({hooks}), which a replacement would lose")
     _check_dtype(where, file.weights[source].dtype, _dense_dtype(module))
 
 

@@ -210,7 +210,7 @@ def test_speed_guard_really_measures(monkeypatch):
     monkeypatch.setattr(measure, "time_layers", time_layers)
     model.first.register_forward_hook(lambda *_: None)  # a hooked layer is left alone
     report = engine.compress_(model, Recipe(**{**BOTH, "guard": "speed"}), x)
-    assert report.left_alone["first"] == "it has hooks, which a replacement would lose"
+    assert report.left_alone["first"] == "it has hooks (_forward_hooks), which a replacement would lose"
     assert measured["second"] and all(dense > 0 and small > 0 for times in measured.values() for dense, small in times)
     for layer in report.layers:
         assert (layer.seconds_before, layer.seconds_after) in measured[layer.name]
@@ -698,6 +698,7 @@ def test_what_was_given_to_a_layer_stays():
             super().__init__()
             self.first, self.second, self.third = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
             self.first.gain, self.first._is_ours = 2.0, True
+            self.first.my_hooks = torch.ones(3)
             self.second.values = "of another meaning"
             self.third.doubled = types.MethodType(lambda layer, x: 2 * layer(x), self.third)
 
@@ -707,14 +708,17 @@ def test_what_was_given_to_a_layer_stays():
     model = Gained()
     report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
     assert isinstance(model.first, CompressedLinear) and model.first.gain == 2.0 and model.first._is_ours
+    assert torch.equal(model.first.my_hooks, torch.ones(3))
     assert "'values'" in report.left_alone["second"] and "methods" in report.left_alone["third"]
     assert model(torch.randn(2, 64)).shape == (2, 64)
     assert copy.deepcopy(model).first.gain == 2.0
     student = Gained()
+    student.first.mask = student.first.format_type = "of another meaning"
     batch = torch.randn(8, 64)
     recipe = Recipe(Prune(sparsity=0.5), guard="none", targets=("first",))
     engine.distill(student, Gained(), [batch], steps=1, recipe=recipe, progress=False)
     assert isinstance(student.first, CompressedLinear) and student.first.gain == 2.0
+    assert student.first.mask == student.first.format_type == "of another meaning"
 
 
 @pytest.mark.parametrize("hook", ["register_state_dict_pre_hook", "register_load_state_dict_post_hook"])
@@ -722,7 +726,25 @@ def test_hooks_of_state_dicts_are_hooks(hook):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     getattr(model[0], hook)(lambda *arguments: None)
     report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
-    assert "hooks" in report.left_alone["0"] and isinstance(model[1], CompressedLinear)
+    assert f"hooks ({hook.removeprefix('register')}s)" in report.left_alone["0"]
+    assert isinstance(model[1], CompressedLinear)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_hooks_left_by_norms_that_were_removed_do_not_count(copied):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    for layer in model[1:]:
+        nn.utils.spectral_norm(layer)
+    nn.utils.remove_spectral_norm(model[1])
+    assert model[0]._load_state_dict_pre_hooks and model[1]._load_state_dict_pre_hooks
+    if copied:
+        del model[2]  # PyTorch copies no weight that is computed
+        model = copy.deepcopy(model)
+    engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
+    assert [type(layer) for layer in model[:2]] == [CompressedLinear] * 2
+    assert copied or type(model[2]) is nn.Linear
 
 
 def test_no_recipes_leave_every_layer_alone():

@@ -317,6 +317,15 @@ def test_inputs_of_any_size_are_told_apart(size, kind):
         growing.see(x * (size * 1e-2 * factor))
     moment = growing.moment_sum.double() * growing.unit**2 / (size * 1e5) ** 2
     torch.testing.assert_close(moment.float(), x.t() @ x, rtol=1e-4, atol=1e-3)
+    mean = (growing.moment_sum.double() * growing.unit**2 / growing.rows).float()  # infinite where float32 ends
+    torch.testing.assert_close(growing.second_moment, mean)
+
+
+def test_a_moment_far_below_the_largest():
+    seen = InputStatistics.empty(2, torch.device("cpu"), True)
+    seen.see(torch.tensor([[1e25, 0.0], [0.0, 1e10]]))
+    assert torch.equal(seen.second_moment.isinf(), torch.tensor([[True, False], [False, False]]))
+    torch.testing.assert_close(seen.second_moment[1], torch.tensor([0.0, 0.5e20]))
 
 
 def test_a_moment_without_an_inverse_leaves_its_layer_alone(monkeypatch):

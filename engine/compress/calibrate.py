@@ -52,15 +52,18 @@ class InputStatistics:
 
     @property
     def channel_mean_square(self) -> Tensor:
-        """float32 `[K]`."""
+        """float32 `[K]`: infinite where inputs beyond 1e19 take it out of float32's range."""
         return (self.channel_sum_squares / max(1, self.rows)).float()
 
     @property
     def second_moment(self) -> Tensor:
-        """float32 `[K, K]`: the mean of `x^T x` over rows. ValueError where it was not gathered."""
+        """float32 `[K, K]`: the mean of `x^T x` over rows. ValueError where it was not gathered.
+
+        Infinite where inputs beyond 1e19 take it out of float32's range; `moment_sum` and `unit` still tell it.
+        """
         if self.moment_sum is None:
             raise ValueError("engine.calibrate: the second moment was not gathered: give second_moment=True")
-        return self.moment_sum / max(1, self.rows) * self.unit**2
+        return self.moment_sum / max(1, self.rows) * self.unit * self.unit  # the square alone may leave the range
 
     def input_scale(self, method: str = "amax", percentile: float = 99.99) -> float:
         """The scale for all of the input (static quantisation): what int8's 127 stands for, divided by 127.

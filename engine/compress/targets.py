@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from engine.compress.recipe import DEFAULT_TARGETS, Recipe
-from engine.nn._replace import has_hooks, is_as_made, is_conv1d
+from engine.nn._replace import hooks_of, is_as_made, is_conv1d
 from engine.nn.compressed import _Compressed
 from engine.nn.conv2d import as_matrix, as_weight, why_not
 from engine.ops._check import FLOAT_DTYPES
@@ -229,8 +229,8 @@ def _why_not(target: Target, others: set[str]) -> str | None:
         return "its weight is shared between a Conv1D and others, which multiply by its transpose"
     if not all(is_as_made(module) for module in target.modules):
         return "it has a forward or parts of its own, or methods bound to it, which a replacement would lose"
-    if any(has_hooks(module) for module in target.modules):
-        return "it has hooks, which a replacement would lose"
+    if hooks := next(filter(None, map(hooks_of, target.modules)), None):
+        return f"it has hooks ({hooks}), which a replacement would lose"
     return None
 
 

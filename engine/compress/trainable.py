@@ -66,7 +66,10 @@ class TrainableLinear(nn.Module):
         self.register_buffer("input_scale", None if scale is None else scale.detach().clone())
         self.bias = compressed.bias
         self.transposed = isinstance(compressed, CompressedLinear) and compressed.transposed
-        give_attributes(self, given_attributes(compressed))
+        # Attributes given under names that have another use in training; the compressed layer gets them back.
+        self._aside: dict[str, Any] = {}
+        given = given_attributes(compressed)
+        self._aside |= {name: given[name] for name in give_attributes(self, given)}
         self.train(compressed.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -164,7 +167,8 @@ class TrainableLinear(nn.Module):
             else:
                 format = Bitmap.from_dense(weight, threshold, self.values_dtype, self.input_scale)
         module = self._over(format).train(self.training)
-        give_attributes(module, given_attributes(self))
+        taken = give_attributes(module, given_attributes(self) | self._aside)
+        assert not taken, taken  # as the layer before had them
         if module.values.is_floating_point():
             module.values.requires_grad_(self.weight.requires_grad)
         return module

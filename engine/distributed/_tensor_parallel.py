@@ -14,7 +14,7 @@ from engine.distributed._all_reduce import all_reduce
 from engine.distributed._parallel_linear import ColumnParallelLinear, RowParallelLinear, bounds
 from engine.formats._common import own
 from engine.nn import CompressedLinear
-from engine.nn._replace import has_hooks, switches_of_fused_paths
+from engine.nn._replace import hooks_of, switches_of_fused_paths
 
 STYLES = ("colwise", "rowwise", "colwise_rep", "rowwise_rep")
 WHERE = "engine.distributed.tensor_parallel_"
@@ -176,8 +176,8 @@ def _check_target(model: nn.Module, target: _Target, group: dist.ProcessGroup) -
         raise ValueError(f"{where}: is a {kind}, and only nn.Linear and CompressedLinear can be sharded")
     if module is model:
         raise ValueError(f"{where}: the model is this one layer, which can't be replaced in place: put it in a module")
-    if has_hooks(module):
-        raise ValueError(f"{where}: has hooks, which a replacement would lose")
+    if hooks := hooks_of(module):
+        raise ValueError(f"{where}: has hooks ({hooks}), which a replacement would lose")
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(f"{where}: is on the meta device: load the checkpoint first")
     mine = {id(parameter) for parameter in module.parameters()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 GIVEN = "_given_attributes"  # of a replacement: the names that it has from the layer before
+REGISTRIES = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 SIZES: dict[type[nn.Module], tuple[int, ...]] = {nn.Linear: (1, 1), nn.Embedding: (1, 1), nn.Conv2d: (1, 1, 1)}
 
 
@@ -51,11 +52,16 @@ def switches_of_fused_paths(model: nn.Module, name: str) -> Iterator[tuple[dict[
             yield vars(around), "use_nested_tensor", False
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks hang on `module` or its weight, which a replacement would lose."""
+def hooks_of(module: nn.Module) -> str | None:
+    """Where hooks hang on `module` or its weight, which a replacement would lose; None: nowhere."""
+    for name in REGISTRIES:
+        for hook in vars(module).get(name, {}).values():
+            # Removing a weight or spectral norm leaves some of its state-dict hooks behind, which do nothing of use.
+            made_by = str(getattr(getattr(hook, "hook", hook), "__module__", None))  # copies forget all but `hook`
+            if "state_dict" not in name or not made_by.startswith("torch.nn.utils."):
+                return name
     weight = module._parameters.get("weight")
-    hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
-    return hooks or (weight is not None and has_tensor_hooks(weight))
+    return "on its weight" if weight is not None and has_tensor_hooks(weight) else None
 
 
 def has_tensor_hooks(parameter: Tensor) -> bool:

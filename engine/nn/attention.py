@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from engine.nn._replace import has_hooks, has_tensor_hooks, is_as_made, set_item, switches_of_fused_paths
+from engine.nn._replace import has_tensor_hooks, hooks_of, is_as_made, set_item, switches_of_fused_paths
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 PARAMETERS = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", *SEPARATE_WEIGHTS}
@@ -240,8 +240,9 @@ def why_not_unfused(attention: nn.MultiheadAttention) -> str | None:
     parts = parts and type(out) in (NonDynamicallyQuantizableLinear, nn.Linear) and is_as_made(out)
     if not parts or attention._buffers:
         return "it has parts that PyTorch did not make"
-    if has_hooks(attention) or has_hooks(out) or any(map(has_tensor_hooks, attention.parameters())):
-        return "it has hooks, which a replacement would lose"
+    hooks = hooks_of(attention) or hooks_of(out)
+    if hooks or any(map(has_tensor_hooks, attention.parameters())):
+        return f"it has hooks ({hooks or 'on a parameter'}), which a replacement would lose"
     return None
 
 
