@@ -122,11 +122,12 @@ template <class Step>
 struct FloatDotAvx512 {
     static constexpr int columns(int m) { return m == 1 ? 2 : m <= 4 ? 4 : 3; }
 
-    // C rows of weights by M of activations, in 32 registers.
+    // A stretch of C rows of weights, which are left where it ended, by M of activations, in 32 registers.
     template <int M, int C, class V>
-    ENGINE_AVX512 static void tile(FloatColumn<V> (&columns)[C], int64_t k,
+    ENGINE_AVX512 static void tile(FloatColumn<V> (&columns)[C], int64_t kc,
                                    const float* x,  // [M, stride]
-                                   int64_t stride, float (&sums)[C][M]) {
+                                   int64_t stride,
+                                   float* sums) {  // [C, M]
         constexpr int U = M == 1 ? 2 : 1;  // sums of an output: for one row, one sum each would leave additions waiting
         __m512 acc[C][M][U];
         const V* p[C];
@@ -136,11 +137,11 @@ struct FloatDotAvx512 {
 #pragma GCC unroll 16
             for (int i = 0; i < M * U; ++i) acc[c][i / U][i % U] = _mm512_setzero_ps();
         }
-        for (int64_t i = 0; i < k; i += 64) {
+        for (int64_t i = 0; i < kc; i += 64) {
             uint64_t bits[C];
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
-                bits[c] = mask_bits(columns[c].mask, i, k);
+                bits[c] = mask_bits(columns[c].mask, i, kc);
                 __builtin_prefetch(columns[c].ahead + i / 8);
 #pragma GCC unroll 4
                 for (size_t b = 0; b < 32 * sizeof(V); b += 64) {  // what half of 64 weights take
@@ -160,10 +161,12 @@ struct FloatDotAvx512 {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
             columns[c].values = p[c];
+            columns[c].mask += kc / 8;
+            columns[c].ahead += kc / 8;
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 if (U == 2) acc[c][m][0] = _mm512_add_ps(acc[c][m][0], acc[c][m][U - 1]);
-                sums[c][m] = _mm512_reduce_add_ps(acc[c][m][0]);
+                sums[c * M + m] = _mm512_reduce_add_ps(acc[c][m][0]);
             }
         }
     }
@@ -182,12 +185,16 @@ struct FloatDotAvx512 {
                 start[c] = weights.column(std::min(first + c, end - 1), C, scratch[c]);
             }
             for (int64_t at = 0;; at = std::min(at + M, call.m - M)) {
-                float sums[C][M];
+                float sums[C * M];
                 std::copy_n(start, C, columns);
-                tile<M, C>(columns, call.k, rows.x + at * rows.stride, rows.stride, sums);
+                const float* x = rows.x + at * rows.stride;
+                const auto stretch = [&](int64_t k0, int64_t kc, float* to) {
+                    tile<M, C>(columns, kc, x + k0 / 32 * Step::kFloats, rows.stride, to);
+                };
+                sum_stretches<C * M, M == 1 ? 32 : 16>(C * M, call.k, stretch, sums);
                 for (int c = 0; c < C && first + c < end; ++c) {
                     for (int m = 0; m < M; ++m) {
-                        call.y[(at + m) * call.n + first + c] = float_output(sums[c][m], call, first + c);
+                        call.y[(at + m) * call.n + first + c] = float_output(sums[c * M + m], call, first + c);
                     }
                 }
                 if (at + M >= call.m) break;

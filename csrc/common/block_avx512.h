@@ -28,6 +28,7 @@ struct BlockStrip {
     const int32_t* columns;  // [blocks]: where each stands
     int64_t blocks, wide;    // wide: columns of a block
     const W* weights;        // [blocks · wide / 2, outputs, 2], or as many one by one
+    int64_t chain;           // how much of K is added up before it is added to the sums, in fp32 products
     // What memory is asked for meanwhile, so many lines with each block: many at once would hold up the activations.
     const char* next = nullptr;
     int64_t next_stride = 0, lines = 0;  // bytes from what is asked for with a block to that with the next
@@ -160,18 +161,18 @@ struct BlockFloatAvx512 {
         }
     }
 
-    // As above. After kFloatChain of K sums are added to what came before.
+    // As above. After a chain of K sums are added to what came before.
     template <int R, int V>
     ENGINE_AVX512 __attribute__((noinline)) static void tile_of(const float* x,  // [R, stride]
                                                                 int64_t stride, const BlockStrip<float>& strip,
                                                                 bool add,
                                                                 float* sums) {  // [R, 16 V]
         const float* w = strip.weights;
-        const int64_t blocks = std::max<int64_t>(1, kFloatChain / strip.wide);
+        const int64_t blocks = std::max<int64_t>(1, strip.chain / strip.wide);
         int64_t first = 0, begin = 0;
         do {
             const int64_t last = std::min(strip.blocks, first + blocks);
-            const int64_t end = std::min(strip.wide, begin + kFloatChain);
+            const int64_t end = std::min(strip.wide, begin + strip.chain);
             __m512 acc[R][V];
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {

@@ -6,12 +6,14 @@
 //   kLanes         weights to a vector
 //   load(w, left)  a vector of weights, zeros from `left` on where there are fewer, which are a multiple of 16
 //   multiply(sums, w, x)  x: where as many activations are, which are as aligned as 16 of them
-//   add_up(lanes, sums)   the sums of four vectors of lanes
+//   kChain         weights of a row whose products are added up before they are added to the total
+//   add_up(lanes, add, sums)  the sums of four vectors of lanes, added to what is there if `add`
 #pragma once
 
 #include "common/block.h"
 #include "common/dot_bytes_avx2.h"
 #include "common/floats.h"
+#include "common/gemm_float.h"
 #include "common/int8_activations.h"
 #if ENGINE_X86
 
@@ -23,15 +25,16 @@ struct FloatBlockStepAvx2 {
     using X = float;
     using Lanes = __m256;
     using Sum = float;
-    static constexpr int64_t kLanes = 8;
+    static constexpr int64_t kLanes = 8, kChain = 8 * kDotChain;
 
     ENGINE_AVX2 ENGINE_INLINE static __m256 load(const V* w, int64_t) { return load_8_avx2(w); }
     ENGINE_AVX2 ENGINE_INLINE static void multiply(__m256& sums, __m256 w, const float* x) {
         sums = _mm256_fmadd_ps(w, _mm256_load_ps(x), sums);
     }
-    ENGINE_AVX2 ENGINE_INLINE static void add_up(const __m256* lanes, float* sums) {
+    ENGINE_AVX2 ENGINE_INLINE static void add_up(const __m256* lanes, bool add, float* sums) {
         const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(lanes[0], lanes[1]), _mm256_hadd_ps(lanes[2], lanes[3]));
-        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+        _mm_storeu_ps(sums, add ? _mm_add_ps(_mm_loadu_ps(sums), four) : four);
     }
 };
 
@@ -41,7 +44,7 @@ struct Int8BlockStepAvx2 {
     using X = int8_t;
     using Lanes = __m256i;
     using Sum = int64_t;
-    static constexpr int64_t kLanes = 32;
+    static constexpr int64_t kLanes = 32, kChain = INT64_MAX;
 
     ENGINE_AVX2 ENGINE_INLINE static __m256i load(const int8_t* w, int64_t left) {
         if (left < kLanes) return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
@@ -51,7 +54,7 @@ struct Int8BlockStepAvx2 {
         Bytes::add(sums, _mm256_abs_epi8(w), w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
     }
     // A lane's sum fits 32 bits, that of all of them may not.
-    ENGINE_AVX2 ENGINE_INLINE static void add_up(const __m256i* lanes, int64_t* sums) {
+    ENGINE_AVX2 ENGINE_INLINE static void add_up(const __m256i* lanes, bool, int64_t* sums) {
         for (int i = 0; i < 4; ++i) sums[i] = sum_lanes_avx2(lanes[i]);
     }
 };
@@ -121,21 +124,26 @@ class BlockDotAvx2 {
         const bool stream = M == 1 && bytes > kInCache;
         const int64_t block_bytes = size * static_cast<int64_t>(sizeof(Weight));
         const int64_t step = stream ? 1 : std::max<int64_t>(1, kChunkBytes / block_bytes);
-        const int64_t ahead = !stream && bytes > kLeastAsked ? kChunkBytes : 0;
+        const int64_t ahead = !stream && bytes > kLeastAsked ? kChunkBytes : 0, chain = Step::kChain / wide;
         alignas(64) Lanes all[kMostBlock][M];
         if (line.last == line.first) std::memset(all, 0, line.rows * sizeof all[0]);
-        for (int64_t block = line.first; block < last; block += step) {
-            const int64_t count = std::min(step, last - block);
-            for (int64_t row = 0; row < line.rows; row += kRows) {
-                const Weight* w = values + block * size + row * wide;
-                multiply<M, kRows>({line.x, line.x_stride, w, size, wide, columns + block, count, ahead},
-                                   block > line.first, all + row);
+        int64_t first = line.first;
+        do {
+            const int64_t end = first + std::min(chain, line.last - first), whole = std::min(end, last);
+            for (int64_t block = first; block < whole; block += step) {
+                const int64_t count = std::min(step, whole - block);
+                for (int64_t row = 0; row < line.rows; row += kRows) {
+                    const Weight* w = values + block * size + row * wide;
+                    multiply<M, kRows>({line.x, line.x_stride, w, size, wide, columns + block, count, ahead},
+                                       block > first, all + row);
+                }
             }
-        }
-        if (partial) {
-            add_partial<M, kRows>(line, values + last * size, columns[last] * wide, last > line.first, all);
-        }
-        add_up<M>(all, line.rows, sums);
+            if (whole < end) {
+                add_partial<M, kRows>(line, values + last * size, columns[last] * wide, last > first, all);
+            }
+            add_up<M>(all, line.rows, first > line.first, sums);
+            first = end;
+        } while (first < line.last);
     }
 
     // A block that reaches beyond K, of which what is there counts for nothing, not even if it is no number.
@@ -192,11 +200,11 @@ class BlockDotAvx2 {
     }
 
     template <int M>
-    ENGINE_AVX2 static void add_up(const Lanes (*all)[M], int64_t rows, Sum (*sums)[kMostBlock]) {
+    ENGINE_AVX2 static void add_up(const Lanes (*all)[M], int64_t rows, bool add, Sum (*sums)[kMostBlock]) {
         for (int64_t row = 0; row < rows; row += 4) {
             for (int m = 0; m < M; ++m) {
                 const Lanes four[] = {all[row][m], all[row + 1][m], all[row + 2][m], all[row + 3][m]};
-                Step::add_up(four, sums[m] + row);
+                Step::add_up(four, add, sums[m] + row);
             }
         }
     }

@@ -4,6 +4,7 @@
 //   Weight, X       the elements of weights and of activations
 //   Sum, Lanes      of products, and a vector of them
 //   kLanes          weights to a vector: a piece of a row of a block, or 2 or 4 rows of a narrow one
+//   kChain          weights of a row whose products are added up before they are added to the total
 //   load(w)         such a vector of weights; load(w, inside) the same with zeros where a bit is not set
 //   multiply(sums, w, x)  x: the bits of a vector of activations
 //   kShifted        whether weights are shifted by 128, so that sums are too large by 128 times the activations
@@ -31,7 +32,7 @@ struct Int8BlockStep {
     using X = int8_t;
     using Sum = int32_t;
     using Lanes = __m512i;
-    static constexpr int64_t kLanes = 64;
+    static constexpr int64_t kLanes = 64, kChain = INT64_MAX;
     static constexpr bool kShifted = true;
 
     ENGINE_AVX512 ENGINE_INLINE static __m512i load(const int8_t* w) {
@@ -50,7 +51,7 @@ struct FloatBlockStep {
     using X = float;
     using Sum = float;
     using Lanes = __m512;
-    static constexpr int64_t kLanes = 16;
+    static constexpr int64_t kLanes = 16, kChain = 16 * kDotChain;
     static constexpr bool kShifted = false;
 
     ENGINE_AVX512 ENGINE_INLINE static __m512 load(const V* w) { return load_16_avx512(w); }
@@ -70,7 +71,7 @@ struct PairBlockStep {
     using X = BFloat16;
     using Sum = float;
     using Lanes = __m512;
-    static constexpr int64_t kLanes = 32;
+    static constexpr int64_t kLanes = 32, kChain = 16 * kDotChain;
     static constexpr bool kShifted = false;
 
     ENGINE_AVX512 ENGINE_INLINE static __m512i load(const BFloat16* w) { return _mm512_loadu_si512(w); }
@@ -141,23 +142,28 @@ class BlockDotAvx512 {
     static void blocks(const Line& line, Sum (*sums)[kMostBlock]) {
         constexpr int kVectors = M == 1 ? 16 : M <= 3 ? 8 : 4;
         const Blocks& weight = line.weight;
-        const int64_t vectors = weight.shape.rows / together, first = line.first;
+        const int64_t vectors = weight.shape.rows / together;
         // Of a block that reaches beyond K, the last one, what is there counts for nothing, not even if it is no
         // number.
         const bool partial =
-            line.last > first && (weight.columns()[line.last - 1] + 1) * weight.shape.columns > weight.k;
+            line.last > line.first && (weight.columns()[line.last - 1] + 1) * weight.shape.columns > weight.k;
         const int64_t last = line.last - partial;
         const int64_t size = weight.shape.rows * weight.shape.columns * static_cast<int64_t>(sizeof(Weight));
-        const int64_t step = std::max<int64_t>(1, kChunkBytes / size);
+        const int64_t step = std::max<int64_t>(1, kChunkBytes / size), chain = Step::kChain / weight.shape.columns;
         alignas(64) Sums<M> all;
-        int64_t block = first;
+        int64_t first = line.first;
         do {
-            const int64_t end = std::min(last, block + step);
-            stretch<M, together, false, kVectors>(line, block, end, 0, vectors, block > first, all);
-            block = end;
-        } while (block < last);
-        if (partial) stretch<M, together, true, kVectors>(line, last, last + 1, 0, vectors, true, all);
-        add_up<M, together>(all, vectors, sums);
+            const int64_t end = first + std::min(chain, line.last - first), whole = std::min(end, last);
+            int64_t block = first;
+            do {
+                const int64_t stop = std::min(whole, block + step);
+                stretch<M, together, false, kVectors>(line, block, stop, 0, vectors, block > first, all);
+                block = stop;
+            } while (block < whole);
+            if (whole < end) stretch<M, together, true, kVectors>(line, last, end, 0, vectors, true, all);
+            add_up<M, together>(all, vectors, first > line.first, sums);
+            first = end;
+        } while (first < line.last);
     }
 
     // Blocks [first, last) from vector `v` of each on, as many vectors at a time as there are registers for; their
@@ -244,9 +250,9 @@ class BlockDotAvx512 {
         return lanes;
     }
 
-    // The lanes of each row of weights added up, 16 rows at a time.
+    // The lanes of each row of weights added up, 16 rows at a time, and to what is there if `add`.
     template <int M, int together>
-    ENGINE_AVX512 static void add_up(const Sums<M>& all, int64_t vectors, Sum (*sums)[kMostBlock]) {
+    ENGINE_AVX512 static void add_up(const Sums<M>& all, int64_t vectors, bool add, Sum (*sums)[kMostBlock]) {
         // Of vectors of 2 or 4 rows each, the first rows come first, then the second ones.
         const __m512i pairs = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
         const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -267,7 +273,11 @@ class BlockDotAvx512 {
                     sixteen = _mm512_permutexvar_epi32(pairs, bits_avx512(add_halves_avx512<256>(four[0], four[1])));
                 }
                 if constexpr (together == 4) sixteen = _mm512_permutexvar_epi32(fours, bits_avx512(four[0]));
-                _mm512_storeu_si512(sums[m] + v * together, sixteen);
+                Sum* const to = sums[m] + v * together;
+                if constexpr (std::is_same_v<Sum, float>) {
+                    if (add) sixteen = bits_avx512(_mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(sixteen)));
+                }
+                _mm512_storeu_si512(to, sixteen);
             }
         }
     }

@@ -47,6 +47,10 @@ constexpr int64_t kFloatGroup = 112;  // at most so many weight rows to a group
 // dependent additions, about 0.15 L epsilon for random products, and as sqrt(L K) where K is cut into chains of L. MKL
 // has 4 chains for up to 8 outputs, and for more of them one of at most 192 additions.
 constexpr int64_t kFloatChain = 64;
+// The chain of totals errs too, as K / sqrt(L): least where L is sqrt(K).
+constexpr int64_t float_chain(int64_t k) {
+    return k <= kFloatChain * kFloatChain ? kFloatChain : k <= 4 * kFloatChain * kFloatChain ? 128 : kFloatDepth;
+}
 
 // Makes a row of outputs NaN.
 template <class T>
@@ -81,6 +85,23 @@ void float_panel_linear(const FloatLinear<T>& call, const Provider& weights);
 
 constexpr int64_t kFloatDotRows = 8;  // rows of activations to a tile at most
 constexpr int64_t kMostDotRows = 64;  // rows of activations to a call at most
+// Products that a lane adds up before the lanes are added to the total, so that long rows lose no more than torch's.
+constexpr int64_t kDotChain = 256;
+
+// The sums of `count` dot products along K, in stretches: dot(k0, kc, sums) makes those of one, in `lanes` lanes each.
+template <int64_t most, int64_t lanes, class Dot>
+ENGINE_INLINE void sum_stretches(int64_t count, int64_t k, const Dot& dot,
+                                 float* sums) {  // [count], count ≤ most
+    constexpr int64_t depth = lanes * kDotChain;
+    dot(0, std::min(k, depth), sums);
+    // Without the hint GCC keeps the caller's variables in memory for the sake of this loop: 3 cycles a row.
+    if (__builtin_expect(k <= depth, 1)) return;
+    for (int64_t k0 = depth; k0 < k; k0 += depth) {
+        float more[most];
+        dot(k0, std::min(k - k0, depth), more);
+        for (int64_t i = 0; i < count; ++i) sums[i] += more[i];
+    }
+}
 
 // Activations as fp32 rows, for the length of a call.
 struct FloatRows {

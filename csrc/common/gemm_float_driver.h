@@ -2,7 +2,7 @@
 // microkernel:
 //
 //   Element          what it multiplies: float, or BFloat16 in pairs along K
-//   kChain           how much of K is added up before it is added to the sums
+//   kChain           how much of K is added up at least before it is added to the sums
 //   kWidth, kNarrow  rows of activations in a strip; in the last one where they suffice
 //   kRows            weight rows that one call of tile() multiplies
 //   kGroup           weight rows to a group at most, a multiple of kRows
@@ -96,7 +96,7 @@ void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, P
                 int64_t chunk,  // the call's row that is row 0 of the strips
                 int64_t begin, int64_t end, int64_t column, int64_t columns) {
     using Element = typename Kernel::Element;
-    const int64_t whole = round_up(columns, Kernel::kRows);
+    const int64_t whole = round_up(columns, Kernel::kRows), chain = std::max(Kernel::kChain, float_chain(call.k));
     std::fill(panel + columns * kFloatDepth, panel + whole * kFloatDepth, Element{});
     if constexpr (kHasSpans<Provider>) std::fill_n(sums, (end - begin) * Kernel::kWidth * whole, 0.0f);
     for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kFloatDepth) {
@@ -119,15 +119,15 @@ void float_task(const FloatLinear<T>& call, const FloatStrips<Kernel>& strips, P
                     }
                 }
                 const auto multiply = [&](int64_t k, int64_t last_k, bool add) {
-                    Kernel::tile(panel + r * kFloatDepth + k, strips.at(strip, k0 + k),
-                                 std::min(Kernel::kChain, last_k - k), width, add, mine + r * width);
+                    Kernel::tile(panel + r * kFloatDepth + k, strips.at(strip, k0 + k), std::min(chain, last_k - k),
+                                 width, add, mine + r * width);
                 };
                 if constexpr (kHasSpans<Provider>) {
                     for (const auto& span : weights.spans(r)) {
-                        for (int64_t k = span.begin; k < span.end; k += Kernel::kChain) multiply(k, span.end, true);
+                        for (int64_t k = span.begin; k < span.end; k += chain) multiply(k, span.end, true);
                     }
                 } else {
-                    for (int64_t k = 0; k == 0 || k < kc; k += Kernel::kChain) multiply(k, kc, k0 + k > 0);
+                    for (int64_t k = 0; k == 0 || k < kc; k += chain) multiply(k, kc, k0 + k > 0);
                 }
             }
             if (last) {

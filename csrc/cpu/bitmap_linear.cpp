@@ -119,7 +119,7 @@ struct FloatBitmapProvider {
 
 // ---- dot products -----------------------------------------------------------------------------------------------
 
-// A kernel's dot<M> multiplies a single row of weights by M of activations, and returns how many values it took.
+// A kernel's dot<M> multiplies a stretch of a row of weights by M of activations, and returns how many values it took.
 // Several sums for each, so that additions need not wait for each other. AVX-512's are in
 // common/bitmap_float_avx512.h.
 template <class Kernel>
@@ -131,7 +131,12 @@ struct RowByRow {
         for (int64_t column = begin; column < end; ++column) {
             const FloatColumn<V> row = weights.column(column, 1, scratch);
             float sums[M];
-            const int64_t taken = Kernel::template dot<M>(row.mask, row.values, call.k, rows.x, rows.stride, sums);
+            int64_t taken = 0;
+            const auto dot = [&](int64_t k0, int64_t kc, float* to) __attribute__((always_inline)) {
+                taken +=
+                    Kernel::template dot<M>(row.mask + k0 / 8, row.values + taken, kc, rows.x + k0, rows.stride, to);
+            };
+            sum_stretches<M, Kernel::lanes(M)>(M, call.k, dot, sums);
             weights.check_row(column, taken);
             for (int m = 0; m < M; ++m) call.y[m * call.n + column] = float_output(sums[m], call, column);
         }
@@ -139,6 +144,8 @@ struct RowByRow {
 };
 
 struct DotPortable : RowByRow<DotPortable> {
+    static constexpr int64_t lanes(int) { return 8; }
+
     template <int M, class V>
     static int64_t dot(const uint8_t* mask,  // [ceil(k/8)]
                        const V* values,      // k + kReadAhead may be read
@@ -164,6 +171,8 @@ struct DotPortable : RowByRow<DotPortable> {
 
 #if ENGINE_X86
 struct DotAvx2 : RowByRow<DotAvx2> {
+    static constexpr int64_t lanes(int m) { return m == 1 ? 32 : m <= 4 ? 16 : 8; }
+
     template <int M, class V>
     ENGINE_AVX2 static int64_t dot(const uint8_t* mask,  // [ceil(k/8)]
                                    const V* values,      // k + kReadAhead may be read
@@ -171,7 +180,7 @@ struct DotAvx2 : RowByRow<DotAvx2> {
                                    const float* x,  // [M, stride]
                                    int64_t stride,
                                    float* sums) {  // [M]
-        constexpr int U = M == 1 ? 4 : M <= 4 ? 2 : 1;
+        constexpr int U = lanes(M) / 8;
         __m256 acc[U][M];
 #pragma GCC unroll 16
         for (int i = 0; i < U * M; ++i) acc[i / M][i % M] = _mm256_setzero_ps();

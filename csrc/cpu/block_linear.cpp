@@ -23,10 +23,21 @@ constexpr int64_t kMaxBlock = 256;  // rows and columns of a block
 template <class T, class V>
 void line_portable(const FloatLinear<T>& call, const FloatRows& rows, const Blocks& weight, int64_t line) {
     const auto [high, wide] = weight.shape;
+    const int64_t first = weight.offsets()[line], end = weight.offsets()[line + 1], chain = kLanes * kDotChain / wide;
+    const bool several = end - first > chain;
     alignas(64) float sums[kMaxBlock][kFloatDotRows][kLanes];
     alignas(64) float w[kMaxBlock], last[kFloatDotRows][kMaxBlock];
-    for (int64_t r = 0; r < high; ++r) std::memset(sums[r], 0, call.m * sizeof sums[r][0]);
-    for (int64_t i = weight.offsets()[line]; i < weight.offsets()[line + 1]; ++i) {
+    float totals[kMaxBlock][kFloatDotRows];
+    const auto clear = [&](int64_t r) { std::memset(sums[r], 0, call.m * sizeof sums[r][0]); };
+    for (int64_t r = 0; r < high; ++r) clear(r);
+    if (several) std::memset(totals, 0, high * sizeof totals[0]);
+    for (int64_t i = first; i < end; ++i) {
+        if (__builtin_expect(i > first && (i - first) % chain == 0, 0)) {
+            for (int64_t r = 0; r < high; ++r) {
+                for (int64_t m = 0; m < call.m; ++m) totals[r][m] += sum_8(sums[r][m]);
+                clear(r);
+            }
+        }
         const V* values = weight.blocks<V>() + i * high * wide;
         const int64_t column = weight.columns()[i] * wide, inside = std::min(wide, weight.k - column);
         const float* x = rows.x + column;
@@ -51,8 +62,8 @@ void line_portable(const FloatLinear<T>& call, const FloatRows& rows, const Bloc
     }
     for (int64_t r = 0; r < high && line * high + r < weight.n; ++r) {
         for (int64_t m = 0; m < call.m; ++m) {
-            const float* a = sums[r][m];
-            const float sum = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+            float sum = sum_8(sums[r][m]);
+            if (several) sum += totals[r][m];
             call.y[m * call.n + line * high + r] = float_output(sum, call, line * high + r);
         }
     }
@@ -241,7 +252,7 @@ struct StripTask {
         for (int64_t i = first; i == first || i < last; i += step) {
             const int64_t stop = std::min(last, i + step);
             pack(i, stop, inside, outputs);
-            BlockStrip<W> strip{weight.columns() + i, stop - i, wide, packed};
+            BlockStrip<W> strip{weight.columns() + i, stop - i, wide, packed, float_chain(call.k)};
             for (int64_t row = begin; row < end; row += tile) {
                 const int64_t count = std::min(tile, end - row);
                 strip.template ask_next<V>(weight, stop, inside, outputs, (row - begin) / tile,

@@ -75,8 +75,8 @@ class SemiSource {
     ToFloats<V> to_floats_ = to_floats<V>();
 };
 
-// A kernel multiplies a row of weights by M of activations. Several sums each, so that additions need not wait for each
-// other.
+// A kernel multiplies a stretch of a row of weights by M of activations. Several sums each, so that additions need not
+// wait for each other.
 template <class V>
 using DotRow = void (*)(const V* values,          // [2 groups]
                         const uint8_t* metadata,  // [ceil(groups/2)]
@@ -86,7 +86,7 @@ using DotRow = void (*)(const V* values,          // [2 groups]
                         float* sums);  // [M]
 
 struct DotPortable {
-    static constexpr int64_t kLanes = 8;
+    static constexpr int64_t kLanes = 8, kLeastLanes = kLanes;
     static void arrange(const FloatRows&, int64_t) {}
 
     template <class V>
@@ -114,6 +114,8 @@ struct DotPortable {
 
 #if ENGINE_X86
 struct DotAvx2 {
+    static constexpr int64_t kLeastLanes = 32;  // 16 for the half of the weights that is stored
+
     // Of 16 activations groups 0, 2, 1, 3: vpermilps fetches within 128 bits, groups 0 and 2 for the lower halves of
     // lanes.
     ENGINE_AVX2 static void arrange(const FloatRows& rows, int64_t m) {
@@ -248,7 +250,10 @@ void dot_linear(const FloatLinear<T>& call, const SemiStructured<V>& weight) {
     const auto dots = [&](int64_t begin, int64_t end, const FloatRows& rows) {
         for (int64_t column = begin; column < end; ++column) {
             float sums[kFloatDotRows];
-            dot(weight.values_at(column, 0), weight.metadata_at(column, 0), call.k, rows.x, rows.stride, sums);
+            const auto stretch = [&](int64_t k0, int64_t kc, float* to) __attribute__((always_inline)) {
+                dot(weight.values_at(column, k0), weight.metadata_at(column, k0), kc, rows.x + k0, rows.stride, to);
+            };
+            sum_stretches<kFloatDotRows, Kernel::kLeastLanes>(call.m, call.k, stretch, sums);
             for (int64_t m = 0; m < call.m; ++m) call.y[m * call.n + column] = float_output(sums[m], call, column);
         }
     };

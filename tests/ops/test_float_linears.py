@@ -87,6 +87,24 @@ def test_sums_of_few_outputs(variant, op):
         assert_as_good_as_torch(op(x, weight, n), *op.truth(x, weight, n))
 
 
+# Here torch's own chains are short: one long chain to a lane would err up to five times as much.
+@pytest.mark.parametrize("k", [16_384, 65_536])
+def test_long_sums(variant, op, k):
+    weight = op.form.store(torch.randn(64, k), torch.ones(64, k, dtype=torch.bool))
+    for m in (4, 8, 17):
+        x = torch.randn(m, k)
+        assert_as_good_as_torch(op(x, weight, 64), *op.truth(x, weight, 64))
+
+
+# Stretches of K, and a tail behind them.
+@pytest.mark.parametrize("k", [4096, 4097, 8256, 16_500])
+def test_long_rows(variant, op, k):
+    x, weight = torch.randint(-8, 9, (20, k)).float(), op.integers(35, k, torch.float32)
+    want = op.reference(x, weight, 35)
+    for m in (*range(1, 9), 20):
+        assert torch.equal(op(x[:m], weight, 35), want[:m])
+
+
 # Each tile of every kernel with each tail, on one and on several stretches of K.
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("k", [1, 7, 8, 33, 63, 65, 256, 257, 600])
