@@ -17,7 +17,7 @@ from engine._checkpoint_file import FORMAT_VERSION, WeightInfo, header_metadata,
 from engine._journal import Journal
 from engine._safetensors import CheckpointError, Entry, TensorWriter, partial_path
 from engine._source import CONV1D, Source, choose
-from engine.compress.importance import TIED, among_ties, limit_and_ties
+from engine.compress.importance import Cut, among_ties, limit_and_ties, most_beyond
 from engine.compress.recipe import Recipe
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
 from engine.nn.conv2d import as_matrix
@@ -57,14 +57,11 @@ class Result:
         return dataclasses.asdict(self)
 
 
-_Cut = tuple[Tensor, Tensor | None]  # the threshold and, where it is tied, the share of what equals it that stays
-
-
 @dataclasses.dataclass
 class _Plan:
     """What the first pass found for one weight: where to cut, None where nothing is asked; the form it will have."""
 
-    cut: _Cut | None
+    cut: Cut | None
     format: Format  # on the meta device
 
 
@@ -166,7 +163,7 @@ def _dtype(source: Source, name: str) -> torch.dtype:
     return dtype
 
 
-def _model_cut(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> _Cut | None:
+def _model_cut(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> Cut | None:
     """Where all weights are cut, or None where each has a cut of its own.
 
     For scope "model" that is what `limit_and_ties` gives for all of them together, but with one in memory at a time.
@@ -183,7 +180,7 @@ def _model_cut(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> _Cu
         norms = [block_norms(_matrix(source.read(name), chosen[name])) for name in names]
         return limit_and_ties(norms, prune.sparsity)
     count = sum(math.prod(source.entry(name).shape) for name in names)
-    rank = round(prune.sparsity * count)
+    wanted = rank = round(prune.sparsity * count)
     if rank == 0:
         return _tensors((0.0, None))
     prefix = 0
@@ -200,7 +197,7 @@ def _model_cut(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> _Cu
         prefix = prefix << HALF | digit
         equal = int(counts[digit])
     excess = equal - rank  # beyond what is wanted; as limit_and_ties
-    stays = excess / equal if prefix > 0 and excess > TIED * count else None
+    stays = excess / equal if prefix > 0 and excess > most_beyond(count, wanted) else None
     return _tensors((torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item(), stays))
 
 
@@ -217,11 +214,11 @@ def _identity(source: Source, recipe: Recipe) -> str:
     return json.dumps([FORMAT_VERSION, states, recipe.to_dict()], sort_keys=True)
 
 
-def _plain(cut: _Cut | None) -> Any:
+def _plain(cut: Cut | None) -> Any:
     return None if cut is None else [None if part is None else part.tolist() for part in cut]
 
 
-def _tensors(cut: Any) -> _Cut | None:
+def _tensors(cut: Any) -> Cut | None:
     """The inverse of `_plain`: floats of either width come back as they were."""
     if cut is None:
         return None
@@ -229,7 +226,7 @@ def _tensors(cut: Any) -> _Cut | None:
     return torch.tensor(limit, dtype=torch.float32), None if stays is None else torch.tensor(stays, dtype=torch.float64)
 
 
-def _plan(name: str, source: Source, kind: str, recipe: Recipe, cut: _Cut | None, journal: Journal) -> _Plan:
+def _plan(name: str, source: Source, kind: str, recipe: Recipe, cut: Cut | None, journal: Journal) -> _Plan:
     """What will become of a weight."""
     found = journal.get(f"look at {name}", lambda: _look(name, _matrix(source.read(name), kind), kind, recipe, cut))
     rows, columns = source.entry(name).shape[0], math.prod(source.entry(name).shape[1:])
@@ -257,7 +254,7 @@ def _plan(name: str, source: Source, kind: str, recipe: Recipe, cut: _Cut | None
     return _Plan(own, Bitmap(values, bitmask, row_offsets, columns, scales))
 
 
-def _look(name: str, weight: Tensor, kind: str, recipe: Recipe, cut: _Cut | None) -> dict[str, Any] | None:
+def _look(name: str, weight: Tensor, kind: str, recipe: Recipe, cut: Cut | None) -> dict[str, Any] | None:
     """Where a weight to be pruned is cut and how much it keeps; None for one that is only quantised."""
     if not all(bool(chunk.isfinite().all()) for chunk in _chunks(weight)):
         raise ValueError(f"{name}: holds a NaN or an infinity")

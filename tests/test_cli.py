@@ -568,3 +568,12 @@ def test_weights_on_a_coarse_grid(scope, tmp_path):
         assert (weights[f"{name}.weight.row_offsets"].diff() == 32).all()
     run("compress", model, "-o", out, "--sparsity", 0.5, "--scope", scope, "--pattern", "block", "--force")
     assert load_file(out)["a.weight.values"].shape[0] == 2
+
+
+@pytest.mark.parametrize("scope", ["layer", "row", "model"])
+def test_few_of_many_equals_stay(scope, tmp_path):
+    model, out = tmp_path / "signs.safetensors", tmp_path / "small.safetensors"
+    save_file({"a.weight": torch.randn(8, 1000).sign(), "b.weight": torch.randn(16, 1000).sign()}, model)
+    run("compress", model, "-o", out, "--sparsity", 0.995, "--scope", scope)
+    weights = load_file(out)
+    assert all((weights[f"{name}.weight.row_offsets"].diff() == 5).all() for name in ("a", "b"))

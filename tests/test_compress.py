@@ -14,7 +14,9 @@ from torch import nn
 import engine
 from engine import Prune, Quantize, Recipe
 from engine.compress import measure
+from engine.compress.candidates import cuts_of
 from engine.compress.report import Layer, Report, _short_names
+from engine.compress.targets import find_targets
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn.conv2d import as_matrix
 
@@ -682,6 +684,31 @@ def test_sparsity_of_weights_on_a_coarse_grid(scope, values, sparsity):
     pruned = engine.prune_(before, Prune(sparsity=sparsity, scope=scope))
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(before, model, strict=True))
     assert list(pruned.values()) == pytest.approx([row.sparsity for row in report.layers])
+
+
+@pytest.mark.parametrize("scope", ["layer", "row", "model"])
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (-1.0, 0.0, 1.0), (0.5,)])
+@pytest.mark.parametrize("sparsity", [0.989, 0.991, 0.995, 0.999])
+def test_few_of_many_equals_stay(scope, values, sparsity):
+    model = nn.Sequential(nn.Linear(1000, 20), nn.Linear(1000, 40))
+    for layer in model:
+        layer.weight.data = torch.tensor(values)[torch.randint(len(values), layer.weight.shape)]
+    engine.compress_(model, Recipe(prune=Prune(sparsity=sparsity, scope=scope), guard="none"))
+    kept = torch.cat([(layer.weight != 0).sum(1) for layer in model])
+    want = round(1000 * (1 - sparsity))
+    assert kept.sum() == 60 * want and (kept - want).abs().max() <= 3
+
+
+def test_cuts_are_small():
+    """Where scores tie a threshold is as large as the weight: not one for each layer at once."""
+    model = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 100))
+    for layer in model:
+        layer.weight.data.sign_()
+    targets = find_targets(model, ("Linear",), (), "compress_")[0]
+    for scope in ("layer", "row", "model"):
+        cuts = cuts_of(targets, Prune(sparsity=0.5, scope=scope))
+        assert set(cuts) == {"0", "1"} and all(stays is not None for _, stays in cuts.values())
+        assert all(part.numel() <= 100 for cut in cuts.values() for part in cut)
 
 
 def test_zeros_go_beyond_the_sparsity():

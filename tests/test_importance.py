@@ -201,6 +201,18 @@ def test_clipping_gains_where_a_row_has_an_outlier():
     assert ((weighted.to_dense() - weight) * ignored).norm() < 0.8 * ((plain.to_dense() - weight) * ignored).norm()
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+def test_ties_are_spread_in_steps_as_at_once(by_row, monkeypatch):
+    score = torch.randint(-2, 3, (30, 70)).float()
+    score[5] = torch.rand(70) + 3  # no ties
+    (at_once,) = importance.thresholds([score], 0.7, by_row)
+    monkeypatch.setattr(importance, "AT_ONCE", 200)
+    (in_steps,) = importance.thresholds([score], 0.7, by_row)
+    assert torch.equal(at_once, in_steps) and at_once.shape == score.shape
+    kept = (score.abs() > at_once).sum(1)
+    assert (kept == 21).all() if by_row else kept.sum() == 630
+
+
 @pytest.mark.parametrize("scope", ["row", "layer"])
 def test_wanda_keeps_by_weight_times_norm(scope):
     model, x = Mlp(), correlated(40, 256)

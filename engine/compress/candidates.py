@@ -34,7 +34,7 @@ def make_candidates(
     """The compressed module for every name; a target without one goes to `left` with the reason."""
     quantize, prune = recipe.quantize, recipe.prune
     prunable = [t for t in targets if t.prunable] if prune else []
-    thresholds = thresholds_of(prunable, prune) if prune and is_plain(prune) and prunable else {}
+    cuts = cuts_of(prunable, prune) if prune and is_plain(prune) and prunable else {}
     prunes = {target.name for target in prunable}
     made: dict[str, Compressed] = {}
     for target in targets:
@@ -57,9 +57,9 @@ def make_candidates(
             how: dict[str, Any] = {} if input_scale is None else {"input_scale": input_scale}
             if target.name in prunes:
                 assert prune is not None
-                limit = thresholds.get(target.name)
+                cut = cuts.get(target.name)
                 try:
-                    weight, threshold, scale = weight_to_pack(target, prune, quantize, seen, limit, input_scale)
+                    weight, threshold, scale = weight_to_pack(target, prune, quantize, seen, cut, input_scale)
                 except importance.NotInvertible as error:
                     left |= dict.fromkeys(target.names, str(error).rpartition(": ")[2])
                     continue
@@ -107,19 +107,20 @@ def statistics_of(target: Target, calibration: Calibration | None, owner: str) -
     return seen
 
 
-def thresholds_of(targets: list[Target], prune: Prune) -> dict[str, Tensor | float]:
-    """The threshold for each target, by name."""
+def cuts_of(targets: list[Target], prune: Prune) -> dict[str, importance.Cut]:
+    """Where each target is cut, by name: of a tied weight the threshold itself would be as large as the weight."""
     if prune.threshold is not None:
-        return dict.fromkeys((target.name for target in targets), prune.threshold)
+        limit = torch.tensor(prune.threshold, dtype=torch.float64, device="cpu").float()  # beyond its range: infinity
+        return dict.fromkeys((target.name for target in targets), (limit, None))
     assert prune.sparsity is not None
     weights = [target.matrix for target in targets]
     if prune.pattern == "block":
         weights = [block_norms(weight) for weight in weights]
     if prune.scope == "model":
-        limits = importance.thresholds(weights, prune.sparsity)
-    else:
-        limits = [importance.thresholds([weight], prune.sparsity, prune.scope == "row")[0] for weight in weights]
-    return {target.name: limit for target, limit in zip(targets, limits, strict=True)}
+        return dict.fromkeys((target.name for target in targets), importance.limit_and_ties(weights, prune.sparsity))
+    by_row = prune.scope == "row"
+    cuts = [importance.limit_and_ties([weight], prune.sparsity, by_row) for weight in weights]
+    return {target.name: cut for target, cut in zip(targets, cuts, strict=True)}
 
 
 def is_plain(prune: Prune) -> bool:
@@ -132,11 +133,12 @@ def weight_to_pack(
     prune: Prune,
     quantize: Quantize | None,
     seen: InputStatistics | None,
-    threshold: Tensor | float | None,
+    cut: importance.Cut | None,
     input_scale: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """A weight, the threshold to pack it at, and the scales of its rows where they are not those of its amax."""
     weight = target.matrix
+    threshold: Tensor | float
     mean_square = seen.channel_mean_square if seen is not None else None
     if prune.importance == "obs":
         assert seen is not None
@@ -165,11 +167,13 @@ def weight_to_pack(
         if prune.importance == "wanda":
             assert seen is not None
             score = weight.float() * importance.input_norms(seen, weight.device)
-        weight, threshold = importance.block(weight, score, prune, threshold), 0.0
+        weight, threshold = importance.block(weight, score, prune, cut), 0.0
     elif prune.importance == "wanda":
         assert seen is not None
         threshold = importance.wanda_threshold(weight, seen, prune)
-    assert threshold is not None
+    else:
+        assert cut is not None
+        threshold = importance.among_ties(weight, *cut)
     if quantize is None or not quantize.weight_clip:
         return weight, threshold, None
     weight = ops.threshold_prune(weight, threshold)

@@ -21,8 +21,9 @@ from engine.ops.int8_quantize import SMALLEST_AMAX
 COLUMNS_AT_ONCE = 128  # columns that are pruned before the rest of the layer is corrected, as in SparseGPT
 DAMPING = 0.01  # share of the mean diagonal that is added to it
 DAMPING_TRIES = 6  # each ten times the last
-TIED = 0.01  # a share of weights beyond the one wanted that tells of ties
-TIES_AT_ONCE = 1 << 22  # weights among which ties are spread in one step, so that it needs little memory
+TIED = 0.01  # of all weights, so many beyond those wanted tell of ties
+TIED_OF_KEPT = 0.1  # and so many of those to be kept; equals of bfloat16 weights on no grid stay below
+AT_ONCE = 1 << 18  # weights compared in one step, so that what lies between stays in the cache
 GOLDEN = 0.6180339887498949  # its multiples lie evenly in [0, 1)
 LEAST_INPUT = 2.0**-20  # of the largest channel's norm: what a channel that was always zero counts as
 # Of a row's amax, tried as the clipping limit.
@@ -35,17 +36,21 @@ class NotInvertible(ValueError):
     """A second moment of which no inverse can be told."""
 
 
+# The magnitude up to which scores go, and which share of those that equal it stays; None: none.
+Cut = tuple[Tensor, Tensor | None]
+
+
 def thresholds(scores: list[Tensor], sparsity: float, by_row: bool = False) -> list[Tensor]:
     """For each of the scores a threshold, so that together (or, of a single matrix, by row) the smallest magnitudes go.
 
-    Of more equals than may go only some do: such a threshold has the scores' shape, infinity or -1.
+    Of more equals than may go only some do: such a threshold has the scores' shape.
     """
     limit, stays = limit_and_ties(scores, sparsity, by_row)
     return [among_ties(score, limit, stays) for score in scores]
 
 
-def limit_and_ties(scores: list[Tensor], sparsity: float, by_row: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The magnitude up to which scores go, `[]` or `[N, 1]`, and which share of those that equal it stays; None: none.
+def limit_and_ties(scores: list[Tensor], sparsity: float, by_row: bool = False) -> Cut:
+    """Where the scores are cut: the limit, and the share that stays, are `[]` or `[N, 1]`.
 
     Weights on a coarse grid (quantised before, signs alone) have so many equals that all of them would go. Zeros do go,
     as nothing is lost by that.
@@ -53,38 +58,53 @@ def limit_and_ties(scores: list[Tensor], sparsity: float, by_row: bool = False) 
     what = scores[0] if len(scores) == 1 else scores
     limit = ops.magnitude_threshold(what, sparsity, "row" if by_row else "tensor").float()
     count = scores[0].shape[1] if by_row else sum(score.numel() for score in scores)
+    wanted = round(sparsity * count)
 
     def counted(compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        each = [compare(score.detach().float().abs(), limit).sum(1) for score in scores]
+        each = [_count_rows(score, limit, compare) for score in scores]
         return (each[0].unsqueeze(1) if by_row else torch.stack([rows.sum() for rows in each]).sum()).double()
 
-    excess = counted(torch.le) - round(sparsity * count)
-    split = (excess > TIED * count) & (limit > 0)
+    excess = counted(torch.le) - wanted
+    split = (excess > most_beyond(count, wanted)) & (limit > 0)
     if not bool(split.any()):
         return limit, None
     return limit, torch.where(split, excess / counted(torch.eq).clamp_min(1), 0.0)
+
+
+def most_beyond(count: int, wanted: int) -> float:
+    """How many more than `wanted` of `count` weights may go before equals are told apart."""
+    return min(TIED * count, TIED_OF_KEPT * (count - wanted))
+
+
+def _count_rows(score: Tensor, limit: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """In each row, for how many magnitudes the comparison with the limit holds: int32 `[N]`."""
+    step = max(1, AT_ONCE // max(1, score.shape[1]))
+    pairs = zip(score.detach().split(step), limit.expand(score.shape[0], 1).split(step), strict=True)
+    return torch.cat([compare(part.float().abs(), limits).sum(1, dtype=torch.int32) for part, limits in pairs])
 
 
 def among_ties(score: Tensor, limit: Tensor, stays: Tensor | None) -> Tensor:
     """The threshold for `score` `[N, K]` that `limit_and_ties` means."""
     if stays is None:
         return limit
-    magnitudes = score.detach().float().abs()
-    tied = magnitudes == limit
-    each = tied.sum(1, keepdim=True)
+    each = _count_rows(score, limit, torch.eq).unsqueeze(1)
     # By row, or as evenly over the rows as whole numbers can be.
     keep = stays * each if stays.dim() else (stays * each.cumsum(0)).round().diff(dim=0, prepend=each.new_zeros(1, 1))
     keep = keep.round().long()
     # In each row from another place on, so that no column loses more than others.
     rows = torch.arange(score.shape[0], dtype=torch.float64, device=score.device).unsqueeze(1)
     begin = (rows * GOLDEN % 1 * each).long()
-    step = max(1, TIES_AT_ONCE // max(1, score.shape[1]))
-    parts = []
-    for part, n, all_of_them, first in zip(*(t.split(step) for t in (tied, keep, each, begin)), strict=True):
-        after = part.cumsum(1) * n + first
-        parts.append(part & (after // all_of_them.clamp_min(1) > (after - n) // all_of_them.clamp_min(1)))
-    gone = (magnitudes <= limit) & ~torch.cat(parts)
-    return torch.where(gone, torch.inf, -1.0)
+    columns = score.shape[1]
+    dtype = torch.int32 if columns * (columns + 1) < 1 << 31 else torch.int64
+    each, keep, begin = (t.to(dtype) for t in (each, keep, begin))
+    limits = limit.expand(score.shape[0], 1)
+    threshold = limits.expand(score.shape).contiguous()
+    for some in keep.squeeze(1).nonzero().squeeze(1).split(max(1, AT_ONCE // max(1, columns))):
+        magnitudes = score.detach()[some].float().abs()
+        tied = magnitudes == limits[some]
+        place = tied.cumsum(1, dtype=dtype).mul_(keep[some]).add_(begin[some]).remainder_(each[some])
+        threshold[some] = torch.where(tied & (place < keep[some]), -1.0, limits[some])
+    return threshold
 
 
 def input_norms(statistics: InputStatistics, device: torch.device) -> Tensor:
@@ -103,7 +123,10 @@ def wanda_threshold(weight: Tensor, statistics: InputStatistics, prune: Prune) -
     assert prune.sparsity is not None
     score = weight.detach().float() * norm
     limit, stays = limit_and_ties([score], prune.sparsity, prune.scope == "row")
-    return among_ties(score, limit, stays) if stays is not None else (limit / norm).expand(weight.shape)
+    if stays is not None:
+        return among_ties(score, limit, stays)
+    del score  # as large as what follows
+    return (limit / norm).expand(weight.shape)
 
 
 def semi_structured(weight: Tensor, score: Tensor) -> Tensor:
@@ -115,15 +138,15 @@ def semi_structured(weight: Tensor, score: Tensor) -> Tensor:
     return torch.where(keep, weight.detach(), 0)
 
 
-def block(weight: Tensor, score: Tensor, prune: Prune, threshold: Tensor | float | None = None) -> Tensor:
-    """`weight` with the blocks set to zero whose scores' root mean square is at most the threshold; None: chosen by
-    the sparsity that `prune` wants.
+def block(weight: Tensor, score: Tensor, prune: Prune, cut: Cut | None = None) -> Tensor:
+    """`weight` with the blocks set to zero whose scores' root mean square is below the cut; None: chosen by the
+    sparsity that `prune` wants.
     """
     norms = block_norms(score)
-    if threshold is None:
+    if cut is None:
         assert prune.sparsity is not None
-        (threshold,) = thresholds([norms], prune.sparsity, prune.scope == "row")
-    keep = keep_mask(norms, as_threshold("prune_to_block", norms, threshold))
+        cut = limit_and_ties([norms], prune.sparsity, prune.scope == "row")
+    keep = keep_mask(norms, as_threshold("prune_to_block", norms, among_ties(norms, *cut)))
     inside = keep.repeat_interleave(BLOCK_SHAPE[0], 0).repeat_interleave(BLOCK_SHAPE[1], 1)
     return torch.where(inside[: weight.shape[0], : weight.shape[1]], weight.detach(), 0)
 

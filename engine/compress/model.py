@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine import ops
 from engine.compress import measure
 from engine.compress.calibrate import Calibration, InputStatistics, calibrate, check_calibration
-from engine.compress.candidates import Compressed, is_plain, needs_inputs, statistics_of, thresholds_of, weight_to_pack
+from engine.compress.candidates import Compressed, cuts_of, is_plain, needs_inputs, statistics_of, weight_to_pack
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe, check_recipes, describe_recipes
 from engine.compress.report import Report
 from engine.compress.targets import LOG, find_targets, patterns_of, targets_by_recipe
@@ -167,15 +167,13 @@ def prune_(
         for name in [name for name, statistics in seen.items() if statistics.amax == 0]:
             LOG.warning("engine.prune_: %s: left alone: its inputs were all zero", name)
         found = [target for target in found if target.name not in seen or seen[target.name].amax > 0]
-    thresholds = thresholds_of(found, prune) if is_plain(prune) else {}
+    cuts = cuts_of(found, prune) if is_plain(prune) else {}
     pruned: dict[str, float] = {}
     before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for target in found:
-                packed, limit, _ = weight_to_pack(
-                    target, prune, None, seen.get(target.name), thresholds.get(target.name)
-                )
+                packed, limit, _ = weight_to_pack(target, prune, None, seen.get(target.name), cuts.get(target.name))
                 zeroed = ops.threshold_prune(packed, limit)
                 before.append((target.weight, target.weight.detach().clone()))
                 target.weight.copy_(target.as_weight(zeroed))
