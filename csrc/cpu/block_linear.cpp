@@ -1,15 +1,15 @@
 // block_linear: float activations times a weight of which only some blocks are kept, in fp32. For a few rows of
 // activations blocks are multiplied by dot products (common/block_dot_avx2.h, common/block_dot_avx512.h). For many they
 // go through panels that leave out what was pruned (common/gemm_float.h), with AVX-512 through a kernel of their own
-// (common/block_avx512.h).
+// (common/block_float_strips.h).
 
 #include <cstring>
 #include <span>
 
 #include "common/block.h"
-#include "common/block_avx512.h"
 #include "common/block_dot_avx2.h"
 #include "common/block_dot_avx512.h"
+#include "common/block_float_strips.h"
 #include "common/gemm_float.h"
 #include "common/linear_binding.h"
 
@@ -186,138 +186,6 @@ void pair_dot_linear(const FloatLinear<BFloat16>& call, const Blocks& weight) {
         if (!finite[row]) fill_nan(call, row);
     }
 }
-
-struct StripScratch;                       // tag: what a thread packs and sums in
-struct StripRowsScratch;                   // tag: the activations of a call, held by the calling thread
-constexpr int64_t kStripDepth = 256;       // of K, packed at a time
-constexpr int64_t kChunkBytes = 4 << 20;   // of activations at a time
-constexpr int64_t kStripRowsAtOnce = 256;  // rows of activations to a task
-
-// Outputs of one row of blocks, at most kStripOutputs, by rows [begin, end) of `rows`.
-template <class Kernel, class T, class V>
-struct StripTask {
-    using W = typename Kernel::W;
-    const FloatLinear<T>& call;
-    const Blocks& weight;
-    const W* rows;  // [.., stride]: activations, then zeros as far as blocks reach
-    int64_t stride;
-    int64_t chunk;  // the call's row that is row 0 of `rows`
-    W* packed;      // [kStripDepth, kStripOutputs]
-    float* sums;    // [kStripRowsAtOnce, kStripOutputs]
-
-    // Kept blocks [first, last) of outputs [inside, inside + outputs).
-    ENGINE_AVX512 void pack(int64_t first, int64_t last, int64_t inside, int64_t outputs) const {
-        const auto [high, wide] = weight.shape;
-        const V* values = weight.blocks<V>();
-        alignas(64) W w[16][kMaxBlock];
-        for (int64_t i = first; i < last; ++i) {
-            // What lies beyond K counts for nothing, not even where it is no number.
-            const int64_t there = std::min(wide, weight.k - weight.columns()[i] * wide);
-            for (int64_t j = 0; j < outputs; j += 16) {
-                const V* from = values + (i * high + inside + j) * wide;
-                W* const to = packed + (i - first) * wide * outputs + j * Kernel::kTogether;
-                if constexpr (std::is_same_v<V, W>) {
-                    if (there == wide) {
-                        Kernel::pack(from, wide, wide, to, outputs);
-                        continue;
-                    }
-                }
-                for (int64_t r = 0; r < 16; ++r, from += wide) {
-                    if constexpr (std::is_same_v<V, W>) {
-                        std::copy_n(from, there, w[r]);
-                    } else {
-                        for (int64_t c = 0; c < there; ++c) w[r][c] = to_float(from[c]);
-                    }
-                    std::fill(w[r] + there, w[r] + wide, W{});
-                }
-                Kernel::pack(w[0], kMaxBlock, wide, to, outputs);
-            }
-        }
-    }
-
-    ENGINE_AVX512 void finish(int64_t row, int64_t count, int64_t column, int64_t outputs, const float* from) const {
-        const int64_t columns = std::min(outputs, call.n - column);
-        for (int64_t r = 0; r < count; ++r, from += outputs) {
-            T* to = call.y + (chunk + row + r) * call.n + column;
-            for (int64_t j = 0; j < columns; ++j) to[j] = float_output(from[j], call, column + j);
-        }
-    }
-
-    void run(int64_t line, int64_t inside, int64_t begin, int64_t end) const {
-        const auto [high, wide] = weight.shape;
-        const int64_t column = line * high + inside, outputs = std::min(kStripOutputs, high - inside);
-        if (column >= weight.n) return;
-        const int64_t first = weight.offsets()[line], last = weight.offsets()[line + 1];
-        const int64_t step = kStripDepth / wide, tile = strip_rows(outputs);
-        for (int64_t i = first; i == first || i < last; i += step) {
-            const int64_t stop = std::min(last, i + step);
-            pack(i, stop, inside, outputs);
-            BlockStrip<W> strip{weight.columns() + i, stop - i, wide, packed, float_chain(call.k)};
-            for (int64_t row = begin; row < end; row += tile) {
-                const int64_t count = std::min(tile, end - row);
-                strip.template ask_next<V>(weight, stop, inside, outputs, (row - begin) / tile,
-                                           pieces_of(end - begin, tile));
-                float* mine = sums + (row - begin) * outputs;
-                strip_tile<Kernel>(count, outputs, rows + row * stride, stride, strip, i > first, mine);
-                if (stop == last) finish(row, count, column, outputs, mine);
-            }
-        }
-    }
-};
-
-// Rows of activations as a kernel takes them, then zeros as far as blocks reach.
-template <class T, class W>
-ENGINE_AVX512 void strip_rows_avx512(const T* x,  // [m, k]
-                                     int64_t m, int64_t k, int64_t stride, W* to,
-                                     bool* finite) {  // [m]
-    for (int64_t row = 0; row < m; ++row, x += k, to += stride) {
-        if constexpr (std::is_same_v<T, W>) {
-            std::copy_n(x, k, to);
-        } else {
-            for (int64_t i = 0; i < k; ++i) to[i] = to_float(x[i]);
-        }
-        std::fill(to + k, to + stride, W{});
-        finite[row] = all_finite(x, k);
-    }
-}
-
-template <class Kernel, class T, class V>
-void strip_linear(const FloatLinear<T>& call, const Blocks& weight) {
-    using W = typename Kernel::W;
-    const auto [high, wide] = weight.shape;
-    const int64_t stride = QuantizedRows<W>::stride_for(pieces_of(call.k, wide) * wide);
-    const int64_t chunk_rows = std::min(
-        call.m, std::max<int64_t>(48, kChunkBytes / static_cast<int64_t>(sizeof(W)) / std::max<int64_t>(1, stride)));
-    const int64_t slices = pieces_of(high, kStripOutputs);
-    using RowsScratch = Scratch<StripRowsScratch, kChunkBytes + (64 << 10)>;
-    RowsScratch scratch(RowsScratch::template bytes_for<W>(chunk_rows * stride) + chunk_rows + 64);
-    W* const rows = scratch.template take<W>(chunk_rows * stride);
-    bool* const finite = scratch.template take<bool>(chunk_rows);
-    for (int64_t chunk = 0; chunk < call.m; chunk += chunk_rows) {
-        const int64_t m = std::min(chunk_rows, call.m - chunk);
-        parallel_rows(m, call.k * 8, [&](int64_t begin, int64_t end) {
-            strip_rows_avx512(call.x + (chunk + begin) * call.k, end - begin, call.k, stride, rows + begin * stride,
-                              finite + begin);
-        });
-        const int64_t bands = pieces_of(m, kStripRowsAtOnce), tall = pieces_of(m, bands);
-        const auto tasks = [&, high = high](int64_t from, int64_t to) {
-            constexpr int64_t kPacked = kStripDepth * kStripOutputs, kSums = kStripRowsAtOnce * kStripOutputs;
-            using Own = Scratch<StripScratch>;
-            Own own(Own::template bytes_for<W>(kPacked) + Own::template bytes_for<float>(kSums));
-            W* const packed = own.template take<W>(kPacked);
-            const StripTask<Kernel, T, V> task{
-                call, weight, rows, stride, chunk, packed, own.template take<float>(kSums)};
-            for (int64_t i = from; i < to; ++i) {
-                const int64_t band = i % bands, slice = i / bands % slices, line = i / bands / slices;
-                task.run(line, slice * kStripOutputs, band * tall, std::min(m, (band + 1) * tall));
-            }
-        };
-        parallel_rows(weight.row_blocks() * slices * bands, kStripOutputs * call.k * tall / 8, tasks);
-        for (int64_t row = 0; row < m; ++row) {
-            if (!finite[row]) fill_nan(call, chunk + row);
-        }
-    }
-}
 #endif
 
 template <class T, class V>
@@ -329,11 +197,11 @@ void linear(const FloatLinear<T>& call, const Blocks& weight) {
         constexpr int64_t kFew = Dot::kMostRows;
         if constexpr (kBFloat16Products<T, V> && std::is_same_v<V, BFloat16>) {
             if (multiplies_bfloat16<T, V>()) {
-                if (call.m > kFew) return strip_linear<BlockPairsAvx512, T, V>(call, weight);
+                if (call.m > kFew) return strip_linear<PairProducts, T, V>(call, weight);
                 if (BlockDotAvx512<PairBlockStep>::fits(weight)) return pair_dot_linear(call, weight);
             }
         }
-        if (call.m > kFew) return strip_linear<BlockFloatAvx512, T, V>(call, weight);
+        if (call.m > kFew) return strip_linear<FloatProducts, T, V>(call, weight);
         return dot_linear<Dot>(call, weight);  // which fits every width
     }
 #endif
