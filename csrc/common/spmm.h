@@ -56,13 +56,14 @@ inline int64_t spmm_depth(int64_t width, int64_t chain) {
     return std::min({kSpmmDepth, chain, round_down(fitting, 8)});
 }
 
-// Whether few enough of the weights V are kept for the sparse product to beat dense tiles, with activations T.
-// AVX-512's dense tiles have twice the registers, and twice the throughput in bfloat16, so that fewer may be kept.
-// Measured on Zen 3 and, with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md).
+// Whether few enough of the weights V are kept for the sparse product to beat dense tiles, or for a few rows of
+// activations T dot products that spread a row of weights in registers. AVX-512 has twice the registers, and twice the
+// throughput in bfloat16, so that fewer may be kept. The portable code spreads weights one by one. Measured on Zen 3 and,
+// with AVX-512, on Zen 5 (docs/experiments/sparse_linear.md).
 template <class T, class V>
 bool float_spmm_pays(int64_t m, int64_t kept, int64_t weights) {
-    double share = m < 32 ? 0.5 : 0.6;
-    if (isa() == Isa::avx512) share = m < 64 ? 0.4 : 0.5;
+    double share = m <= 6 ? 0.0 : m <= kFloatDotRows ? 0.1 : m < 32 ? 0.5 : 0.6;
+    if (isa() == Isa::avx512) share = m <= kFloatDotRows ? 0.0 : m <= 12 ? 0.15 : m <= 16 ? 0.2 : m < 64 ? 0.4 : 0.5;
     if (multiplies_bfloat16<T, V>()) share = m < 128 ? 0.0 : 0.12;
     if (isa() == Isa::portable) share = m < 64 ? 0.9 : 0.4;
     return static_cast<double>(kept) <= share * static_cast<double>(weights);

@@ -10,7 +10,7 @@
 namespace engine {
 
 struct SpmmPortable {
-    static constexpr int64_t kWidth = 16, kUnit = 8;  // a strip's rows at most, and what they are a multiple of
+    static constexpr int64_t kWidth = 16, kUnit = 4;  // a strip's rows at most, and what they are a multiple of
     // How much of K, of which at most 60 % are kept, may be added up before the error is larger than MKL's for few
     // outputs. Half of what the FMA kernels allow, as products are rounded here before they are added.
     static constexpr int64_t chain(int64_t /*width*/) { return 48 * kChains; }
@@ -41,7 +41,9 @@ struct SpmmPortable {
                      const float* strip,  // [kc, width]
                      int64_t width, bool add,
                      float* sums) {  // [rows, width]
-        if (width == kUnit) return tile_of<kUnit>(kept, rows, strip, add, sums);
+        if (width == 4) return tile_of<4>(kept, rows, strip, add, sums);
+        if (width == 8) return tile_of<8>(kept, rows, strip, add, sums);
+        if (width == 12) return tile_of<12>(kept, rows, strip, add, sums);
         tile_of<kWidth>(kept, rows, strip, add, sums);
     }
 };

@@ -119,11 +119,13 @@ struct FloatBitmapProvider {
 
 // ---- dot products -----------------------------------------------------------------------------------------------
 
-// A kernel's dot<M> multiplies a stretch of a row of weights by M of activations, and returns how many values it took.
-// Several sums for each, so that additions need not wait for each other. AVX-512's are in
+#if ENGINE_X86
+// A few rows of activations by AVX2: each row of weights is spread register by register. AVX-512's way is in
 // common/bitmap_float_avx512.h.
-template <class Kernel>
-struct RowByRow {
+struct DotAvx2 {
+    // Several sums for each output, so that additions need not wait for each other.
+    static constexpr int64_t lanes(int m) { return m == 1 ? 32 : m <= 4 ? 16 : 8; }
+
     template <int M, class T, class V>
     static void outputs(const FloatLinear<T>& call, const FloatRows& rows, const FloatBitmap<V>& weights, int64_t begin,
                         int64_t end) {
@@ -132,47 +134,16 @@ struct RowByRow {
             const FloatColumn<V> row = weights.column(column, 1, scratch);
             float sums[M];
             int64_t taken = 0;
-            const auto dot = [&](int64_t k0, int64_t kc, float* to) __attribute__((always_inline)) {
-                taken +=
-                    Kernel::template dot<M>(row.mask + k0 / 8, row.values + taken, kc, rows.x + k0, rows.stride, to);
+            const auto stretch = [&](int64_t k0, int64_t kc, float* to) __attribute__((always_inline)) {
+                taken += dot<M>(row.mask + k0 / 8, row.values + taken, kc, rows.x + k0, rows.stride, to);
             };
-            sum_stretches<M, Kernel::lanes(M)>(M, call.k, dot, sums);
+            sum_stretches<M, lanes(M)>(M, call.k, stretch, sums);
             weights.check_row(column, taken);
             for (int m = 0; m < M; ++m) call.y[m * call.n + column] = float_output(sums[m], call, column);
         }
     }
-};
 
-struct DotPortable : RowByRow<DotPortable> {
-    static constexpr int64_t lanes(int) { return 8; }
-
-    template <int M, class V>
-    static int64_t dot(const uint8_t* mask,  // [ceil(k/8)]
-                       const V* values,      // k + kReadAhead may be read
-                       int64_t k,
-                       const float* x,  // [M, stride]
-                       int64_t stride,
-                       float* sums) {  // [M]
-        constexpr int64_t kLanes = 8;
-        float acc[M][kLanes] = {};
-        int64_t taken = 0;
-        for (int64_t i = 0; i < k; i += kLanes) {
-            float weight[kLanes];
-            taken += expand_floats_portable(mask + i / 8, values + taken, std::min(kLanes, k - i), weight);
-            for (int64_t j = k - i; j < kLanes; ++j) weight[j] = 0.0f;
-            for (int m = 0; m < M; ++m) {
-                for (int64_t j = 0; j < kLanes; ++j) acc[m][j] += x[m * stride + i + j] * weight[j];
-            }
-        }
-        for (int m = 0; m < M; ++m) sums[m] = sum_8(acc[m]);
-        return taken;
-    }
-};
-
-#if ENGINE_X86
-struct DotAvx2 : RowByRow<DotAvx2> {
-    static constexpr int64_t lanes(int m) { return m == 1 ? 32 : m <= 4 ? 16 : 8; }
-
+    // Multiplies a stretch of a row of weights by M of activations. Returns how many values it took.
     template <int M, class V>
     ENGINE_AVX2 static int64_t dot(const uint8_t* mask,  // [ceil(k/8)]
                                    const V* values,      // k + kReadAhead may be read
@@ -224,34 +195,30 @@ struct DotAvx2 : RowByRow<DotAvx2> {
         }
     }
 };
-#endif
 
-template <class Kernel, class T, class V, int M = kFloatDotRows>
+template <class T, class V, int M = kFloatDotRows>
 void dot_linear(const FloatLinear<T>& call, const FloatBitmap<V>& weights) {
     if constexpr (M > 1) {
-        if (call.m < M) return dot_linear<Kernel, T, V, M - 1>(call, weights);
+        if (call.m < M) return dot_linear<T, V, M - 1>(call, weights);
     }
     float_dot_linear(call, weights.row_bytes(), [&](int64_t begin, int64_t end, const FloatRows& rows) {
-        Kernel::template outputs<M>(call, rows, weights, begin, end);
+        DotAvx2::outputs<M>(call, rows, weights, begin, end);
     });
 }
+#endif
 
 template <class T, class V>
 void linear(const FloatLinear<T>& call, const FloatBitmap<V>& weights) {
     if (call.m == 0 || call.n == 0) return;
-#if ENGINE_X86
-    if (isa() == Isa::avx512 && bitmap_dot_linear(call, weights)) return;
-#endif
-    if (call.m > kFloatDotRows) {
-        const auto [bitmask, row_offsets, values, n, k, nnz, bad] = weights;
-        if (!float_spmm_pays<T, V>(call.m, nnz, n * k))
-            return float_panel_linear(call, FloatBitmapProvider<V>(weights));
+    const auto [bitmask, row_offsets, values, n, k, nnz, bad] = weights;
+    if (float_spmm_pays<T, V>(call.m, nnz, n * k)) {
         return float_spmm(call, BitmapSource<V>(bitmask, row_offsets, values, k, nnz, *bad));
     }
 #if ENGINE_X86
-    if (isa() == Isa::avx2) return dot_linear<DotAvx2>(call, weights);
+    if (isa() == Isa::avx512 && bitmap_dot_linear(call, weights)) return;
+    if (isa() == Isa::avx2 && call.m <= kFloatDotRows) return dot_linear(call, weights);
 #endif
-    dot_linear<DotPortable>(call, weights);
+    float_panel_linear(call, FloatBitmapProvider<V>(weights));
 }
 
 Tensor bitmap_linear(Tensor x, Tensor bitmask_in, Tensor row_offsets_in, Tensor values_in, std::optional<Tensor> bias) {
