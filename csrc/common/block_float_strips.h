@@ -90,8 +90,8 @@ struct FloatOutputs {
 template <class Products, class T, class V>
 class FloatBand {
     using E = typename Products::Element;
-    static constexpr int64_t kDepth =
-        1024 / Products::kSize;  // columns of kept blocks by which all rows are multiplied
+    // Columns of kept blocks by which all rows are multiplied.
+    static constexpr int64_t kDepth = 1024 / Products::kSize;
     static constexpr int64_t kSums = kStripOutputs * kGroupRows;
     static constexpr bool kDirect = std::is_same_v<V, E>;
     const FloatLinear<T>& call;
@@ -121,13 +121,15 @@ class FloatBand {
           converted(scratch.take<E>(kDepth * kStripOutputs)),
           sums(scratch.take<float>(kMostGroups * kSums)) {}
 
-    // Outputs [inside, inside + kStripOutputs) of row of blocks `line`, as many as there are, for rows [begin, end) of those packed.
+    // Outputs [inside, inside + kStripOutputs) of row of blocks `line`, as many as there are, for the packed rows
+    // [begin, end).
     void multiply(int64_t line, int64_t inside, int64_t begin, int64_t end) const {
         const auto [high, wide] = weight.shape;
         const int64_t column = line * high + inside, outputs = std::min(kStripOutputs, high - inside);
         if (column >= weight.n) return;
         const int64_t first = weight.offsets()[line], last = weight.offsets()[line + 1];
         const bool cut = first < last && (weight.columns()[last - 1] + 1) * wide > weight.k;
+        const int64_t chain = float_chain((last - first) * wide) * Products::kSize / 16;
         const int64_t step = kDirect && end - begin <= kGroupRows ? last - first : std::max<int64_t>(1, kDepth / wide);
         int64_t i = first;
         do {
@@ -151,8 +153,7 @@ class FloatBand {
                 float* const mine = sums + (row - begin) * kStripOutputs;
                 multiply_strip<Products>(packed + row * k * Products::kSize, blocks, outputs, width,
                                          (row - begin) / kGroupRows, call.y + (first_row + row) * call.n + column,
-                                         call.n, count,
-                                         {mine, nullptr, i > first, float_chain(call.k) * Products::kSize / 16});
+                                         call.n, count, {mine, nullptr, i > first, chain});
                 if (stop == last) finish(column, std::min(outputs, weight.n - column), row, count, width, mine);
             }
             i = stop;

@@ -43,7 +43,8 @@ struct WeightDotsAvx2 {
                                                            const int8_t* ahead,  // [R, w_stride]
                                                            bool add,
                                                            float* sums) {  // [M, R]
-        constexpr int U = M * R == 1 ? 4 : M * R <= 4 ? 2 : 1;             // sums of their own: additions need not wait
+        // Sums of their own, so that additions need not wait. As many for every R, which threads cut differently.
+        constexpr int U = M == 1 ? 2 : 1;
         __m256 acc[U][M][R];
 #pragma GCC unroll 12
         for (int i = 0; i < U * M * R; ++i) acc[i / (M * R)][i / R % M][i % R] = _mm256_setzero_ps();

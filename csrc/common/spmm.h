@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -153,6 +154,10 @@ void spmm(Work& work, const Source& weights) {
     const int64_t threads = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
     const SpmmPlan plan = plan_spmm<Kernel>(m, n, k, threads);
     const int64_t stretches = std::max<int64_t>(1, divide_up(k, plan.depth));
+    // Sums of many stretches are added up by the square root of their number, as an error grows with a chain's length.
+    constexpr int64_t kLongestChain = 32;
+    const bool several = std::is_same_v<Sum, float> && stretches > kLongestChain;
+    const int64_t chain = several ? static_cast<int64_t>(std::sqrt(static_cast<double>(stretches))) : stretches;
     using Shared = Scratch<SpmmStripsScratch>;
     Shared shared(Shared::template bytes_for<float>(plan.chunk_rows * k) +
                   Shared::template bytes_for<uint8_t>(stretches * plan.chunk_rows));
@@ -179,8 +184,9 @@ void spmm(Work& work, const Source& weights) {
         parallel_for_unless(serial, plan.groups * plan.parts, 1, [&](int64_t first, int64_t last) {
             using Own = Scratch<SpmmSumsScratch>;
             const int64_t sums = plan.strips * plan.width * plan.columns;
-            Own own(Own::template bytes_for<Sum>(sums) + Own::template bytes_for<KeptRows>(1));
+            Own own((several ? 2 : 1) * Own::template bytes_for<Sum>(sums) + Own::template bytes_for<KeptRows>(1));
             Sum* const own_sums = own.template take<Sum>(sums);
+            Sum* const totals = several ? own.template take<Sum>(sums) : own_sums;
             KeptRows& kept = *own.template take<KeptRows>(1);
             Source source = weights;
             for (int64_t task = first; task < last; ++task) {
@@ -192,13 +198,19 @@ void spmm(Work& work, const Source& weights) {
                     const int64_t k0 = stretch * plan.depth;
                     source.rows(column, columns, k0, std::min(plan.depth, k - k0), kept);
                     for (int64_t strip = begin; strip < end; ++strip) {
-                        Kernel::tile(kept, columns, at(strip, k0), width_of(strip), stretch > 0,
+                        Kernel::tile(kept, columns, at(strip, k0), width_of(strip), stretch % chain > 0,
                                      own_sums + (strip - begin) * plan.width * columns);
+                    }
+                    if (several && (stretch % chain == chain - 1 || stretch == stretches - 1)) {
+                        const int64_t count = (end - begin) * plan.width * columns;
+                        for (int64_t i = 0; i < count; ++i) {
+                            totals[i] = stretch < chain ? own_sums[i] : totals[i] + own_sums[i];
+                        }
                     }
                 }
                 for (int64_t strip = begin; strip < end; ++strip) {
                     const int64_t row = strip * plan.width;
-                    work.finish(own_sums + (strip - begin) * plan.width * columns, width_of(strip), row,
+                    work.finish(totals + (strip - begin) * plan.width * columns, width_of(strip), row,
                                 std::min(plan.width, rows - row), column, columns);
                 }
             }

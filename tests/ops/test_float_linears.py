@@ -96,6 +96,15 @@ def test_long_sums(variant, op, k):
         assert_as_good_as_torch(op(x, weight, 64), *op.truth(x, weight, 64))
 
 
+# Terms of one sign, of which a stretch of a row holds few: sums of stretches make a chain too.
+def test_long_sparse_sums(variant, op):
+    k = 20_191
+    weight = op.form.store(torch.rand(16, k), torch.rand(16, k) < 0.02)
+    for m in (9, 33):
+        x = torch.rand(m, k)
+        assert_as_good_as_torch(op(x, weight, 16), *op.truth(x, weight, 16))
+
+
 # Stretches of K, and a tail behind them.
 @pytest.mark.parametrize("k", [4096, 4097, 8256, 16_500])
 def test_long_rows(variant, op, k):
