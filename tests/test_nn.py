@@ -75,6 +75,21 @@ def test_loading_damage_is_an_error():
         linear.load_state_dict(state)
 
 
+def test_a_refused_load_leaves_the_layer_as_it_was(linear):
+    twin = copy.deepcopy(linear)
+    memory = {name: parameter.data_ptr() for name, parameter in linear.named_parameters()}
+    good = another(linear).state_dict()
+    for name in good:
+        state = dict(good) | {name: torch.cat([good[name].flatten()] * 2)}
+        for damaged in (state, state | {"input_scale": torch.tensor(torch.nan)}):
+            with pytest.raises(RuntimeError):
+                linear.load_state_dict(damaged)
+            assert linear.state_dict().keys() == twin.state_dict().keys()
+            for now, then in zip(linear.parameters(), twin.parameters(), strict=True):
+                assert torch.equal(now, then)
+            assert memory == {name: parameter.data_ptr() for name, parameter in linear.named_parameters()}
+
+
 def test_damage_is_found_whatever_else_the_model_lacks():
     """A new head has no weights in the file: that turns off no check of the layers behind it."""
     body = CompressedLinear(SemiStructured.from_dense(torch.randn(8, 16), torch.int8))
