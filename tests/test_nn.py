@@ -311,6 +311,29 @@ def test_inputs_of_another_width_are_refused(linear):
         linear([1.0])
 
 
+def test_transforms_of_torch_func(linear):
+    x, func = torch.randn(3, 96), torch.func
+    floats = {name: p for name, p in linear.named_parameters() if name in ("values", "bias") and p.is_floating_point()}
+    for parameter in floats.values():
+        parameter.requires_grad_()
+
+    def loss(floats, x):
+        return func.functional_call(linear, floats, (x,)).square().sum()
+
+    detached = {name: parameter.detach() for name, parameter in floats.items()}
+    (got, got_x), leaf = func.grad(loss, argnums=(0, 1))(detached, x), x.clone().requires_grad_()
+    *want, want_x = torch.autograd.grad(loss(floats, leaf), [*floats.values(), leaf])
+    assert torch.equal(got_x, want_x)
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), want, strict=True))
+    each = func.vmap(func.grad(loss), (None, 0))(detached, x)  # the gradient of each row
+    assert all(torch.allclose(a.sum(0), b, rtol=1e-4, atol=1e-4) for a, b in zip(each.values(), want, strict=True))
+    assert torch.allclose(func.jacrev(linear)(x[0]).T @ linear(x[0]) * 2, want_x[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match=r"linear has no forward-mode derivative \(jvp\)"):
+        func.hessian(lambda x: loss(detached, x))(x[0])
+    with pytest.raises(TypeError, match="x: expected a float32"):  # explained as anywhere
+        func.grad(lambda bias: linear.format.linear(x.double(), bias).sum())(torch.randn(40))
+
+
 def test_symbolic_tracing(linear):
     x = torch.randn(3, 96)
     assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(linear))(x), linear(x))

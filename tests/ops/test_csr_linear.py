@@ -164,5 +164,5 @@ def test_to_dense_is_an_op_with_a_gradient():
     to_dense(crow_indices, col_indices, values, 33).backward(grad)
     rows = torch.arange(20).repeat_interleave(crow_indices.diff())
     assert torch.equal(values.grad, grad[rows, col_indices].half())
-    with pytest.raises(ValueError, match="ops.csr_to_dense: col_indices"):
+    with pytest.raises(ValueError, match=r"ops\.csr_to_dense: col_indices"):
         to_dense(crow_indices, col_indices, values, 1)
