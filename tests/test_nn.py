@@ -334,6 +334,30 @@ def test_transforms_of_torch_func(linear):
         func.grad(lambda bias: linear.format.linear(x.double(), bias).sum())(torch.randn(40))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(linear):
+    parts = [torch.randn(2, 96), torch.randn(5, 96), torch.randn(0, 96)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    y = linear(x)
+    assert torch.equal(y.values(), linear(x.values())) and y.shape[1] == x.shape[1]
+    y.values().sum().backward()
+    assert x.grad.shape == x.shape
+    rows = torch.nested.narrow(torch.randn(3, 7, 96), 1, torch.tensor([1, 0, 2]), torch.tensor([3, 7, 2]), torch.jagged)
+    got = linear(rows)
+    assert [t.shape[0] for t in got.unbind()] == [3, 7, 2] and torch.equal(got.values(), linear(rows.values()))
+    with pytest.raises(TypeError, match=r"CompressedLinear: input: expected .*torch.jagged, got .*torch.strided"):
+        linear(torch.nested.nested_tensor(parts, layout=torch.strided))
+    with pytest.raises(ValueError, match=r"input: expected \[\.\.\., 96\], got"):
+        linear(torch.nested.nested_tensor([torch.randn(2, 95)], layout=torch.jagged))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_indices():
+    embedding = CompressedEmbedding.from_dense(nn.Embedding(8, 4))
+    indices = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
+    assert torch.equal(embedding(indices).unbind()[1], embedding(torch.tensor([3])))
+
+
 def test_symbolic_tracing(linear):
     x = torch.randn(3, 96)
     assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(linear))(x), linear(x))

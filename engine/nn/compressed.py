@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.formats import DenseInt8, Format
-from engine.nn._replace import in_autocast, is_conv1d
+from engine.nn._replace import in_autocast, is_conv1d, of_nested
 from engine.ops import _check
 
 RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights or blocks
@@ -219,6 +219,8 @@ class CompressedLinear(_Compressed):
         x = input
         # Of a bitmap's columns an op knows only how many bytes they are. What is no tensor may be torch.fx's stand-in.
         if isinstance(x, Tensor):
+            if x.is_nested:
+                return of_nested(self, x)
             shape = x.shape
             if not shape or shape[-1] != self.in_features:
                 expected = f"[..., {self.in_features}]"
@@ -268,6 +270,8 @@ class CompressedEmbedding(_Compressed):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices `[...]` to rows `[..., embedding_dim]`."""
+        if isinstance(input, Tensor) and input.is_nested:
+            return of_nested(self, input)
         dtype, input_scale = self._dtype_marker.dtype, self.input_scale
         if input_scale is None or input_scale.dim() == 0:
             return ops.int8_embedding(input, self.values, self.scale, dtype)
