@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from engine._checkpoint_file import CheckpointFile, WeightInfo, header_metadata, read_weight, weight_parts, weights_in
 from engine._match_names import Slots, match_names
 from engine._safetensors import CheckpointError, Entry, TensorWriter
 from engine.formats import DenseInt8, Format
+from engine.formats._common import check_scales
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn._replace import (
     give_attributes,
@@ -47,7 +49,8 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
             whoever asks later.
 
     Raises:
-        CheckpointError: the state dict holds something that is no tensor, or a tensor that safetensors can't hold.
+        CheckpointError: the state dict holds something that is no tensor, or a tensor that safetensors can't hold; or a
+            weight was not finite when it was quantised, which :func:`load_` would refuse.
         OSError: the file can't be written.
     """
     if Path(path).is_dir():
@@ -71,11 +74,12 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
         if seen.setdefault(key, name) != name:
             aliases[name] = seen[key]
             continue
+        _expect_data(name, format.values)
+        _expect_scales(name, format)
         weights[name] = WeightInfo.of(format, _dense_dtype(module), kernel_size, transposed)
         _add(tensors, weight_parts(name, format))
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise CheckpointError(f"{name}: only dense tensors with data can be saved, got {type(tensor).__name__}")
+        _expect_data(name, tensor)
         lazy = tensor.is_neg(), tensor.is_conj()
         memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), lazy)
         if tensor.numel() and seen.setdefault(memory, name) != name:
@@ -87,6 +91,24 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
     with TensorWriter(path, {name: Entry.of(tensor) for name, tensor in tensors.items()}, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def _expect_data(name: str, tensor: Any) -> None:
+    """Raises CheckpointError unless it is a tensor whose data can be written."""
+    fits = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+    if not fits or tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+        got = "one on the meta device" if fits and tensor.is_meta else type(tensor).__name__
+        given = " from its module's get_extra_state" if name.rpartition(".")[2] == "_extra_state" else ""
+        raise CheckpointError(f"{name}: only dense tensors with data can be saved, got {got}{given}")
+
+
+def _expect_scales(name: str, format: Any) -> None:
+    """Raises CheckpointError where a row was not finite when it was quantised, which `load_` would refuse."""
+    if getattr(format, "scale", None) is not None:
+        try:
+            check_scales(f"formats.{type(format).__name__}", format.scale, format.input_scale, *format.shape)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{name}: {error}") from None
 
 
 def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
@@ -301,6 +323,8 @@ def _check_tensor(file: CheckpointFile, slots: Slots, name: str, source: str) ->
         raise CheckpointError(f"{where}: the model has {what}")
     if tensor.is_meta:
         raise CheckpointError(f"{where}: the model is on the meta device: call to_empty() first")
+    if is_traceable_wrapper_subclass(tensor):
+        raise CheckpointError(f"{where}: the model's is a {type(tensor).__name__}: load before that is made of it")
     if tuple(tensor.shape) != tuple(shape):
         raise CheckpointError(f"{where}: has shape {list(shape)}, the model {list(tensor.shape)}")
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):

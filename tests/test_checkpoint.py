@@ -778,3 +778,23 @@ def test_single_elements_and_lazy_views(path):
     load_(fresh, path)
     for name, buffer in buffers.items():
         assert torch.equal(fresh[0].get_buffer(name), buffer), name
+
+
+def test_what_load_would_refuse_is_not_saved(tmp_path):
+    weight = torch.randn(8, 8)
+    weight[3, 3] = torch.nan
+    model = nn.Sequential(CompressedLinear(DenseInt8.from_dense(weight)))
+    with pytest.raises(CheckpointError, match=r"0\.weight: .*scale: expected finite numbers above 0"):
+        save(model, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"0\.weight: only dense tensors with data .* on the meta device"):
+        save(model.to("meta"), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_extra_state_that_is_no_tensor_is_named(tmp_path):
+    class Counts(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    with pytest.raises(CheckpointError, match=r"0\._extra_state: only dense .*, got dict from its module's get_extra"):
+        save(nn.Sequential(Counts(2, 2)), tmp_path / "model.safetensors")

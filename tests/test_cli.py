@@ -486,6 +486,33 @@ def test_distill(task, tmp_path):
     assert len(json.loads((out / "distillation.json").read_text())["losses"]) == 20
 
 
+@pytest.mark.parametrize(
+    ("command", "after", "kept"),
+    [
+        (("search", "--size-budget", 0.03), 40, "measurements.jsonl"),
+        (("search", "--size-budget", 0.03), 0, None),
+        (("distill", "--int8", "--steps", 200), 1200, "distill.pt"),
+        (("distill", "--int8", "--steps", 200), 40, None),
+    ],
+)
+def test_an_interrupt_says_what_it_goes_on_from(task, tmp_path, monkeypatch, command, after, kept):
+    monkeypatch.setattr(measure, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(measure, "MOST_ROUNDS", 2)
+    calls = iter(range(10**6))
+
+    def interrupted(module, args):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(interrupted)
+    name, *options = command
+    error = run(name, task, "-o", tmp_path / "out", *options, code=130)
+    handle.remove()
+    where = f"what is done is in {tmp_path / 'out' / (kept or '')}" if kept else "there is nothing yet"
+    assert f"engine: interrupted: {where}" in error and len(error.splitlines()) == 1
+    run(name, task, "-o", tmp_path / "out", *options)
+
+
 def test_results_take_nobody_elses_place(task, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()

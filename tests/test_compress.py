@@ -873,3 +873,14 @@ def test_a_parametrized_layer_is_left_alone_with_a_hint():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
     report = engine.compress_(model, Recipe(quantize=Quantize(), guard="none"))
     assert "remove_parametrizations" in report.left_alone["0"] and [row.name for row in report.layers] == ["1"]
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "static"])
+def test_nested_inputs(activation):
+    parts = [torch.randn(3, 16), torch.randn(5, 16)]
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    flat, recipe = copy.deepcopy(model), engine.Recipe(quantize=engine.Quantize(activation), guard="none")
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    report, same = engine.compress_(model, recipe, x), engine.compress_(flat, recipe, torch.cat(parts))
+    assert [row.error for row in report.layers] == [row.error for row in same.layers]
+    assert torch.equal(model(x).values(), flat(torch.cat(parts)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.formats import Bitmap, Block, Csr, DenseInt8, SemiStructured
 from engine.ops._block import block_norms
@@ -54,6 +55,21 @@ def test_a_sum_of_nothing_is_no_negative_zero(make, rows):
     with reference_mode():
         assert torch.equal(y.signbit() & (y == 0), torch.zeros_like(y, dtype=torch.bool))
         assert torch.equal(format.linear(x).signbit(), y.signbit())
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_shapes_go_through_without_data(make):
+    format = make(torch.randn(40, 65))
+    mode = FakeTensorMode()
+    for convert in (lambda t: t.to("meta"), mode.from_tensor):
+        tensors = {
+            name: convert(value) if isinstance(value, torch.Tensor) else value for name, value in vars(format).items()
+        }
+        shapes = type(format)(**tensors)
+        dense = shapes.to_dense(torch.bfloat16)
+        assert dense.shape == (40, 65) and dense.dtype == torch.bfloat16 and dense.device == shapes.values.device
+        y = shapes.linear(convert(torch.randn(3, 65)), convert(torch.randn(40)))
+        assert y.shape == (3, 40) and y.device == shapes.values.device
 
 
 def test_lossless_formats_give_the_weight_back():

@@ -75,6 +75,21 @@ def test_loading_damage_is_an_error():
         linear.load_state_dict(state)
 
 
+def test_a_refused_load_leaves_the_layer_as_it_was(linear):
+    twin = copy.deepcopy(linear)
+    memory = {name: parameter.data_ptr() for name, parameter in linear.named_parameters()}
+    good = another(linear).state_dict()
+    for name in good:
+        state = dict(good) | {name: torch.cat([good[name].flatten()] * 2)}
+        for damaged in (state, state | {"input_scale": torch.tensor(torch.nan)}):
+            with pytest.raises(RuntimeError):
+                linear.load_state_dict(damaged)
+            assert linear.state_dict().keys() == twin.state_dict().keys()
+            for now, then in zip(linear.parameters(), twin.parameters(), strict=True):
+                assert torch.equal(now, then)
+            assert memory == {name: parameter.data_ptr() for name, parameter in linear.named_parameters()}
+
+
 def test_damage_is_found_whatever_else_the_model_lacks():
     """A new head has no weights in the file: that turns off no check of the layers behind it."""
     body = CompressedLinear(SemiStructured.from_dense(torch.randn(8, 16), torch.int8))
@@ -294,6 +309,53 @@ def test_inputs_of_another_width_are_refused(linear):
         linear(torch.randn(2, 95))
     with pytest.raises(TypeError, match="x: expected a float32, float16 or bfloat16 tensor, got list"):
         linear([1.0])
+
+
+def test_transforms_of_torch_func(linear):
+    x, func = torch.randn(3, 96), torch.func
+    floats = {name: p for name, p in linear.named_parameters() if name in ("values", "bias") and p.is_floating_point()}
+    for parameter in floats.values():
+        parameter.requires_grad_()
+
+    def loss(floats, x):
+        return func.functional_call(linear, floats, (x,)).square().sum()
+
+    detached = {name: parameter.detach() for name, parameter in floats.items()}
+    (got, got_x), leaf = func.grad(loss, argnums=(0, 1))(detached, x), x.clone().requires_grad_()
+    *want, want_x = torch.autograd.grad(loss(floats, leaf), [*floats.values(), leaf])
+    assert torch.equal(got_x, want_x)
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), want, strict=True))
+    each = func.vmap(func.grad(loss), (None, 0))(detached, x)  # the gradient of each row
+    assert all(torch.allclose(a.sum(0), b, rtol=1e-4, atol=1e-4) for a, b in zip(each.values(), want, strict=True))
+    assert torch.allclose(func.jacrev(linear)(x[0]).T @ linear(x[0]) * 2, want_x[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match=r"linear has no forward-mode derivative \(jvp\)"):
+        func.hessian(lambda x: loss(detached, x))(x[0])
+    with pytest.raises(TypeError, match="x: expected a float32"):  # explained as anywhere
+        func.grad(lambda bias: linear.format.linear(x.double(), bias).sum())(torch.randn(40))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(linear):
+    parts = [torch.randn(2, 96), torch.randn(5, 96), torch.randn(0, 96)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    y = linear(x)
+    assert torch.equal(y.values(), linear(x.values())) and y.shape[1] == x.shape[1]
+    y.values().sum().backward()
+    assert x.grad.shape == x.shape
+    rows = torch.nested.narrow(torch.randn(3, 7, 96), 1, torch.tensor([1, 0, 2]), torch.tensor([3, 7, 2]), torch.jagged)
+    got = linear(rows)
+    assert [t.shape[0] for t in got.unbind()] == [3, 7, 2] and torch.equal(got.values(), linear(rows.values()))
+    with pytest.raises(TypeError, match=r"CompressedLinear: input: expected .*torch.jagged, got .*torch.strided"):
+        linear(torch.nested.nested_tensor(parts, layout=torch.strided))
+    with pytest.raises(ValueError, match=r"input: expected \[\.\.\., 96\], got"):
+        linear(torch.nested.nested_tensor([torch.randn(2, 95)], layout=torch.jagged))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_indices():
+    embedding = CompressedEmbedding.from_dense(nn.Embedding(8, 4))
+    indices = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
+    assert torch.equal(embedding(indices).unbind()[1], embedding(torch.tensor([3])))
 
 
 def test_symbolic_tracing(linear):

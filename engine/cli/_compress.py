@@ -22,7 +22,16 @@ from engine._source import (
     ignored_in_vain,
     remove_stale_weights,
 )
-from engine.cli._output import BAD_OPTION, fail, one_line_errors, output_console, plain, plain_table, shape_text
+from engine.cli._output import (
+    BAD_OPTION,
+    fail,
+    goes_on_from,
+    one_line_errors,
+    output_console,
+    plain,
+    plain_table,
+    shape_text,
+)
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 
 LEFT_ALONE_SHOWN = 20
@@ -56,7 +65,8 @@ def compress(
     recipe = _recipe(
         threshold, sparsity, scope, pattern, int8, tuple(target or DEFAULT_TARGETS), tuple(ignore or ()), guard
     )
-    with one_line_errors():
+    weights = out / WEIGHTS if model.is_dir() else out
+    with one_line_errors(), goes_on_from(journal_path(weights) if resume else None):
         source = Source(model)
         _check_out(model, out, force, resume)
         _check_patterns(source, recipe)

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-BAD_OPTION, BAD_FILE = 2, 1
+BAD_OPTION, BAD_FILE, INTERRUPTED = 2, 1, 130
 
 
 def fail(message: object, code: int) -> NoReturn:
@@ -28,6 +29,17 @@ def one_line_errors() -> Iterator[None]:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, BAD_FILE)
     except (ValueError, FloatingPointError) as error:  # CheckpointError is one; a loss that is no number
         fail(error, BAD_FILE)
+
+
+@contextlib.contextmanager
+def goes_on_from(kept: Path | None) -> Iterator[None]:
+    """Says after an interrupt whether the same command goes on from what is done, which the file `kept` holds."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is None or not kept.exists():
+            fail("interrupted: there is nothing yet to go on from", INTERRUPTED)
+        fail(f"interrupted: what is done is in {kept}; the same command goes on from there", INTERRUPTED)
 
 
 def output_console() -> Console:

@@ -9,7 +9,7 @@ import typer
 from engine import checkpoint, compress
 from engine._source import WEIGHTS, check_apart, check_parent, copy_companions
 from engine._task import load_task
-from engine.cli._output import BAD_OPTION, fail, one_line_errors
+from engine.cli._output import BAD_OPTION, fail, goes_on_from, one_line_errors
 from engine.compress.recipe import Prune, Quantize, Recipe, check_recipes, describe_recipes
 from engine.compress.targets import patterns_of
 
@@ -60,7 +60,7 @@ def search(
     """Find a recipe for each layer by measuring, and write the model so compressed. Repeated, it goes on."""
     if sum(budget is not None for budget in (loss_budget, time_budget, size_budget)) != 1:
         fail("give exactly one of --loss-budget, --time-budget and --size-budget", BAD_OPTION)
-    with one_line_errors():
+    with one_line_errors(), goes_on_from(out / MEASUREMENTS):
         _check_out(model, out, "search", MEASUREMENTS)
         task = load_task(model, texts, batch, tokens, measured)
         out.mkdir(exist_ok=True)
@@ -115,7 +115,7 @@ def distill(
         fail("--importance says which weights go: give --sparsity with it", BAD_OPTION)
     if recipes is None and sparsity is None and not int8:
         fail("nothing to do: give --sparsity, --int8, or both, or --recipes", BAD_OPTION)
-    with one_line_errors():
+    with one_line_errors(), goes_on_from(out / CHECKPOINT):
         _check_out(model, out, "distill", CHECKPOINT)
         task = load_task(model, texts, batch, tokens, measured)
         recipe: Recipe | dict[str, Recipe]

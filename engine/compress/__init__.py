@@ -1,6 +1,7 @@
 """Whole models: recipes, the verbs that apply them, and the report."""
 
 from engine.compress.calibrate import Calibration, calibrate
+from engine.compress.decompress import decompress_
 from engine.compress.distill import Distillation, distill
 from engine.compress.model import compress_, prune_, quantize_
 from engine.compress.recipe import Prune, Quantize, Recipe
@@ -19,6 +20,7 @@ __all__ = [
     "Search",
     "calibrate",
     "compress_",
+    "decompress_",
     "distill",
     "prune_",
     "quantize_",

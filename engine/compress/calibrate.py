@@ -122,7 +122,8 @@ class InputStatistics:
 
     def see(self, x: Tensor) -> None:
         """Adds the rows of `x` `[..., K]`."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        x = torch.cat(x.detach().unbind()) if x.is_nested else x.detach()
+        rows = x.reshape(-1, x.shape[-1]).float()
         if not rows.numel():
             return
         magnitudes = rows.abs()

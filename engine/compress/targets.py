@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from engine.compress.recipe import DEFAULT_TARGETS, Recipe
 from engine.nn._replace import hooks_of, is_as_made, is_conv1d
@@ -111,6 +112,11 @@ def find_targets(
     if compiled or isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"engine.{owner}: the model is {'compiled' if compiled else 'scripted'}: do that after it is compressed"
+        )
+    wrappers = (item for item in model.named_parameters() if is_traceable_wrapper_subclass(item[1]))
+    if sharded := next((name for name, each in wrappers if type(each).__name__ == "DTensor"), None):
+        raise ValueError(
+            f"engine.{owner}: the model is sharded, {sharded} is a DTensor: do that after it is compressed"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     compressed = [name for name, module in modules.items() if isinstance(module, _Compressed)]
@@ -217,6 +223,8 @@ def _why_not(target: Target, others: set[str]) -> str | None:
     weight = target.weight
     if others:
         return f"its weight is shared with {min(others)}, which stays as it is"
+    if is_traceable_wrapper_subclass(weight):
+        return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if weight.numel() == 0:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.compress import measure
@@ -181,6 +182,8 @@ def _measure_errors(model: nn.Module, inputs: Any, candidates: Mapping[str, Comp
 
 
 def _relative(difference: Tensor, exact: Tensor) -> float:
+    if exact.is_nested:
+        difference, exact = torch.cat(difference.unbind()), torch.cat(exact.unbind())
     size = exact.norm().item()
     return difference.norm().item() / size if size else difference.norm().item()
 

@@ -14,7 +14,7 @@ from engine.distributed._all_reduce import all_reduce
 from engine.distributed._parallel_linear import ColumnParallelLinear, RowParallelLinear, bounds
 from engine.formats._common import own
 from engine.nn import CompressedLinear
-from engine.nn._replace import hooks_of, switches_of_fused_paths
+from engine.nn._replace import give_attributes, given_attributes, hooks_of, is_as_made, switches_of_fused_paths
 
 STYLES = ("colwise", "rowwise", "colwise_rep", "rowwise_rep")
 WHERE = "engine.distributed.tensor_parallel_"
@@ -178,6 +178,10 @@ def _check_target(model: nn.Module, target: _Target, group: dist.ProcessGroup) -
         raise ValueError(f"{where}: the model is this one layer, which can't be replaced in place: put it in a module")
     if hooks := hooks_of(module):
         raise ValueError(f"{where}: has hooks ({hooks}), which a replacement would lose")
+    if type(module) is nn.Linear and not is_as_made(module):
+        raise ValueError(f"{where}: has a forward, parts or methods of its own, which a replacement would lose")
+    if taken := give_attributes(_over(target, module, None, group), given_attributes(module)):
+        raise ValueError(f"{where}: has an attribute {taken[0]!r}, of which a replacement has another use")
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(f"{where}: is on the meta device: load the checkpoint first")
     mine = {id(parameter) for parameter in module.parameters()}
@@ -219,6 +223,7 @@ def _label(module: Any) -> str:
 
 def _replace(model: nn.Module, target: _Target, group: dist.ProcessGroup, codec: str | None, exact: bool) -> None:
     layer = _parallel(target, group, codec, exact).train(target.module.training)
+    give_attributes(layer, given_attributes(target.module))
     for name in target.names:
         path, _, child = name.rpartition(".")
         model.get_submodule(path)._modules[child] = layer
@@ -244,7 +249,18 @@ def _parallel(target: _Target, group: dist.ProcessGroup, codec: str | None, exac
         weight = own(whole.weight.narrow(target.dim, target.begin, target.end - target.begin))
         shard = nn.Linear(weight.shape[1], weight.shape[0], shard_bias is not None, device="meta")
         shard.weight, shard.bias = nn.Parameter(weight, whole.weight.requires_grad), shard_bias  # type: ignore[assignment]
-    replicated = target.style.endswith("_rep")
-    if by_rows:
+    return _over(target, shard, bias, group, codec, exact)
+
+
+def _over(
+    target: _Target,
+    shard: nn.Module,
+    bias: nn.Parameter | None,
+    group: dist.ProcessGroup,
+    codec: str | None = None,
+    exact: bool = True,
+) -> nn.Module:
+    whole, replicated = target.module, target.style.endswith("_rep")
+    if target.dim == 0:
         return ColumnParallelLinear(shard, whole.in_features, whole.out_features, group, replicated)
     return RowParallelLinear(shard, bias, whole.in_features, whole.out_features, group, replicated, codec, exact)

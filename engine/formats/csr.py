@@ -9,7 +9,8 @@ from torch import Tensor
 from engine import ops
 from engine.formats._common import check_shard, nbytes_of, own
 from engine.ops import _check
-from engine.ops._csr import check_csr, check_csr_metadata, dense_rows
+from engine.ops._csr import check_csr, check_csr_metadata
+from engine.ops.csr_linear import csr_to_dense
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,8 +55,7 @@ class Csr:
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` with zeros where pruned. Indices that do not fit are refused, as by `linear`."""
-        self.check()
-        return dense_rows(self.crow_indices, self.col_indices, self.values, 0, self.shape[0], self.columns).to(dtype)
+        return csr_to_dense(self.crow_indices, self.col_indices, self.values, self.columns).to(dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[..., K]`."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.ops import _check
+
 GIVEN = "_given_attributes"  # of a replacement: the names that it has from the layer before
 REGISTRIES = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 SIZES: dict[type[nn.Module], tuple[int, ...]] = {nn.Linear: (1, 1), nn.Embedding: (1, 1), nn.Conv2d: (1, 1, 1)}
@@ -29,6 +31,14 @@ def in_autocast(x: Tensor) -> Tensor:
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def of_nested(layer: nn.Module, x: Any) -> Tensor:
+    """What `layer` makes of each part of a nested tensor; of layout torch.jagged, the one that lies in one piece."""
+    where, layout = f"nn.{type(layer).__name__}", "a dense tensor or a nested one of layout torch.jagged"
+    _check.expect(x.layout == torch.jagged, where, "input", layout, f"a nested one of layout {x.layout}", TypeError)
+    ragged = next(i for i, size in enumerate(x.shape) if not isinstance(size, int))
+    return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets(), x.lengths(), ragged)
 
 
 def set_item(items: dict[str, Any], key: str, value: Any, undo: contextlib.ExitStack) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.formats import DenseInt8, Format
-from engine.nn._replace import in_autocast, is_conv1d
+from engine.nn._replace import in_autocast, is_conv1d, of_nested
 from engine.ops import _check
 
 RESIZED_BY_LOADING = ("values", "col_indices")  # their length is the number of kept weights or blocks
@@ -131,6 +131,9 @@ class _Compressed(nn.Module):
             described = [" ".join([kind, *(f"{k}={v}" for k, v in how.items())]) for kind, how in (theirs, own)]
             errors.append(f"{prefix.removesuffix('.') or 'the layer'}: is {described[0]}, the model's {described[1]}")
             return
+        wrong_before = len(errors)  # the lists are the whole model's
+        parameters: dict[str, Any] = dict(self._parameters)
+        before = {name: (each.data, each.data.clone()) for name, each in parameters.items() if each is not None}
         found = {name: state_dict.get(prefix + name) for name in self._format_type.TENSORS}
         for name, tensor in found.items():
             mine: Any = self._parameters[name]
@@ -143,7 +146,6 @@ class _Compressed(nn.Module):
             if name == "input_scale" and tensor is not None and (mine is None or mine.shape != tensor.shape):
                 fresh = torch.empty(tensor.shape, dtype=torch.float32, device=self.values.device)
                 self._parameters[name] = nn.Parameter(fresh, requires_grad=False)
-        wrong_before = len(errors)  # the lists are the whole model's
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if prefix + MARKER in missing:
             missing.remove(prefix + MARKER)
@@ -153,6 +155,10 @@ class _Compressed(nn.Module):
                 self.format.check()
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix.removesuffix('.')}: {error}")
+        if len(errors) > wrong_before:  # tensors of two weights make no weight, and may even fit together
+            self._parameters.update(parameters)
+            for name, (data, values) in before.items():
+                parameters[name].data = data.copy_(values)
 
     def _describe_format(self) -> str:
         format = self.format
@@ -213,6 +219,8 @@ class CompressedLinear(_Compressed):
         x = input
         # Of a bitmap's columns an op knows only how many bytes they are. What is no tensor may be torch.fx's stand-in.
         if isinstance(x, Tensor):
+            if x.is_nested:
+                return of_nested(self, x)
             shape = x.shape
             if not shape or shape[-1] != self.in_features:
                 expected = f"[..., {self.in_features}]"
@@ -262,6 +270,8 @@ class CompressedEmbedding(_Compressed):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices `[...]` to rows `[..., embedding_dim]`."""
+        if isinstance(input, Tensor) and input.is_nested:
+            return of_nested(self, input)
         dtype, input_scale = self._dtype_marker.dtype, self.input_scale
         if input_scale is None or input_scale.dim() == 0:
             return ops.int8_embedding(input, self.values, self.scale, dtype)

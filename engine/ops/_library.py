@@ -6,15 +6,14 @@ which stays as the default for every other device and for :func:`engine.referenc
 
 import functools
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.ops import _check
+from engine.ops._call import DevicesDiffer, caller_of, public_name, refuse_tangents, tensors_in
 
 
 class _Library(torch.library.Library):
@@ -29,7 +28,7 @@ class _Library(torch.library.Library):
 def _without_tangents(name: str, kernel: Callable) -> Callable:
     def checked(keyset, *args, **kwargs):
         if forward_ad._current_level >= 0:
-            _refuse_tangents(name, args)
+            refuse_tangents(name, args)
         return kernel(keyset, *args, **kwargs)
 
     return checked
@@ -37,10 +36,6 @@ def _without_tangents(name: str, kernel: Callable) -> Callable:
 
 LIBRARY = _Library("engine", "DEF")
 REFERENCES: dict[str, Callable] = {}
-
-
-class DevicesDiffer(RuntimeError):
-    """Some tensors are on the meta device and others are not: no check can look at their data to say more."""
 
 
 def define(
@@ -67,12 +62,15 @@ def define(
 
     def refuse(ctx: object, *grads: object) -> None:
         if "_backward_" in name:
-            raise RuntimeError(f"engine.ops.{_public(name)} has no second derivative: its gradients have no gradient")
+            raise RuntimeError(
+                f"engine.ops.{public_name(name)} has no second derivative: its gradients have no gradient"
+            )
         raise RuntimeError(f"engine.ops.{name} has no gradient; call it under torch.no_grad() or on detached tensors")
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
     packet, _, overload = name.partition(".")
-    return _without_autograd_overhead(getattr(getattr(torch.ops.engine, packet), overload or "default"), check)
+    op = getattr(getattr(torch.ops.engine, packet), overload or "default")
+    return caller_of(op, check, setup_context, backward or refuse)
 
 
 def define_mutating(schema: str, *, reference: Callable, fake: Callable) -> Callable:
@@ -104,67 +102,18 @@ def _all_or_none_meta(schema: str, fake: Callable) -> Callable:
 
     @functools.wraps(fake)
     def checked(*args, **kwargs):
-        on = [(place, t.device.type) for place, t in _tensors((*args, *kwargs.values()))]
+        on = [(place, t.device.type) for place, t in tensors_in((*args, *kwargs.values()))]
         devices = {device for _, device in on}
         if "meta" in devices and len(devices) > 1:
             names = [argument.name for argument in torch._C.parse_schema(f"engine::{schema}").arguments]
             names = [*names[: len(args)], *kwargs]
             (first, device), (place, other) = on[0], next(each for each in on if each[1] != on[0][1])
             expected = f"a tensor on {device}, as {names[first]} is"
-            op = _public(schema[: schema.index("(")])
+            op = public_name(schema[: schema.index("(")])
             _check.expect(False, op, names[place], expected, f"one on {other}", DevicesDiffer)
         return fake(*args, **kwargs)
 
     return checked
-
-
-def _without_autograd_overhead(op: torch._ops.OpOverload, check: Callable | None) -> Callable:
-    """Calls `op`, past its autograd kernel where no gradient can be wanted.
-
-    That kernel is Python in PyTorch and costs 8 µs a call under `torch.no_grad()`, more than a small layer; inference
-    mode skips it by itself.
-    """
-    name = op.name().partition("::")[2]
-    direct = op._op  # what `op` itself calls, a Python frame later
-    is_tracing = torch._C._is_tracing
-
-    def call(*args):
-        try:
-            # torch.jit.trace traces twice, once without gradients, and wants the call in the same line.
-            if torch.compiler.is_dynamo_compiling() or is_tracing():
-                return op(*args)
-            if forward_ad._current_level >= 0:
-                _refuse_tangents(name, args)
-            if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-                return direct(*args)
-            with torch._C._AutoDispatchBelowAutograd():
-                return direct(*args)
-        except DevicesDiffer:
-            raise
-        except RuntimeError:
-            if check is not None:
-                check(*args)
-            raise
-
-    return call
-
-
-def _refuse_tangents(name: str, args: tuple) -> None:
-    if any(forward_ad.unpack_dual(t).tangent is not None for _, t in _tensors(args)):
-        raise RuntimeError(f"engine.ops.{_public(name)} has no forward-mode derivative (jvp)")
-
-
-def _tensors(args: Iterable[Any]) -> Iterator[tuple[int, torch.Tensor]]:
-    """The tensors among `args`, those of lists too, each with the place of its argument."""
-    for place, arg in enumerate(args):
-        for each in arg if isinstance(arg, list | tuple) else (arg,):
-            if isinstance(each, torch.Tensor):
-                yield place, each
-
-
-def _public(name: str) -> str:
-    """What a user calls the op by: without the overload, and of a gradient's op the op itself."""
-    return re.split(r"\.|_backward_|_of_list", name)[0]
 
 
 def explained_by(check: Callable) -> Callable:

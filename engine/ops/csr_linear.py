@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from engine.ops import _check
 from engine.ops._csr import blocks, check_csr, check_csr_metadata, dense_rows, row_indices
 from engine.ops._float_linear import define_float_linear
 from engine.ops._library import define
@@ -108,4 +109,39 @@ _op = define_float_linear(
     to_dense=lambda crow, col, values, columns: dense_rows(crow, col, values, 0, crow.shape[0] - 1, columns),
     input_gradient=_backward_input_op,
     values_gradient=lambda grad, x, crow, col, shape, dtype: _backward_values_op(grad, x, crow, col, dtype),
+)
+
+
+# What formats.Csr.to_dense calls: an op, so that shapes alone can go through it.
+
+
+def _to_dense(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    op = "csr_to_dense"
+    _check.is_float(op, "values", values)
+    check_csr_metadata(op, crow_indices, col_indices, values)
+    check_csr(op, crow_indices, col_indices, columns)
+    return dense_rows(crow_indices, col_indices, values, 0, crow_indices.shape[0] - 1, columns)
+
+
+def _fake_to_dense(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    return values.new_empty((crow_indices.shape[0] - 1, columns), dtype=torch.float32)
+
+
+def _setup_context_to_dense(ctx, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    crow_indices, col_indices, values, _ = inputs
+    ctx.save_for_backward(crow_indices, col_indices)
+    ctx.dtype = values.dtype
+
+
+def _backward_to_dense(ctx, grad: Tensor) -> tuple[None, None, Tensor, None]:
+    crow_indices, col_indices = ctx.saved_tensors
+    return None, None, grad[row_indices(crow_indices), col_indices].to(ctx.dtype), None
+
+
+csr_to_dense = define(
+    "csr_to_dense(Tensor crow_indices, Tensor col_indices, Tensor values, SymInt columns) -> Tensor",
+    reference=_to_dense,
+    fake=_fake_to_dense,
+    backward=_backward_to_dense,
+    setup_context=_setup_context_to_dense,
 )

@@ -278,6 +278,13 @@ def fsdp():
         for parameter, want in zip(mine.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad.full_tensor(), want.grad, rtol=1e-5, atol=1e-6)
     assert len(calls) == 4, calls
+    mine[0].reshard()
+    refused(ValueError, "the model is sharded, 0.weight is a DTensor", engine.quantize_, mine)
+    refused(
+        engine.CheckpointError, "0.weight: only dense tensors with data", engine.save, mine, f"{folder}/x.safetensors"
+    )
+    engine.save(whole, f"{folder}/whole{rank}.safetensors")
+    refused(engine.CheckpointError, "the model's is a DTensor", engine.load_, mine, f"{folder}/whole{rank}.safetensors")
     t = torch.ones(4)
     refused(ValueError, "expected SUM or AVG", FsdpReduceScatter(), t[:2], t, group, dist.ReduceOp.MAX)
 
@@ -326,8 +333,12 @@ def refusals():
             "other": nn.Linear(8, 8),
             "meta": nn.Linear(8, 8, device="meta"),
             "fine": nn.Linear(8, 8),
+            "own": nn.Linear(8, 8),
+            "named": nn.Linear(8, 8),
         }
     )
+    mlp["own"].forward = lambda x: x
+    mlp["named"].group, mlp["named"].note = "queries", "kept"
     mlp["hooked"].register_forward_hook(lambda *_: None)
     mlp["tied"].weight = mlp["other"].weight
     mlp["again"] = mlp["fine"]
@@ -348,6 +359,8 @@ def refusals():
         ({"first": "colwise", "narrow": "colwise"}, "narrow: 2 outputs for 3 ranks"),
         ({"hooked": "colwise"}, "hooked: has hooks"),
         ({"tied": "colwise"}, "tied: shares a parameter with other.weight"),
+        ({"own": "rowwise"}, "own: has a forward, parts or methods of its own"),
+        ({"named": "rowwise"}, "named: has an attribute 'group', of which a replacement has another use"),
         ({"meta": "colwise"}, "meta: is on the meta device"),
         ({"fine": "colwise"}, "fine: the same layer is also again"),
         ({"fine": "colwise", "again": "rowwise"}, "the same layer is colwise as fine"),
@@ -367,6 +380,9 @@ def refusals():
     plan = {"first": "colwise" if rank != 2 else "rowwise"}
     refused(ValueError, "rank 2 has another plan", call, plan)
     assert dict(mlp.named_modules(remove_duplicate=False)) == before
+    del mlp["named"].group
+    call({"named": "colwise"})
+    assert mlp["named"].note == "kept"
     mine = sharded(layer("int8", 8, 9), "rowwise")
     refused(ValueError, "x: expected shape [..., 3], this rank's of the 9 inputs, got [2, 9]", mine, torch.randn(2, 9))
 

@@ -154,3 +154,15 @@ def test_errors():
     for wrong in ((x, crow_indices, col_indices.long(), values), (x, crow_indices, col_indices, values[:0])):
         with pytest.raises(RuntimeError):
             torch.ops.engine.csr_linear(*wrong)
+
+
+def test_to_dense_is_an_op_with_a_gradient():
+    crow_indices, col_indices, values = random_csr(20, 33, torch.float16)
+    to_dense, values = torch.ops.engine.csr_to_dense, values.requires_grad_()
+    torch.library.opcheck(to_dense.default, (crow_indices, col_indices, values, 33))
+    grad = torch.randn(20, 33)
+    to_dense(crow_indices, col_indices, values, 33).backward(grad)
+    rows = torch.arange(20).repeat_interleave(crow_indices.diff())
+    assert torch.equal(values.grad, grad[rows, col_indices].half())
+    with pytest.raises(ValueError, match=r"ops\.csr_to_dense: col_indices"):
+        to_dense(crow_indices, col_indices, values, 1)
