@@ -2,7 +2,7 @@
 //
 //   kWidth, kUnit  rows of activations in a strip at most, and what they are a multiple of
 //   chain(width)   how much of K may be added up before sums are to be added to a total
-//   tile(...)      rows × width sums
+//   tile(...)      rows × width sums; of what is kept it reads row[r], as that of KeptRows
 #pragma once
 
 #include "common/spmm.h"
@@ -10,14 +10,14 @@
 namespace engine {
 
 struct SpmmPortable {
-    static constexpr int64_t kWidth = 16, kUnit = 4;  // a strip's rows at most, and what they are a multiple of
+    static constexpr int64_t kWidth = 12, kUnit = 4;  // sums of 16 would not stay in SSE2's registers
     // How much of K, of which at most 60 % are kept, may be added up before the error is larger than MKL's for few
     // outputs. Half of what the FMA kernels allow, as products are rounded here before they are added.
     static constexpr int64_t chain(int64_t /*width*/) { return 48 * kChains; }
     static constexpr int64_t kChains = 2;
 
-    template <int W>
-    static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, float* sums) {
+    template <int W, class Kept>
+    static void tile_of(const Kept& kept, int64_t rows, const float* strip, bool add, float* sums) {
         for (int64_t r = 0; r < rows; ++r) {
             const auto [values, columns, count] = kept.row[r];
             float acc[kChains][W] = {};
@@ -37,13 +37,13 @@ struct SpmmPortable {
         }
     }
 
-    static void tile(const KeptRows& kept, int64_t rows,
+    template <class Kept>
+    static void tile(const Kept& kept, int64_t rows,
                      const float* strip,  // [kc, width]
                      int64_t width, bool add,
                      float* sums) {  // [rows, width]
         if (width == 4) return tile_of<4>(kept, rows, strip, add, sums);
         if (width == 8) return tile_of<8>(kept, rows, strip, add, sums);
-        if (width == 12) return tile_of<12>(kept, rows, strip, add, sums);
         tile_of<kWidth>(kept, rows, strip, add, sums);
     }
 };
@@ -63,8 +63,8 @@ struct SpmmAvx2 {
     static constexpr int64_t chains(int64_t width) { return width >= 48 ? 1 : width == 32 ? 2 : 4; }
     static constexpr int64_t chain(int64_t width) { return 96 * chains(width); }
 
-    template <int V, class Sum>
-    ENGINE_AVX2 static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, Sum* sums) {
+    template <int V, class Kept, class Sum>
+    ENGINE_AVX2 static void tile_of(const Kept& kept, int64_t rows, const float* strip, bool add, Sum* sums) {
         constexpr int C = chains(8 * V);  // to a vector: with them there are at least 6 multiply-adds to wait for
         for (int64_t r = 0; r < rows; ++r) {
             const auto [values, columns, count] = kept.row[r];
@@ -94,8 +94,8 @@ struct SpmmAvx2 {
         }
     }
 
-    template <class Sum>
-    static void tile(const KeptRows& kept, int64_t rows,
+    template <class Kept, class Sum>
+    static void tile(const Kept& kept, int64_t rows,
                      const float* strip,  // [kc, width]
                      int64_t width, bool add,
                      Sum* sums) {  // [rows, width]
@@ -111,8 +111,8 @@ struct SpmmAvx512 {
     static constexpr int64_t chains(int64_t width) { return width >= 48 ? 2 : 4; }
     static constexpr int64_t chain(int64_t width) { return 96 * chains(width); }
 
-    template <int V>
-    ENGINE_AVX512 static void tile_of(const KeptRows& kept, int64_t rows, const float* strip, bool add, float* sums) {
+    template <int V, class Kept>
+    ENGINE_AVX512 static void tile_of(const Kept& kept, int64_t rows, const float* strip, bool add, float* sums) {
         constexpr int C = chains(16 * V);
         for (int64_t r = 0; r < rows; ++r) {
             const auto [values, columns, count] = kept.row[r];
@@ -141,7 +141,8 @@ struct SpmmAvx512 {
         }
     }
 
-    static void tile(const KeptRows& kept, int64_t rows,
+    template <class Kept>
+    static void tile(const Kept& kept, int64_t rows,
                      const float* strip,  // [kc, width]
                      int64_t width, bool add,
                      float* sums) {  // [rows, width]

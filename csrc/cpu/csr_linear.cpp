@@ -1,16 +1,17 @@
 // csr_linear: y = x W^T + bias for W in compressed sparse rows, for weights so sparse that an index beside every value
 // costs less than a bit for every place.
 //
-// Rows of x are taken 8 or 16 at a time and transposed, so that one value and its column serve whole vectors: x^T[col]
-// is that many numbers side by side. A single row of x needs no transpose and gathers.
+// Up to 8 rows of x are transposed, so that one value and its column serve a whole vector: x^T[col] is that many numbers
+// side by side. A single row needs no transpose and gathers. More rows: common/csr_spmm.h.
 //
-// A column is clamped into [0, k) where it is used, and one that was not inside is reported after the loop: so nothing
-// is read out of bounds whatever the indices hold, and no pass is spent on looking at them beforehand.
+// For these few a column is clamped into [0, k) where it is used, and one that was not inside is reported after the loop:
+// so nothing is read out of bounds whatever the indices hold, and no pass is spent on looking at them beforehand.
 
 #include <atomic>
 #include <limits>
 
 #include "common/compiled.h"
+#include "common/csr_spmm.h"
 #include "common/floats.h"
 #include "common/linear_binding.h"
 #include "common/scratch.h"
@@ -18,17 +19,9 @@
 namespace engine {
 namespace {
 
-template <class V, class I>
-struct Csr {
-    const I* crow;      // [n + 1], checked
-    const I* columns;   // [nnz]
-    const V* values;    // [nnz]
-    const float* bias;  // [n], or null
-    int64_t n, k;       // k > 0 where there are values
-};
-
-constexpr int kChunk = 128;  // values after which partial sums are added to the total: long rows lose less to rounding
-constexpr int kSums = 4;     // beside one another, to overlap the latencies of additions
+constexpr int kMostRows = 8;  // of x, to be transposed here
+constexpr int kChunk = 128;   // values after which partial sums are added to the total: long rows lose less to rounding
+constexpr int kSums = 4;      // beside one another, to overlap the latencies of additions
 
 // Columns where they are used: clamped into [0, k), and the largest noted, for what lay outside to be reported.
 template <class I>
@@ -98,42 +91,30 @@ bool outputs_portable(const Csr<V, I>& w, const Block& block, int64_t begin, int
 }
 
 #if ENGINE_X86
-// For AVX-512 processors too: the loop waits for x^T to come from the second cache, not for arithmetic.
-template <int kRows, class V, class I>
+// kMostRows rows of x, for AVX-512 processors too: the loop waits for x^T to come from the second cache.
+template <class V, class I>
 ENGINE_AVX2 bool outputs_avx2(const Csr<V, I>& w, const Block& block, int64_t begin, int64_t end) {
-    constexpr int kVectors = kRows / 8;
     ClampedColumns<I> clamp(w.k);
     for (int64_t row = begin; row < end; ++row) {
-        __m256 total[kVectors] = {};
+        __m256 total = _mm256_setzero_ps();
         for (int64_t chunk = w.crow[row]; chunk < w.crow[row + 1]; chunk += kChunk) {
             const int64_t last = std::min<int64_t>(chunk + kChunk, w.crow[row + 1]);
-            __m256 sums[kSums][kVectors] = {};
+            __m256 sums[kSums] = {};
+            const auto product = [&](int64_t i, __m256& sum) __attribute__((always_inline)) ENGINE_AVX2 {
+                const float* x = block.xt + clamp(w.columns[i]) * kMostRows;
+                sum = _mm256_fmadd_ps(_mm256_set1_ps(to_float(w.values[i])), _mm256_loadu_ps(x), sum);
+            };
             int64_t i = chunk;
             for (; i + kSums <= last; i += kSums) {
 #pragma GCC unroll 4
-                for (int s = 0; s < kSums; ++s) {
-                    const __m256 value = _mm256_set1_ps(to_float(w.values[i + s]));
-                    const float* x = block.xt + clamp(w.columns[i + s]) * kRows;
-#pragma GCC unroll 2
-                    for (int v = 0; v < kVectors; ++v) {
-                        sums[s][v] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + 8 * v), sums[s][v]);
-                    }
-                }
+                for (int s = 0; s < kSums; ++s) product(i + s, sums[s]);
             }
-            for (; i < last; ++i) {
-                const __m256 value = _mm256_set1_ps(to_float(w.values[i]));
-                const float* x = block.xt + clamp(w.columns[i]) * kRows;
-                for (int v = 0; v < kVectors; ++v) {
-                    sums[0][v] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + 8 * v), sums[0][v]);
-                }
-            }
-            for (int v = 0; v < kVectors; ++v) {
-                const __m256 two = _mm256_add_ps(sums[0][v], sums[1][v]);
-                total[v] = _mm256_add_ps(total[v], _mm256_add_ps(two, _mm256_add_ps(sums[2][v], sums[3][v])));
-            }
+            for (; i < last; ++i) product(i, sums[0]);
+            const __m256 two = _mm256_add_ps(sums[0], sums[1]);
+            total = _mm256_add_ps(total, _mm256_add_ps(two, _mm256_add_ps(sums[2], sums[3])));
         }
-        alignas(32) float all[kRows];
-        for (int v = 0; v < kVectors; ++v) _mm256_store_ps(all + 8 * v, total[v]);
+        alignas(32) float all[kMostRows];
+        _mm256_store_ps(all, total);
         write_output(w, block, row, all);
     }
     return clamp.inside();
@@ -216,7 +197,7 @@ template <int kRows, class V, class I>
 Outputs<V, I> outputs_kernel([[maybe_unused]] int64_t k) {
 #if ENGINE_X86
     if (isa() != Isa::portable) {
-        if constexpr (kRows > 1) return outputs_avx2<kRows, V, I>;
+        if constexpr (kRows > 1) return outputs_avx2<V, I>;
         if (kRows == 1 && k <= int64_t{1} << 31) return gather_avx2<V, I>;
     }
 #endif
@@ -248,11 +229,11 @@ ENGINE_INLINE uint32_t transpose(const T* x,  // [rows, k]
 
 // Up to kRows rows of x from x on. False where a column lay outside.
 template <int kRows, class T, class V, class I>
-bool block_of_rows(const Csr<V, I>& w,
-                   const T* x,  // [rows, k]
-                   int64_t rows,
-                   float* y,     // [rows, n]
-                   float* xt) {  // [k, kRows], scratch
+bool some_rows(const Csr<V, I>& w,
+               const T* x,  // [rows, k]
+               int64_t rows,
+               float* y,     // [rows, n]
+               float* xt) {  // [k, kRows], scratch
     std::atomic<uint32_t> bad{0};
     auto* const turn = compiled_to_avx2<transpose<kRows, T>>();
     parallel_rows(w.k, kRows * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
@@ -272,34 +253,33 @@ bool block_of_rows(const Csr<V, I>& w,
 struct CsrScratch;  // tag: x transposed and results as fp32, held by the calling thread
 
 template <class T, class V, class I>
-void linear(const Csr<V, I>& w,
-            const T* x,  // [m, k]
-            int64_t m,
-            T* y) {                        // [m, n]
-    constexpr int64_t kScratch = 1 << 20;  // bytes; beyond, 16 transposed rows would leave the caches
-    const int most = m == 1 ? 1 : m <= 8 || w.k * 16 * static_cast<int64_t>(sizeof(float)) > kScratch ? 8 : 16;
-    const int64_t turned = w.k * most, results = sizeof(T) == 4 ? 0 : w.n * most;
-    using Own = Scratch<CsrScratch>;
-    Own scratch(Own::bytes_for<float>(turned) + Own::bytes_for<float>(results));
-    float* const xt = scratch.take<float>(turned);
-    float* const converted = scratch.take<float>(results);
+void linear(const FloatLinear<T>& call, const Csr<V, I>& w) {
+    constexpr int64_t kLongestStrip = 32 << 10;  // of K: longer ones would take more than 2 MB a thread
+    const auto [x, scale, bias, y, m, n, k] = call;
     bool inside = true;
-    for (int64_t first = 0; first < m; first += most) {
-        const T* from = x + first * w.k;
-        T* to = y + first * w.n;
-        const int64_t rows = std::min<int64_t>(most, m - first);
-        float* as_float = converted;
-        if constexpr (sizeof(T) == 4) as_float = to;
-        if (most == 1) inside &= block_of_rows<1>(w, from, rows, as_float, xt);
-        if (most > 1 && rows <= 8) inside &= block_of_rows<8>(w, from, rows, as_float, xt);
-        if (most > 1 && rows > 8) inside &= block_of_rows<16>(w, from, rows, as_float, xt);
-        if constexpr (sizeof(T) != 4) {
-            const FromFloats<T> convert = from_floats<T>();
-            parallel_rows(rows * w.n, sizeof(float) + sizeof(T),
-                          [&](int64_t begin, int64_t end) { convert(as_float + begin, end - begin, to + begin); });
+    if (m > kMostRows && k <= kLongestStrip) {
+        inside = csr_spmm(call, w);
+    } else {
+        const int64_t turned = k * (m == 1 ? 1 : kMostRows), results = sizeof(T) == 4 ? 0 : n * kMostRows;
+        using Own = Scratch<CsrScratch>;
+        Own scratch(Own::bytes_for<float>(turned) + Own::bytes_for<float>(results));
+        float* const xt = scratch.take<float>(turned);
+        float* as_float = scratch.take<float>(results);
+        for (int64_t first = 0; first < m; first += kMostRows) {
+            const T* from = x + first * k;
+            T* to = y + first * n;
+            const int64_t rows = std::min<int64_t>(kMostRows, m - first);
+            if constexpr (sizeof(T) == 4) as_float = to;
+            inside &=
+                m == 1 ? some_rows<1>(w, from, 1, as_float, xt) : some_rows<kMostRows>(w, from, rows, as_float, xt);
+            if constexpr (sizeof(T) != 4) {
+                const FromFloats<T> convert = from_floats<T>();
+                parallel_rows(rows * n, sizeof(float) + sizeof(T),
+                              [&](int64_t begin, int64_t end) { convert(as_float + begin, end - begin, to + begin); });
+            }
         }
     }
-    STD_TORCH_CHECK(inside, "csr_linear: col_indices: expected columns in [0, ", w.k, ")");
+    STD_TORCH_CHECK(inside, "csr_linear: col_indices: expected columns in [0, ", k, ")");
 }
 
 // Throws unless the offsets rise from 0 to nnz.
@@ -330,7 +310,7 @@ Tensor csr_linear(Tensor x, Tensor crow_in, Tensor columns_in, Tensor values_in,
                 using I = decltype(index_zero);
                 check_offsets(data<I>(crow), n, nnz);
                 const Csr<V, I> w{data<I>(crow), data<I>(columns), data<V>(values), call.bias, n, call.k};
-                linear(w, call.x, call.m, call.y);
+                linear(call, w);
             };
             index == ScalarType::Int ? run(int32_t{}) : run(int64_t{});
         });
