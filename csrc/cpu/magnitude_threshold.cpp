@@ -6,7 +6,8 @@
 // a vectorised comparison at the speed of memory. Any data is exact: if all elements fall into one bin, the second pass
 // counts all. Of a 16-bit tensor one pass counts every pattern.
 //
-// A row is too short for so many bins: it counts the upper 11 bits, and moves the few elements of the bin together.
+// A row is too short for so many bins: it counts the upper 11 bits, and moves the few elements of the bin together. In
+// these, or all of a short row, the rest is found bit by bit.
 
 #include <cmath>
 #include <cstring>
@@ -28,7 +29,6 @@ constexpr int64_t kManyElements = int64_t{1} << 21;  // for which four counters 
 constexpr int kRowShift = 20;
 constexpr int64_t kRowBins = int64_t{1} << (31 - kRowShift);
 constexpr int64_t kLongRow = int64_t{1} << 18;  // from here on a row is counted as a tensor is, by all threads
-constexpr int64_t kShortRow = 512;              // to here clearing and adding the bins costs more than they save
 
 // 31 bits that order as the magnitudes do.
 ENGINE_INLINE uint32_t key_of(float w) { return std::bit_cast<uint32_t>(w) & 0x7fffffffu; }
@@ -192,34 +192,58 @@ float select_all(const std::vector<Span>& spans, double sparsity) {
     return rank == 0 ? 0.0f : select(spans, rank);
 }
 
-// The rank-th key of a short row.
+template <class T>
+ENGINE_INLINE void row_keys(const T* __restrict w, int64_t k, uint32_t* __restrict keys) {
+    for (int64_t i = 0; i < k; ++i) keys[i] = key_of(w[i]);
+}
+
+// The rank-th of some keys that may differ in bits [low, high): the largest number below which fewer than `rank` lie, bit
+// by bit. It vectorises by itself, and mispredicts nothing.
+ENGINE_INLINE uint32_t rank_th(const uint32_t* keys, int64_t count, uint64_t rank, int low, int high) {
+    uint32_t found = keys[0] >> high << high;
+    for (int bit = high - 1; bit >= low; --bit) {
+        const uint32_t next = found | uint32_t{1} << bit;
+        uint32_t below = 0;
+        for (int64_t i = 0; i < count; ++i) below += keys[i] < next;
+        if (below < rank) found = next;
+    }
+    return found;
+}
+
+// Up to so long a row is searched whole, else first counted by its upper bits.
+template <class T>
+int64_t short_row() {
+    return isa() == Isa::portable ? 512 : sizeof(T) == 2 ? 2048 : 1024;
+}
+
+// The rank-th key of a row.
 template <class T>
 uint32_t select_row(const T* w,  // [k]
                     int64_t k, uint64_t rank,
                     uint32_t* counts,  // [2, kRowBins], two, as the same counter twice in a row waits for itself
                     uint32_t* keys) {  // [k + 1]
-    int64_t found = 0;
-    if (k <= kShortRow) {
-        for (; found < k; ++found) keys[found] = key_of(w[found]);
-    } else {
-        std::memset(counts, 0, 2 * kRowBins * sizeof(uint32_t));
-        int64_t i = 0;
-        for (; i + 2 <= k; i += 2) {
-            ++counts[key_of(w[i]) >> kRowShift];
-            ++counts[kRowBins + (key_of(w[i + 1]) >> kRowShift)];
-        }
-        if (i < k) ++counts[key_of(w[i]) >> kRowShift];
-        for (int64_t bin = 0; bin < kRowBins; ++bin) counts[bin] += counts[kRowBins + bin];
-        const uint32_t bin = find_bin(counts, rank);
-        for (int64_t j = 0; j < k; ++j) {  // written always, counted where it belongs: no branch to mispredict
-            const uint32_t key = key_of(w[j]);
-            keys[found] = key;
-            found += key >> kRowShift == bin;
-        }
+    constexpr int kLowest = sizeof(T) == 2 ? 16 : 0;
+    auto* const among = compiled<rank_th>();
+    if (k <= short_row<T>()) {
+        compiled<row_keys<T>>()(w, k, keys);
+        return among(keys, k, rank, kLowest, 31);
     }
-    uint32_t* nth = keys + (rank - 1);
-    std::nth_element(keys, nth, keys + found);
-    return *nth;
+    std::memset(counts, 0, 2 * kRowBins * sizeof(uint32_t));
+    int64_t i = 0;
+    for (; i + 2 <= k; i += 2) {
+        ++counts[key_of(w[i]) >> kRowShift];
+        ++counts[kRowBins + (key_of(w[i + 1]) >> kRowShift)];
+    }
+    if (i < k) ++counts[key_of(w[i]) >> kRowShift];
+    for (int64_t bin = 0; bin < kRowBins; ++bin) counts[bin] += counts[kRowBins + bin];
+    const uint32_t bin = find_bin(counts, rank);
+    int64_t found = 0;
+    for (int64_t j = 0; j < k; ++j) {  // written always, counted where it belongs: no branch to mispredict
+        const uint32_t key = key_of(w[j]);
+        keys[found] = key;
+        found += key >> kRowShift == bin;
+    }
+    return among(keys, found, rank, kLowest, kRowShift);
 }
 
 template <class T>
