@@ -50,6 +50,7 @@ OWNERS = {
         "ring_decode",
         "ring_encode",
         "ring_prune_encode",
+        "semi_structured_gather",
         "semi_structured_int8_linear",
         "semi_structured_int8_linear.patches",
         "semi_structured_linear",

@@ -1,9 +1,11 @@
-// semi_structured_to_dense: the values of a 2:4 weight back at their places, zeros elsewhere. Places become a bitmask, and
-// the rest is a bitmap's.
+// semi_structured_to_dense: the values of a 2:4 weight back at their places, zeros elsewhere, and semi_structured_gather,
+// its gradient, the reverse. Places become a bitmask, and the rest is a bitmap's.
 
 #include <array>
 
 #include "common/bitmap_expand.h"
+#include "common/bitmap_pack.h"
+#include "common/dtype.h"
 #include "common/huge_pages.h"
 #include "common/round.h"
 #include "common/semi_structured.h"
@@ -50,6 +52,13 @@ ENGINE_AVX2 inline bool stored_avx2(const uint8_t* metadata, int64_t bytes, uint
 }
 #endif
 
+inline auto stored_mask() {
+#if ENGINE_X86
+    if (isa() != Isa::portable) return stored_avx2;
+#endif
+    return stored_portable;
+}
+
 // Whether what lies beyond k is as it must be.
 template <class W>
 bool ends_well(const W* values, const uint8_t* metadata, int64_t k) {
@@ -79,10 +88,7 @@ void spread(const Tensor& values, const Tensor& metadata, int64_t k, Tensor& den
     const SemiStructured<W> weight{data<W>(values), data<uint8_t>(metadata), values.size(0), k};
     W* out = mutable_data<W>(dense);
     const ExpandRow<W> expand = expand_row<W>();
-    auto* stored = stored_portable;
-#if ENGINE_X86
-    if (isa() != Isa::portable) stored = stored_avx2;
-#endif
+    auto* const stored = stored_mask();
     std::atomic<int64_t> bad{-1};
     parallel_rows(weight.n, k * static_cast<int64_t>(sizeof(W)), [&](int64_t begin, int64_t end) {
         std::vector<uint8_t> mask(weight.row_bytes());
@@ -130,9 +136,53 @@ Tensor semi_structured_to_dense(Tensor values_in, Tensor metadata_in, int64_t co
     return dense;
 }
 
+// The weights of `dense` that stand at the places.
+template <class W>
+void gather(const Tensor& dense, const Tensor& metadata, Tensor& values) {
+    const int64_t k = dense.size(1), groups = groups_of_four(k);
+    const SemiStructured<W> weight{data<W>(values), data<uint8_t>(metadata), dense.size(0), k};
+    const W* from = data<W>(dense);
+    W* const to = mutable_data<W>(values);
+    const PackRow<W> pack = pack_row<W>();
+    auto* const stored = stored_mask();
+    parallel_rows(weight.n, k * static_cast<int64_t>(sizeof(W)), [&](int64_t begin, int64_t end) {
+        std::vector<uint8_t> mask(weight.row_bytes());
+        for (int64_t row = begin; row < end; ++row) {
+            const uint8_t* places = weight.metadata_at(row, 0);
+            const W* in = from + row * k;
+            W* const out = to + row * weight.row_values();
+            if (stored(places, weight.row_bytes(), mask.data())) {
+                const int64_t length = count_bits(mask.data(), k);
+                pack(mask.data(), in, k, out, length);
+                std::fill(out + length, out + 2 * groups, W{});
+                continue;
+            }
+            for (int64_t i = 0; i < 2 * groups; ++i) {  // places that don't ascend
+                const int64_t column = i / 2 * 4 + (places[i / 4] >> (2 * (i % 4)) & 3);
+                out[i] = column < k ? in[column] : W{};
+            }
+        }
+    });
+}
+
+Tensor semi_structured_gather(Tensor dense_in, Tensor metadata_in) {
+    STD_TORCH_CHECK(dense_in.dim() == 2, "semi_structured_gather: dense: expected shape [N, K]");
+    const Tensor dense = as_contiguous(dense_in), metadata = as_contiguous(metadata_in);
+    dispatch_float(dense.scalar_type(), "semi_structured_gather: dense", [](auto) {});
+    Tensor values = new_output(dense, {dense.size(0), 2 * groups_of_four(dense.size(1))}, dense.scalar_type());
+    check_semi_structured("semi_structured_gather", values, metadata, dense.size(1));
+    if (dense.scalar_type() == ScalarType::Float) {
+        gather<uint32_t>(dense, metadata, values);
+    } else {
+        gather<uint16_t>(dense, metadata, values);
+    }
+    return values;
+}
+
 }  // namespace
 }  // namespace engine
 
 STABLE_TORCH_LIBRARY_IMPL(engine, CPU, m) {
     m.impl("semi_structured_to_dense", TORCH_BOX(&engine::semi_structured_to_dense));
+    m.impl("semi_structured_gather", TORCH_BOX(&engine::semi_structured_gather));
 }

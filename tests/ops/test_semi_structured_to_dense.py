@@ -43,7 +43,7 @@ def test_gradient_opcheck_and_compile():
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("shape", [*MATRICES, (1500, 1030), (3, 0)], ids=str)
-def test_gather_takes_what_stands_at_the_kept_places(shape, dtype):
+def test_gather_takes_what_stands_at_the_kept_places(variant, shape, dtype):
     values, metadata = prune_to_semi_structured(torch.randn(shape).to(dtype))
     dense = torch.randn(shape).to(dtype).requires_grad_()
     got = torch.ops.engine.semi_structured_gather(dense, metadata)
@@ -52,6 +52,11 @@ def test_gather_takes_what_stands_at_the_kept_places(shape, dtype):
     assert torch.equal(restored, dense.where(kept, 0))
     got.backward(got.detach())
     assert torch.equal(dense.grad, restored)
+    anywhere = torch.randint(0, 256, metadata.shape, dtype=torch.uint8)  # places that don't ascend, or lie beyond K
+    arguments = dense.detach(), anywhere
+    assert torch.equal(
+        torch.ops.engine.semi_structured_gather(*arguments), REFERENCES["semi_structured_gather"](*arguments)
+    )
 
 
 def test_gather_opcheck_and_errors():
@@ -65,6 +70,8 @@ def test_gather_opcheck_and_errors():
         (torch.ones(5, 14, dtype=torch.int8), TypeError, "dense: expected a float32"),
     ):
         with pytest.raises(error, match=f"semi_structured_gather: {message}"):
+            REFERENCES["semi_structured_gather"](dense, metadata)
+        with pytest.raises(RuntimeError, match="semi_structured_gather"):
             gather(dense, metadata)
 
 
