@@ -71,11 +71,12 @@ def all_reduce(
             `async_op` it is `Work.wait` that raises it.
         RuntimeError: this process was forked from the one that made `group`.
         TypeError: another dtype, or a codec for what is not on the CPU.
-        ValueError: another op, codec or density, a residual without a codec or of another size, or this process is not
-            in `group`.
+        ValueError: another op, codec or density, a residual without a codec or of another size, elements of `t` that
+            share memory (as `expand` makes them), or this process is not in `group`.
     """
     word = op_name(op)
     group = _check_arguments(t, word, group, codec, residual, density)
+    check_writable(t)
     if torch.compiler.is_compiling():
         if async_op or residual is not None:
             raise ValueError("all_reduce: async_op and residual: expected none under torch.compile")
@@ -241,6 +242,17 @@ def check_tensor(name: str, t: torch.Tensor, op: str, dtypes: tuple[torch.dtype,
         raise TypeError(f"{name}: t: expected one of {names}, got {str(t.dtype).removeprefix('torch.')}")
     if t.layout != torch.strided:
         raise TypeError(f"{name}: t: expected a dense tensor, got {t.layout}")
+
+
+def check_writable(t: torch.Tensor) -> None:
+    """Of a tensor that is reduced in place; to learn of it when the result is written would be too late."""
+    if t.is_contiguous() or 0 not in t.stride():
+        return
+    shape, strides = list(t.shape), list(t.stride())
+    if any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
+        raise ValueError(
+            f"all_reduce: t: expected elements that each have memory of their own, got {shape} with strides {strides}"
+        )
 
 
 def check_group(name: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup:

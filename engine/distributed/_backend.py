@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.distributed._all_reduce import begin, op_name
+from engine.distributed._all_reduce import begin, check_writable, op_name
 from engine.distributed._shared_memory import DTYPES, OPS
 from engine.distributed._work import Work
 
@@ -83,6 +83,7 @@ class EngineProcessGroup(dist.ProcessGroup):
         t = tensors[0]
         if len(tensors) > 1 or op not in OPS or t.device.type != "cpu" or t.dtype not in DTYPES or t.is_sparse:
             return self._get_backend(t.device).allreduce(tensors, opts)  # type: ignore[attr-defined]
+        check_writable(t)
         if getattr(opts, "asyncOp", True):
             return _C10dWork(begin(t, op, self, async_op=True), t)
         begin(t, op, self)

@@ -140,6 +140,7 @@ def arguments():
         (lambda: all_reduce(torch.ones(3, dtype=torch.bool)), TypeError),
         (lambda: all_reduce(torch.ones(3).to_sparse()), TypeError),
         (lambda: all_reduce(torch.ones(3), group=dist.GroupMember.NON_GROUP_MEMBER), ValueError),
+        (lambda: all_reduce(torch.ones(2, 1).expand(2, 3)), ValueError),
     ]:
         try:
             call()
