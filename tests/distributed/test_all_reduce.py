@@ -39,6 +39,8 @@ SHARED = {
         "forked",
         "choice",
         "backend",
+        "overloads",
+        "barriers",
         "compiled",
         "codecs",
         "leaks",
