@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import profiler
 
 from engine.distributed._member import Member, member_of, reduce_by_torch
 from engine.distributed._network import plain
@@ -94,8 +95,15 @@ def begin(
     async_op: bool = False,
     residual: torch.Tensor | None = None,
     density: float = 0.01,
+    watched: bool = False,
 ) -> Work | None:
-    """The same, of arguments that have been checked."""
+    """The same, of arguments that have been checked; torch.profiler sees it from here until it is done."""
+    if profiler._is_profiler_enabled and not watched:
+        with profiler.record_function("engine:all_reduce") as span:
+            work = begin(t, op, group, codec, async_op, residual, density, watched=True)
+            if work is not None:
+                span._call_end_callbacks_on_future(work.get_future())
+        return work
     if t.device.type != "cpu":
         return _by_torch(t, op, group, async_op)
     member = member_of(group)

@@ -41,6 +41,7 @@ SHARED = {
         "backend",
         "overloads",
         "barriers",
+        "profiled",
         "compiled",
         "codecs",
         "leaks",

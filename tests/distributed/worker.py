@@ -643,6 +643,22 @@ def barriers():
         assert t.tolist() == [world_size - 1] * 3
 
 
+def profiled():
+    """One event each, which lasts until the operation is done."""
+    t = torch.ones(3)
+    all_reduce(t)
+    with torch.profiler.profile() as profile:
+        all_reduce(t, "max")
+        if rank > 0:
+            time.sleep(0.3)
+        work = all_reduce(t, "max", async_op=True)
+        work.wait()
+    events = [event for event in profile.events() if event.name == "engine:all_reduce"]
+    assert len(events) == 2
+    if rank == 0:
+        assert events[1].time_range.elapsed_us() > 100_000, events
+
+
 def kill_cycles(cycles):
     """Rank 0 forks a peer, which is killed at some moment of an operation; so many times. World size 1."""
     random.seed(0)
