@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import engine
@@ -271,6 +272,37 @@ def test_forward_mode_derivatives_are_refused(linear):
     want = linear(x)
     with torch.autograd.forward_ad.dual_level():
         assert torch.equal(linear(x), want)  # without a tangent it is as ever
+
+
+@pytest.mark.parametrize("wrong", [((1.0, 2.0),), [1.0], None])
+def test_loading_what_is_no_tensor_is_an_error(linear, wrong):
+    x = torch.randn(2, 96)
+    want = linear(x)
+    for name in ("values", "bias"):
+        with pytest.raises(RuntimeError, match=f'"{name}", expected torch.Tensor'):
+            linear.load_state_dict({**linear.state_dict(), name: wrong})
+    assert torch.equal(linear(x), want)
+
+
+@pytest.mark.parametrize("kind, how", [HOW["bitmap"], HOW["csr"], HOW["2:4"], HOW["block"]])
+def test_values_may_be_pruned_further_by_torch(kind, how):
+    dense = nn.Linear(96, 40)
+    linear = CompressedLinear.from_dense(dense, kind, **how)
+    x, before = torch.randn(3, 96), linear.weight.detach()
+    prune.l1_unstructured(linear, "values", 0.5)
+    smallest = linear.values_mask == 0
+    linear(x).sum().backward()
+    assert linear.values_orig.grad.shape == smallest.shape and not linear.values_orig.grad[smallest].any()
+    fewer = linear.weight.detach()
+    assert linear.values.count_nonzero() < 0.51 * linear.values.numel() and fewer.any()
+    assert torch.equal(fewer, torch.where(fewer == 0, 0, before))
+    assert torch.equal(linear(x), linear.format.linear(x, linear.bias)) and "format=" in repr(linear)
+    twin = prune.identity(CompressedLinear.from_dense(dense, kind, **how), "values")
+    twin.load_state_dict(linear.state_dict())
+    assert torch.equal(twin(x), linear(x))
+    torch.testing.assert_close(torch.compile(linear, fullgraph=True, backend="aot_eager")(x), linear(x))
+    prune.remove(linear, "values")
+    assert torch.equal(linear.weight, fewer) and isinstance(linear.values, nn.Parameter)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import profiler
 
 from engine.distributed._member import Member, member_of, reduce_by_torch
 from engine.distributed._network import plain
@@ -71,11 +72,12 @@ def all_reduce(
             `async_op` it is `Work.wait` that raises it.
         RuntimeError: this process was forked from the one that made `group`.
         TypeError: another dtype, or a codec for what is not on the CPU.
-        ValueError: another op, codec or density, a residual without a codec or of another size, or this process is not
-            in `group`.
+        ValueError: another op, codec or density, a residual without a codec or of another size, elements of `t` that
+            share memory (as `expand` makes them), or this process is not in `group`.
     """
     word = op_name(op)
     group = _check_arguments(t, word, group, codec, residual, density)
+    check_writable(t)
     if torch.compiler.is_compiling():
         if async_op or residual is not None:
             raise ValueError("all_reduce: async_op and residual: expected none under torch.compile")
@@ -93,8 +95,15 @@ def begin(
     async_op: bool = False,
     residual: torch.Tensor | None = None,
     density: float = 0.01,
+    watched: bool = False,
 ) -> Work | None:
-    """The same, of arguments that have been checked."""
+    """The same, of arguments that have been checked; torch.profiler sees it from here until it is done."""
+    if profiler._is_profiler_enabled and not watched:
+        with profiler.record_function("engine:all_reduce") as span:
+            work = begin(t, op, group, codec, async_op, residual, density, watched=True)
+            if work is not None:
+                span._call_end_callbacks_on_future(work.get_future())
+        return work
     if t.device.type != "cpu":
         return _by_torch(t, op, group, async_op)
     member = member_of(group)
@@ -241,6 +250,17 @@ def check_tensor(name: str, t: torch.Tensor, op: str, dtypes: tuple[torch.dtype,
         raise TypeError(f"{name}: t: expected one of {names}, got {str(t.dtype).removeprefix('torch.')}")
     if t.layout != torch.strided:
         raise TypeError(f"{name}: t: expected a dense tensor, got {t.layout}")
+
+
+def check_writable(t: torch.Tensor) -> None:
+    """Of a tensor that is reduced in place; to learn of it when the result is written would be too late."""
+    if t.is_contiguous() or 0 not in t.stride():
+        return
+    shape, strides = list(t.shape), list(t.stride())
+    if any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
+        raise ValueError(
+            f"all_reduce: t: expected elements that each have memory of their own, got {shape} with strides {strides}"
+        )
 
 
 def check_group(name: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.distributed._all_reduce import begin, op_name
+from engine.distributed._all_reduce import begin, check_writable, op_name
+from engine.distributed._member import _members
 from engine.distributed._shared_memory import DTYPES, OPS
 from engine.distributed._work import Work
 
@@ -45,12 +46,17 @@ class EngineProcessGroup(dist.ProcessGroup):
         return self._of(tensors).allreduce_coalesced(tensors, *rest, **named)
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Any:  # type: ignore[override]
-        """Of the inner group."""
+        """Of the inner group, and it waits for all-reduces before it, as gloo's does."""
+        opts, timeout = (None, opts) if isinstance(opts, timedelta) else (opts, timeout)
         opts = dist.BarrierOptions() if opts is None else opts
         if timeout is not None:
             opts.timeout = timeout
         device = opts.device if getattr(opts, "device", None) is not None else torch.device("cpu")
-        return self._get_backend(device).barrier(opts)  # type: ignore[attr-defined]
+        member, waits = _members.get(self), not getattr(opts, "asyncOp", True)
+        if member is not None and waits:
+            member.worker.drain()
+        work = self._get_backend(device).barrier(opts)  # type: ignore[attr-defined]  # in the caller's thread and order
+        return work if member is None or waits else _C10dWork(member.worker.submit(lambda: _passed(work)), None)
 
     def broadcast(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
         """Of the inner group."""
@@ -70,29 +76,46 @@ class EngineProcessGroup(dist.ProcessGroup):
 
     def _of(self, tensors: Any) -> Any:
         """The inner group for a tensor's device, or that of the first of some."""
-        return self._get_backend((tensors if isinstance(tensors, torch.Tensor) else tensors[0]).device)
+        if not isinstance(tensors, torch.Tensor):
+            if not tensors:
+                return self.inner  # whose error is clear
+            tensors = tensors[0]
+        return self._get_backend(tensors.device)
 
     def getBackendName(self) -> str:
         """What `dist.get_backend` and log lines show."""
         return NAME
 
-    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
-        """What `dist.all_reduce`, DDP and c10d's own ops call; `tensors` has one element."""
-        opts = dist.AllreduceOptions() if opts is None else opts
+    def allreduce(  # type: ignore[override]
+        self, tensors: Any, opts: Any = None, timeout: timedelta | None = None, *, op: Any = None
+    ) -> Any:
+        """What `dist.all_reduce`, DDP and c10d's own ops call, with one tensor; c10d's other overloads go as well."""
+        if isinstance(tensors, torch.Tensor):
+            tensors = [tensors]
+        if not isinstance(opts, dist.AllreduceOptions):
+            given, opts = opts if op is None else op, dist.AllreduceOptions()
+            opts.reduceOp = dist.ReduceOp.SUM if given is None else given
+            opts.timeout = opts.timeout if timeout is None else timeout
         op = op_name(opts.reduceOp)
-        t = tensors[0]
-        if len(tensors) > 1 or op not in OPS or t.device.type != "cpu" or t.dtype not in DTYPES or t.is_sparse:
-            return self._get_backend(t.device).allreduce(tensors, opts)  # type: ignore[attr-defined]
+        t = tensors[0] if len(tensors) == 1 else None
+        if t is None or op not in OPS or t.device.type != "cpu" or t.dtype not in DTYPES or t.is_sparse:
+            return self._of(tensors).allreduce(tensors, opts)
+        check_writable(t)
         if getattr(opts, "asyncOp", True):
             return _C10dWork(begin(t, op, self, async_op=True), t)
         begin(t, op, self)
         return _C10dWork(None, t)
 
 
+def _passed(barrier: Any) -> torch.Tensor:
+    barrier.wait()
+    return torch.empty(0)
+
+
 class _C10dWork(dist._Work):
     """A :class:`Work` in c10d's clothes; None is one that is done."""
 
-    def __init__(self, work: Work | None, t: torch.Tensor) -> None:
+    def __init__(self, work: Work | None, t: torch.Tensor | None) -> None:
         super().__init__()
         self._work = work
         if work is not None:
@@ -113,6 +136,11 @@ class _C10dWork(dist._Work):
     def get_future(self) -> torch.futures.Future:
         """Of a list with the tensor."""
         return self._future
+
+    def result(self) -> list[torch.Tensor]:
+        """Waits, and returns what the future does."""
+        self.wait()
+        return self._future.value()
 
 
 def register() -> None:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.distributed._all_reduce import all_reduce
 from engine.nn import CompressedLinear
+from engine.nn._replace import in_autocast
 from engine.ops.int8_quantize import SMALLEST_AMAX
 
 Group = dist.ProcessGroup
@@ -246,7 +247,7 @@ class RowParallelLinear(_Parallel):
         if self.split_input:
             x = _Split.apply(x, self.group)  # type: ignore[assignment]
         if self._adds_integers():
-            return _IntegerRow.apply(x, self.bias, self)  # type: ignore[return-value]
+            return _IntegerRow.apply(in_autocast(x), self.bias, self)  # type: ignore[return-value]
         y = _Reduce.apply(self.shard(x), self.group, self.codec)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # type: ignore[return-value, attr-defined]
 

@@ -81,13 +81,16 @@ class _Compressed(nn.Module):
         """The format over this module's tensors, without a copy."""
         kind, parameters = self._format_type, self._parameters
         if torch.compiler.is_dynamo_compiling():  # which can't follow the rest
-            tensors: dict[str, Any] = {name: parameters[name] for name in kind.TENSORS}
+            tensors: dict[str, Any] = {name: getattr(self, name) for name in kind.TENSORS}
             return kind(**tensors, **self._settings)
         format = object.__new__(kind)  # a dataclass's __init__ would cost 0.3 µs more
         fields = vars(format)
         fields.update(self._settings)
-        for name in kind.TENSORS:
-            fields[name] = parameters[name]
+        try:
+            for name in kind.TENSORS:
+                fields[name] = parameters[name]
+        except KeyError:  # an attribute now: torch.nn.utils.prune and weight_norm make it anew at each call
+            fields.update({name: getattr(self, name) for name in kind.TENSORS})
         return format
 
     @property
@@ -136,20 +139,22 @@ class _Compressed(nn.Module):
         before = {name: (each.data, each.data.clone()) for name, each in parameters.items() if each is not None}
         found = {name: state_dict.get(prefix + name) for name in self._format_type.TENSORS}
         for name, tensor in found.items():
-            mine: Any = self._parameters[name]
-            resized = name in RESIZED_BY_LOADING and mine is not None and tensor is not None
-            alike = tensor is not None and mine is not None and tensor.shape[1:] == mine.shape[1:]
+            if not isinstance(tensor, Tensor):  # torch names what is missing, and what is no tensor
+                continue
+            mine: Any = self._parameters.get(name)
+            resized = name in RESIZED_BY_LOADING and mine is not None
+            alike = mine is not None and tensor.shape[1:] == mine.shape[1:]
             if resized and alike and mine.shape != tensor.shape and mine.dim() in (1, 3):  # 3: blocks
                 mine.data = torch.empty(
                     tensor.shape, dtype=mine.dtype, device=mine.device
                 )  # ties and optimizers keep it
-            if name == "input_scale" and tensor is not None and (mine is None or mine.shape != tensor.shape):
+            if name == "input_scale" and (mine is None or mine.shape != tensor.shape):
                 fresh = torch.empty(tensor.shape, dtype=torch.float32, device=self.values.device)
                 self._parameters[name] = nn.Parameter(fresh, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if prefix + MARKER in missing:
             missing.remove(prefix + MARKER)
-        whole = all(tensor is not None or self._parameters[name] is None for name, tensor in found.items())
+        whole = all(tensor is not None or self._parameters.get(name) is None for name, tensor in found.items())
         if whole and len(errors) == wrong_before and not self.values.is_meta:
             try:
                 self.format.check()

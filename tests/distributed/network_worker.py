@@ -109,12 +109,15 @@ def network_arguments():
         (lambda: all_reduce(t, codec="int8", residual=residual[:2]), ValueError),
         (lambda: all_reduce(t, codec="bitmap", density=0), ValueError),
         (lambda: all_reduce(torch.ones(3, device="meta"), codec="int8"), TypeError),
+        (lambda: all_reduce(torch.ones(1).expand(3)), ValueError),
     ]:
         try:
             call()
         except error:
             continue
         raise AssertionError("no error")
+    all_reduce(t)
+    assert t.tolist() == [world_size] * 3
 
 
 def network_mismatches():

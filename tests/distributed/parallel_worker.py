@@ -90,6 +90,14 @@ def integer_layers():
                 assert same_bits(mine["rowwise_rep"](x), want), (name, dtype)
                 assert same_bits(mine["colwise"](x), part(want)), (name, dtype)
                 assert same_bits(mine["colwise_rep"](x), want), (name, dtype)
+            x = torch.randn(3, columns)
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                want, got = whole(x), mine["rowwise_rep"](leaf)
+                assert same_bits(got, want) and got.dtype == torch.bfloat16, name
+                assert same_bits(mine["rowwise"](part(x).contiguous()), want), name
+            got.sum().backward()
+            assert leaf.grad.dtype == torch.float32
     x, whole = torch.randn(5, 96), layer("int8", 40, 96)
     truth = F.linear(x, whole.weight, whole.bias)
     got = sharded(whole, "rowwise_rep", exact=False)(x)

@@ -140,6 +140,7 @@ def arguments():
         (lambda: all_reduce(torch.ones(3, dtype=torch.bool)), TypeError),
         (lambda: all_reduce(torch.ones(3).to_sparse()), TypeError),
         (lambda: all_reduce(torch.ones(3), group=dist.GroupMember.NON_GROUP_MEMBER), ValueError),
+        (lambda: all_reduce(torch.ones(2, 1).expand(2, 3)), ValueError),
     ]:
         try:
             call()
@@ -593,6 +594,69 @@ def backend():
     t = torch.ones(4)
     dist.all_reduce(t, group=group)
     assert t[0] == world_size and dist.get_backend(group) == "engine"
+
+
+def overloads():
+    """What may be called of a group of the backend "engine" itself, as of gloo's."""
+    group, most = dist.group.WORLD, dist.ReduceOp.MAX
+    for call, want in [
+        (lambda t: group.allreduce(t), sum(of + 1 for of in RANKS)),
+        (lambda t: group.allreduce([t]), sum(of + 1 for of in RANKS)),
+        (lambda t: group.allreduce(t, most), world_size),
+        (lambda t: group.allreduce([t], most, timedelta(seconds=9)), world_size),
+        (lambda t: group.allreduce(tensors=[t], op=most, timeout=timedelta(seconds=9)), world_size),
+    ]:
+        t = torch.full((1, 3), rank + 1.0)
+        assert call(t).result()[0] is t and t.tolist() == [[want] * 3]
+    done = dist.AllreduceOptions()
+    done.asyncOp = False
+    assert group.allreduce([t], opts=done).result()[0] is t
+    for call, error, text in [
+        (lambda: group.allreduce([]), RuntimeError, "requires non-empty"),
+        (lambda: group.allreduce_coalesced([]), RuntimeError, "requires non-empty"),
+        (lambda: dist.all_reduce(torch.ones(1).expand(3)), ValueError, "with strides [0]"),
+    ]:
+        try:
+            call()
+        except error as raised:
+            assert text in str(raised), raised
+        else:
+            raise AssertionError("no error")
+
+
+def barriers():
+    """They wait for all-reduces for which nobody waited."""
+    group, late = dist.group.WORLD, timedelta(seconds=20)
+    member = _member.member_of(group)
+    for barrier in [
+        dist.barrier,
+        lambda: dist.barrier(async_op=True).wait(),
+        lambda: group.barrier().wait(),
+        lambda: group.barrier(late).wait(),
+        lambda: group.barrier(timeout=late).wait(),
+    ]:
+        t = torch.full((3,), rank)
+        if rank == 0:
+            member.worker.submit(lambda t=t: time.sleep(0.1) or t)
+        dist.all_reduce(t, dist.ReduceOp.MAX, async_op=True)
+        barrier()
+        assert t.tolist() == [world_size - 1] * 3
+
+
+def profiled():
+    """One event each, which lasts until the operation is done."""
+    t = torch.ones(3)
+    all_reduce(t)
+    with torch.profiler.profile() as profile:
+        all_reduce(t, "max")
+        if rank > 0:
+            time.sleep(0.3)
+        work = all_reduce(t, "max", async_op=True)
+        work.wait()
+    events = [event for event in profile.events() if event.name == "engine:all_reduce"]
+    assert len(events) == 2
+    if rank == 0:
+        assert events[1].time_range.elapsed_us() > 100_000, events
 
 
 def kill_cycles(cycles):
