@@ -1,14 +1,15 @@
 // What the kernels for many rows of activations by a block-sparse weight share with AVX-512.
 //
-// The weights are read where they lie: 32 bits of an output, four int8 weights, two bfloat16 or one fp32, are broadcast and
-// multiplied by as many activations of each of 16 rows, which a vector holds. So it is the activations that are packed,
-// and a row of blocks costs nothing but its products and outputs. What a product is is said by PRODUCTS:
+// The weights are read where they lie: 32 bits of an output, four int8 weights, two bfloat16 or one fp32, are broadcast
+// and multiplied by as many activations of each of 16 rows, which a vector holds. So it is the activations that are
+// packed, and a row of blocks costs nothing but its products and outputs. What a product is is said by PRODUCTS:
 //
-//   Sum, Lanes              int32_t or float, and a vector of them
-//   start(sums, r)          a vector of sums that output r begins with
-//   accumulate(acc, x, w)   adds the products of 32 bits to each lane of acc
-//   add(a, b)               of sums; bits(acc) and lanes(bits) change their type
-//   kClosesChains           whether sums are added to those in memory every so often (gemm_float.h's chains)
+//   kSize                       bytes of a weight
+//   Sum, Lanes                  int32_t or float, and a vector of them
+//   start(start, r, together)   what the sums of output r begin with; of two sums to a row one alone, if `together`
+//   accumulate(acc, x, w)       adds the products of 32 bits to each lane of acc
+//   bits(acc), add(a, b)        sums as bits, and bits added as sums
+//   kClosesChains               whether sums are added to those in memory every so often (gemm_float.h's chains)
 #pragma once
 
 #include "common/block.h"
@@ -61,7 +62,7 @@ ENGINE_AVX512 ENGINE_INLINE void transpose_16x4_avx512(const void* rows, int64_t
 
 // What a tile asks memory for meanwhile, a little at each step: many lines at once would hold up its own loads.
 struct StripPrefetch {
-    const char* next;                  // blocks that follow: a line for eight bytes of a block's row
+    const char* next;                  // blocks that follow: twelve lines for 64 bytes of a block's row
     const char *output, *last_output;  // where outputs will be written: a row for each block
     int64_t output_stride;             // bytes
 };
@@ -204,22 +205,21 @@ StripTile<Products> strip_tile_of(int64_t outputs, int64_t width, int64_t wide) 
 // these blocks and of where their outputs go.
 template <class Products, class T>
 void multiply_strip(const char* x, const StripBlocks& blocks, int64_t outputs, int64_t width,
-                    int64_t asked,                  // bytes of a block's rows that other tiles ask for
+                    int64_t group,                  // number of the group
                     T* y, int64_t n, int64_t rows,  // [rows, n], from the strip's first output on
                     StripSums<typename Products::Sum> to) {
-    constexpr int64_t kAsked = 12;  // outputs
+    constexpr int64_t kAsked = 12;  // outputs of the next blocks that a tile asks for
     const StripTiles& tiles = strip_tiles(outputs);
     const char* next = blocks.values + blocks.count * blocks.stride;
     const auto* output = reinterpret_cast<const char*>(y);
     const int64_t y_stride = n * static_cast<int64_t>(sizeof(T)), y_rows = pieces_of(rows, tiles.count);
-    for (int64_t t = 0; t < tiles.count; ++t, ++asked) {
-        const int64_t first = tiles.first[t];
+    for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t first = tiles.first[t], asked = kAsked * (group * tiles.count + t);
         StripBlocks part = blocks;
         part.values += first * blocks.wide;
-        const StripPrefetch prefetch{
-            kAsked * asked < outputs ? next + kAsked * asked * blocks.wide * blocks.count : next,
-            output + std::min(t * y_rows, rows - 1) * y_stride,
-            output + std::min((t + 1) * y_rows, rows) * y_stride - y_stride, y_stride};
+        const StripPrefetch prefetch{asked < outputs ? next + asked * blocks.wide * blocks.count : next,
+                                     output + std::min(t * y_rows, rows - 1) * y_stride,
+                                     output + std::min((t + 1) * y_rows, rows) * y_stride - y_stride, y_stride};
         StripSums<typename Products::Sum> sums = to;
         sums.sums += first * width;
         if (sums.start) sums.start += first;

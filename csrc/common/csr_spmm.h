@@ -1,7 +1,7 @@
 // csr_linear for many rows of activations: the kernels of common/spmm.h by the values and columns where they lie.
 //
 // A row keeps so few that a stretch of K would hold hardly any. So strips of activations are as long as K, and as wide as
-// leaves them in L2; each thread takes one after the other, and of each the outputs in order.
+// L2 holds; each thread goes through its strips, and for each through the outputs.
 #pragma once
 
 #include <atomic>
