@@ -846,6 +846,28 @@ def test_blocks_of_any_magnitude(scale):
     assert report.layers[0].sparsity == 0.5
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.999])
+@pytest.mark.parametrize(
+    ("importance", "scope"),
+    [("magnitude", "row"), ("magnitude", "layer"), ("magnitude", "model"), ("wanda", "row"), ("wanda", "layer")],
+)
+def test_blocks_at_an_end_count_by_their_weights(importance, scope, sparsity):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(147, 70), nn.ReLU(), nn.Linear(70, 333)), torch.randn(50, 147)
+    with torch.no_grad():
+        model[0].weight[:64] *= 0.1  # all but the blocks of six rows
+    prune = Prune(sparsity=sparsity, pattern="block", scope=scope, importance=importance)
+    report = engine.compress_(model, Recipe(prune, guard="none"), x)
+    gone = {layer.name: (model.get_submodule(layer.name).weight == 0).sum().item() for layer in report.layers}
+    for layer in report.layers:
+        count = layer.shape[0] * layer.shape[1]
+        assert layer.sparsity == pytest.approx(gone[layer.name] / count)
+        rows = -(-layer.shape[0] // 32) if scope == "row" else 1
+        # As near as whole blocks come: half of one away, in each row of them where these are apart.
+        assert scope == "model" or abs(gone[layer.name] - sparsity * count) <= rows * 512
+    assert scope != "model" or abs(sum(gone.values()) - sparsity * (147 * 70 + 70 * 333)) <= 512
+
+
 def test_a_compiled_or_scripted_model_is_refused():
     model = nn.Sequential(nn.Linear(64, 64))
     recipe = Recipe(quantize=Quantize(), guard="none")
