@@ -868,6 +868,38 @@ def test_blocks_at_an_end_count_by_their_weights(importance, scope, sparsity):
     assert scope != "model" or abs(sum(gone.values()) - sparsity * (147 * 70 + 70 * 333)) <= 512
 
 
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_wrapped_for_training_is_refused(alone, tmp_path):
+    """DistributedDataParallel would not average the gradients of what is replaced."""
+    recipe, path = Recipe(Prune(sparsity=0.5), guard="none"), tmp_path / "small.safetensors"
+    small = Mlp()
+    engine.compress_(small, recipe)
+    engine.save(small, path)
+    wrapped = nn.parallel.DistributedDataParallel(Mlp())
+    around = nn.Sequential(wrapped)
+    before = state_of(wrapped)
+    for call, message in (
+        (lambda: engine.compress_(wrapped, recipe), "engine.compress_: the model is a DistributedDataParallel"),
+        (lambda: engine.quantize_(around), "0 is a DistributedDataParallel, .*: wrap the model afterwards"),
+        (lambda: engine.load_(wrapped, path), "engine.load_: the model is a Dist"),
+        (lambda: engine.distill(around, None, [X], steps=1, recipe=recipe, loss=len), "engine.distill: 0 is a Dist"),
+        (lambda: engine.nn.unfuse_attention_(around), "engine.nn.unfuse_attention_: 0 is a Dist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert_unchanged(wrapped, before)
+    engine.save(Mlp(), path)
+    engine.load_(wrapped, path)  # replaces nothing
+    assert set(engine.prune_(wrapped, sparsity=0.5).values()) == {0.5}
+
+
 def test_a_compiled_or_scripted_model_is_refused():
     model = nn.Sequential(nn.Linear(64, 64))
     recipe = Recipe(quantize=Quantize(), guard="none")
