@@ -302,7 +302,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, at):
     """Ctrl-C at the n-th forward pass, which is in every stage for some n."""
     model, x = Mlp().train(), torch.randn(4, 256)
     before, calls = state_of(model), [0]
-    run = measure.run
+    run = measure._call
 
     def interrupted(*args):
         calls[0] += 1
@@ -310,7 +310,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, at):
             raise KeyboardInterrupt
         return run(*args)
 
-    monkeypatch.setattr(measure, "run", interrupted)
+    monkeypatch.setattr(measure, "_call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.compress_(model, Recipe(prune=Prune(sparsity=0.5), quantize=Quantize("static"), guard="none"), x)
     assert_unchanged(model, before)
@@ -819,6 +819,47 @@ def test_a_weight_that_the_model_reads_itself_is_left_alone(monkeypatch):
     report = engine.compress_(model, Recipe(quantize=Quantize(), guard="speed"), indices)
     assert isinstance(model.inner, CompressedLinear) and isinstance(model.embedding, nn.Embedding)
     assert "reads its weight itself" in report.left_alone["embedding"] and report.seconds_after == 0.5
+
+
+def test_a_weight_that_the_model_reads_itself_is_noted():
+    class Looking(Mlp):
+        def forward(self, x):
+            return super().forward(x.to(self.first.weight.dtype))
+
+    report = engine.compress_(Looking(), Recipe(**BOTH), X)
+    assert [bool(layer.note) for layer in report.layers] == [True, False, False]
+    assert "first: the model reads its weight itself, which is made anew at each pass" in str(report)
+
+
+def test_a_cache_among_the_inputs_stays_as_it_was():
+    class Remembering(Mlp):
+        def forward(self, x, cache, more, read):
+            lengths.append((len(cache["rows"]), len(more.rows), read() is self))
+            cache["rows"].append(x)
+            more.rows.append(x.clone())
+            return super().forward(x)
+
+        def me(self):
+            return self
+
+    lengths, model = [], Remembering()
+    inputs = {"x": X, "cache": {"rows": []}, "more": types.SimpleNamespace(rows=[X]), "read": model.me}
+    engine.compress_(copy.deepcopy(model), Recipe(**BOTH), inputs | {"read": lambda: None})
+    engine.calibrate(model, [inputs], progress=False)
+    engine.search(model, [inputs], inputs, size_budget=1e9, candidates={"int8": Recipe(quantize=Quantize())})
+    student = copy.deepcopy(model)
+    inputs["read"] = lambda: None
+    engine.distill(student, model, [inputs], steps=2, recipe=Recipe(**BOTH), progress=False)
+    assert {length[:2] for length in lengths} == {(0, 1)} and (0, 1, True) in lengths
+    assert not inputs["cache"]["rows"] and len(inputs["more"].rows) == 1
+
+
+def test_a_chart_of_nothing_says_so(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **how: drawn.append(figure))
+    Report({}, [], {}, 1000, 1000)._chart()
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["no layer was compressed"]
+    assert not drawn[0].axes[0].axison
 
 
 def test_an_interrupt_at_the_very_end_changes_nothing():
