@@ -17,13 +17,14 @@ from engine._checkpoint_file import FORMAT_VERSION, WeightInfo, header_metadata,
 from engine._journal import Journal
 from engine._safetensors import CheckpointError, Entry, TensorWriter, partial_path
 from engine._source import CONV1D, Source, choose
-from engine.compress.importance import Cut, among_ties, limit_and_ties, most_beyond
+from engine.compress.importance import Cut, among_ties, blocks_cut, limit_and_ties, most_beyond
 from engine.compress.recipe import Recipe
 from engine.formats import Bitmap, Block, DenseInt8, Format, SemiStructured
 from engine.nn.conv2d import as_matrix
-from engine.ops._block import BLOCK_SHAPE, block_norms
+from engine.ops._block import BLOCK_SHAPE, block_areas, block_norms
 
 CHUNK_ELEMENTS = 1 << 22
+JOURNAL_VERSION = 2  # of what the first pass finds
 SYNC_BYTES = 64 << 20  # of tensors that may have to be compressed again after an interruption
 HALF = 16  # bits of a float32
 
@@ -63,6 +64,12 @@ class _Plan:
 
     cut: Cut | None
     format: Format  # on the meta device
+    share: float | None = None  # that is pruned, where the format can't tell without data
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that is pruned."""
+        return self.format.sparsity if self.share is None else self.share
 
 
 def compress_file(
@@ -107,7 +114,7 @@ def _compress_all(
             if recipe.guard == "size" and after >= before:
                 left[name] = f"not smaller: {before:,} → {after:,} bytes as {plan.format.label}"
             else:
-                shape, label, sparsity = source.entry(name).shape, plan.format.label, plan.format.sparsity
+                shape, label, sparsity = source.entry(name).shape, plan.format.label, plan.sparsity
                 plans[name] = plan
                 outcomes.append(Outcome(name, shape, label, sparsity, before, after))
         tick(name, source.entry(name).nbytes)
@@ -177,8 +184,12 @@ def _model_cut(source: Source, chosen: Mapping[str, str], recipe: Recipe) -> Cut
         return None
     names = [name for name, kind in chosen.items() if kind != "Embedding"]
     if prune.pattern == "block":
-        norms = [block_norms(_matrix(source.read(name), chosen[name])) for name in names]
-        return limit_and_ties(norms, prune.sparsity)
+        norms, shapes = [], []
+        for name in names:
+            weight = _matrix(source.read(name), chosen[name])
+            norms.append(block_norms(weight))
+            shapes.append((weight.shape[0], weight.shape[1]))
+        return blocks_cut(norms, shapes, prune.sparsity)
     count = sum(math.prod(source.entry(name).shape) for name in names)
     wanted = rank = round(prune.sparsity * count)
     if rank == 0:
@@ -211,7 +222,7 @@ def _identity(source: Source, recipe: Recipe) -> str:
     """Model and recipe: what must be the same to go on."""
     files = sorted({file.path for file in source.files.values()})
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return json.dumps([FORMAT_VERSION, states, recipe.to_dict()], sort_keys=True)
+    return json.dumps([FORMAT_VERSION, JOURNAL_VERSION, states, recipe.to_dict()], sort_keys=True)
 
 
 def _plain(cut: Cut | None) -> Any:
@@ -247,7 +258,7 @@ def _plan(name: str, source: Source, kind: str, recipe: Recipe, cut: Cut | None,
         values = torch.empty(kept, *BLOCK_SHAPE, dtype=dtype, device="meta")
         crow_indices = torch.empty(-(-rows // BLOCK_SHAPE[0]) + 1, dtype=torch.int32, device="meta")
         col_indices = torch.empty(kept, dtype=torch.int32, device="meta")
-        return _Plan(own, Block(values, crow_indices, col_indices, rows, columns, scales))
+        return _Plan(own, Block(values, crow_indices, col_indices, rows, columns, scales), found["sparsity"])
     values = torch.empty(kept, dtype=dtype, device="meta")
     bitmask = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device="meta")
     row_offsets = torch.empty(rows + 1, dtype=torch.int64, device="meta")
@@ -263,11 +274,19 @@ def _look(name: str, weight: Tensor, kind: str, recipe: Recipe, cut: Cut | None)
         return None
     if recipe.prune.pattern == "2:4":  # what is kept follows from the shape
         return {"cut": None, "kept": None}
-    magnitudes = block_norms(weight) if recipe.prune.pattern == "block" else weight
+    sparsity, by_row = recipe.prune.sparsity, recipe.prune.scope == "row"
+    if recipe.prune.pattern == "block":
+        norms, shape = block_norms(weight), (weight.shape[0], weight.shape[1])
+        if cut is None:
+            assert sparsity is not None
+            cut = blocks_cut([norms], [shape], sparsity, by_row)
+        keep = norms > among_ties(norms, *cut)
+        share = (block_areas(*shape) * keep).sum().item() / max(1, weight.numel())
+        return {"cut": _plain(cut), "kept": int(keep.sum()), "sparsity": 1 - share}
     if cut is None:
-        assert recipe.prune.sparsity is not None
-        cut = limit_and_ties([magnitudes], recipe.prune.sparsity, recipe.prune.scope == "row")
-    return {"cut": _plain(cut), "kept": _count_kept(magnitudes, among_ties(magnitudes, *cut))}
+        assert sparsity is not None
+        cut = limit_and_ties([weight], sparsity, by_row)
+    return {"cut": _plain(cut), "kept": _count_kept(weight, among_ties(weight, *cut))}
 
 
 def _compress(weight: Tensor, plan: _Plan) -> Format:

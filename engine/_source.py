@@ -32,6 +32,7 @@ WEIGHT_SUFFIXES = {
 }
 PIPELINE_MODULE = re.compile(r"\d+_\w+")  # sentence-transformers keeps further layers of its pipeline in such folders
 EMBEDDING = re.compile(r"embed|(^|[._])emb($|[._])|(^|\.)(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
+ROUTER = re.compile(r"((?:.*\.)?)(?:gate|router)")  # beside a mixture's experts: of a class with no compressed twin
 CONV1D = "Conv1D"
 
 
@@ -104,6 +105,7 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
     left: dict[str, str] = {}
     used: set[str] = set()
     transposed = _transposed(source)
+    mixtures = {name[: name.index("experts.")] for name in source.files if "experts." in name}
     for name in source.files:
         module, _, last = name.rpartition(".")
         entry = source.entry(name)
@@ -126,6 +128,8 @@ def choose(source: Source, recipe: Recipe) -> tuple[dict[str, str], dict[str, st
             left[name] = f"its dtype is {str(entry.dtype).removeprefix('torch.')}"
         elif math.prod(entry.shape) == 0:
             left[name] = "empty"
+        elif (router := ROUTER.fullmatch(module)) and router[1] in mixtures and {*hits} <= {*DEFAULT_TARGETS}:
+            left[name] = "a mixture's router, which is no layer"
         elif other := next((alias for alias in aliases if alias.rpartition(".")[2] != "weight"), None):
             left[name] = f"tied to {other}, which is no layer's weight"
         elif kind == "Conv2d" and entry.shape[1] == 1 and entry.shape[0] > 1:

@@ -21,6 +21,7 @@ from engine.formats import DenseInt8, Format
 from engine.formats._common import check_scales
 from engine.nn import CompressedConv2d, CompressedEmbedding, CompressedLinear
 from engine.nn._replace import (
+    check_not_wrapped,
     give_attributes,
     given_attributes,
     hooks_of,
@@ -139,6 +140,7 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         FileNotFoundError: there is no such file, or none in the folder.
         CheckpointError: the file is damaged, or not for this model; the message names the tensor. Or a folder's weights
             are in shards.
+        ValueError: layers would be replaced in a model wrapped by DistributedDataParallel or FSDP.
     """
     file = CheckpointFile(weights_in(Path(path)) if Path(path).is_dir() else path)
     try:
@@ -148,6 +150,7 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         with attention_unfused(model) as unfused:
             if not unfused:
                 raise
+            check_not_wrapped(model, "load_")
             slots = Slots(model)
             try:
                 names = match_names(file, slots)
@@ -162,6 +165,8 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 def _load(model: nn.Module, file: CheckpointFile, slots: Slots, names: Mapping[str, str]) -> None:
     replacements = _replacements(file, slots, names)
     copies, ties = _copies(file, slots, names)
+    if replacements or ties:
+        check_not_wrapped(model, "load_")
     _commit(model, file, replacements, copies, ties)
 
 

@@ -604,3 +604,17 @@ def test_few_of_many_equals_stay(scope, tmp_path):
     run("compress", model, "-o", out, "--sparsity", 0.995, "--scope", scope)
     weights = load_file(out)
     assert all((weights[f"{name}.weight.row_offsets"].diff() == 5).all() for name in ("a", "b"))
+
+
+@pytest.mark.parametrize("experts", ["experts.gate_up_proj", "experts.0.up.weight"])
+def test_a_router_beside_experts_is_left_alone(experts, tmp_path):
+    """And where they are stored one by one, it is said that the result may find no place in the model."""
+    model, out = tmp_path / "mixture.safetensors", tmp_path / "small.safetensors"
+    names = ("mlp.router.weight", "dense.gate.weight", "mlp.shared_expert_gate.weight", f"mlp.{experts}")
+    save_file({name: torch.randn(64, 64) for name in names}, model)
+    said = run("compress", model, "-o", out, "--int8")
+    assert "mlp.router.weight: a mixture's router, which is no layer" in said
+    assert {"dense.gate.weight", "mlp.shared_expert_gate.weight"} <= set(CheckpointFile(out).weights)
+    assert ("compress the model in Python" in said) == experts.endswith("weight")
+    run("compress", model, "-o", out, "--int8", "--target", "mlp.router", "--force")
+    assert set(CheckpointFile(out).weights) == {"mlp.router.weight"}

@@ -302,7 +302,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, at):
     """Ctrl-C at the n-th forward pass, which is in every stage for some n."""
     model, x = Mlp().train(), torch.randn(4, 256)
     before, calls = state_of(model), [0]
-    run = measure.run
+    run = measure._call
 
     def interrupted(*args):
         calls[0] += 1
@@ -310,7 +310,7 @@ def test_an_interrupt_anywhere_changes_nothing(monkeypatch, at):
             raise KeyboardInterrupt
         return run(*args)
 
-    monkeypatch.setattr(measure, "run", interrupted)
+    monkeypatch.setattr(measure, "_call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.compress_(model, Recipe(prune=Prune(sparsity=0.5), quantize=Quantize("static"), guard="none"), x)
     assert_unchanged(model, before)
@@ -821,6 +821,47 @@ def test_a_weight_that_the_model_reads_itself_is_left_alone(monkeypatch):
     assert "reads its weight itself" in report.left_alone["embedding"] and report.seconds_after == 0.5
 
 
+def test_a_weight_that_the_model_reads_itself_is_noted():
+    class Looking(Mlp):
+        def forward(self, x):
+            return super().forward(x.to(self.first.weight.dtype))
+
+    report = engine.compress_(Looking(), Recipe(**BOTH), X)
+    assert [bool(layer.note) for layer in report.layers] == [True, False, False]
+    assert "first: the model reads its weight itself, which is made anew at each pass" in str(report)
+
+
+def test_a_cache_among_the_inputs_stays_as_it_was():
+    class Remembering(Mlp):
+        def forward(self, x, cache, more, read):
+            lengths.append((len(cache["rows"]), len(more.rows), read() is self))
+            cache["rows"].append(x)
+            more.rows.append(x.clone())
+            return super().forward(x)
+
+        def me(self):
+            return self
+
+    lengths, model = [], Remembering()
+    inputs = {"x": X, "cache": {"rows": []}, "more": types.SimpleNamespace(rows=[X]), "read": model.me}
+    engine.compress_(copy.deepcopy(model), Recipe(**BOTH), inputs | {"read": lambda: None})
+    engine.calibrate(model, [inputs], progress=False)
+    engine.search(model, [inputs], inputs, size_budget=1e9, candidates={"int8": Recipe(quantize=Quantize())})
+    student = copy.deepcopy(model)
+    inputs["read"] = lambda: None
+    engine.distill(student, model, [inputs], steps=2, recipe=Recipe(**BOTH), progress=False)
+    assert {length[:2] for length in lengths} == {(0, 1)} and (0, 1, True) in lengths
+    assert not inputs["cache"]["rows"] and len(inputs["more"].rows) == 1
+
+
+def test_a_chart_of_nothing_says_so(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **how: drawn.append(figure))
+    Report({}, [], {}, 1000, 1000)._chart()
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["no layer was compressed"]
+    assert not drawn[0].axes[0].axison
+
+
 def test_an_interrupt_at_the_very_end_changes_nothing():
     class Interrupting(Mlp):
         def named_buffers(self, *args, **kwargs):
@@ -844,6 +885,60 @@ def test_blocks_of_any_magnitude(scale):
     model[0].weight.data *= scale
     report = engine.compress_(model, Recipe(prune=Prune(sparsity=0.5, pattern="block"), guard="none"))
     assert report.layers[0].sparsity == 0.5
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.999])
+@pytest.mark.parametrize(
+    ("importance", "scope"),
+    [("magnitude", "row"), ("magnitude", "layer"), ("magnitude", "model"), ("wanda", "row"), ("wanda", "layer")],
+)
+def test_blocks_at_an_end_count_by_their_weights(importance, scope, sparsity):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(147, 70), nn.ReLU(), nn.Linear(70, 333)), torch.randn(50, 147)
+    with torch.no_grad():
+        model[0].weight[:64] *= 0.1  # all but the blocks of six rows
+    prune = Prune(sparsity=sparsity, pattern="block", scope=scope, importance=importance)
+    report = engine.compress_(model, Recipe(prune, guard="none"), x)
+    gone = {layer.name: (model.get_submodule(layer.name).weight == 0).sum().item() for layer in report.layers}
+    for layer in report.layers:
+        count = layer.shape[0] * layer.shape[1]
+        assert layer.sparsity == pytest.approx(gone[layer.name] / count)
+        rows = -(-layer.shape[0] // 32) if scope == "row" else 1
+        # As near as whole blocks come: half of one away, in each row of them where these are apart.
+        assert scope == "model" or abs(gone[layer.name] - sparsity * count) <= rows * 512
+    assert scope != "model" or abs(sum(gone.values()) - sparsity * (147 * 70 + 70 * 333)) <= 512
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_wrapped_for_training_is_refused(alone, tmp_path):
+    """DistributedDataParallel would not average the gradients of what is replaced."""
+    recipe, path = Recipe(Prune(sparsity=0.5), guard="none"), tmp_path / "small.safetensors"
+    small = Mlp()
+    engine.compress_(small, recipe)
+    engine.save(small, path)
+    wrapped = nn.parallel.DistributedDataParallel(Mlp())
+    around = nn.Sequential(wrapped)
+    before = state_of(wrapped)
+    for call, message in (
+        (lambda: engine.compress_(wrapped, recipe), "engine.compress_: the model is a DistributedDataParallel"),
+        (lambda: engine.quantize_(around), "0 is a DistributedDataParallel, .*: wrap the model afterwards"),
+        (lambda: engine.load_(wrapped, path), "engine.load_: the model is a Dist"),
+        (lambda: engine.distill(around, None, [X], steps=1, recipe=recipe, loss=len), "engine.distill: 0 is a Dist"),
+        (lambda: engine.nn.unfuse_attention_(around), "engine.nn.unfuse_attention_: 0 is a Dist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert_unchanged(wrapped, before)
+    engine.save(Mlp(), path)
+    engine.load_(wrapped, path)  # replaces nothing
+    assert set(engine.prune_(wrapped, sparsity=0.5).values()) == {0.5}
 
 
 def test_a_compiled_or_scripted_model_is_refused():

@@ -12,7 +12,7 @@ import engine
 from engine import CheckpointError, Prune, Quantize, Recipe, cli
 from engine._task import load_task
 from engine.checkpoint import CheckpointFile
-from engine.formats import Bitmap
+from engine.formats import Bitmap, DenseInt8
 from engine.nn import CompressedLinear
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -136,6 +136,25 @@ def test_a_smoothed_weight_that_is_tied_is_looked_up_as_it_was():
     assert model.wte.input_scale.dim() == 1 and model.wte.values is model.lm_head.values
     assert (model.wte(TOKENS) - rows).norm() < 0.02 * rows.norm()
     assert torch.equal(model.wte(TOKENS), model.wte.weight[TOKENS])
+
+
+def test_conv1d_calls_its_input_x():
+    class Calling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = Conv1D(64, 32)
+
+        def forward(self, x):
+            return self.c(x=x)
+
+    recipe, x = Recipe(quantize=Quantize(), guard="none"), torch.randn(3, 32)
+    model, student = Calling(), Calling()
+    y = model(x)
+    engine.compress_(model, recipe, x)
+    assert (model(x) - y).norm() < 0.02 * y.norm() and torch.equal(model(x), model.c(x))
+    engine.distill(student, None, [x], steps=1, recipe=recipe, loss=lambda y, x: y.sum(), progress=False)
+    with pytest.raises(TypeError, match="CompressedLinear: input: is missing"):
+        CompressedLinear.from_dense(nn.Linear(4, 4), DenseInt8)(x=x)
 
 
 def test_a_layer_and_an_embedding_are_not_taken_for_one_another(tmp_path):

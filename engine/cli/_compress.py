@@ -1,6 +1,7 @@
 """engine compress: a model on disk, without its code."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,7 @@ from engine.cli._output import (
 from engine.compress.recipe import DEFAULT_TARGETS, Prune, Quantize, Recipe
 
 LEFT_ALONE_SHOWN = 20
+EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
 def compress(
@@ -181,3 +183,9 @@ def _print_result(result: Result, out: Path) -> None:
         if len(result.left_alone) > LEFT_ALONE_SHOWN:
             console.print(f"  and {len(result.left_alone) - LEFT_ALONE_SHOWN} more")
     console.print("Load it by engine.load_(model, ...) into the model built from its configuration.")
+    names = [*(row.name for row in result.compressed), *result.left_alone, *result.copied]
+    if expert := next(filter(EXPERT.search, names), None):
+        console.print(
+            f"It can't be loaded, however, where the model's code puts its experts together, as transformers 5 does, "
+            f"and {plain(expert)} has no place of its own: then compress the model in Python."
+        )

@@ -114,12 +114,18 @@ def cuts_of(targets: list[Target], prune: Prune) -> dict[str, importance.Cut]:
         return dict.fromkeys((target.name for target in targets), (limit, None))
     assert prune.sparsity is not None
     weights = [target.matrix for target in targets]
-    if prune.pattern == "block":
-        weights = [block_norms(weight) for weight in weights]
-    if prune.scope == "model":
-        return dict.fromkeys((target.name for target in targets), importance.limit_and_ties(weights, prune.sparsity))
     by_row = prune.scope == "row"
-    cuts = [importance.limit_and_ties([weight], prune.sparsity, by_row) for weight in weights]
+
+    def cut_of(weights: list[Tensor]) -> importance.Cut:
+        assert prune.sparsity is not None
+        if prune.pattern != "block":
+            return importance.limit_and_ties(weights, prune.sparsity, by_row)
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
+        return importance.blocks_cut([block_norms(weight) for weight in weights], shapes, prune.sparsity, by_row)
+
+    if prune.scope == "model":
+        return dict.fromkeys((target.name for target in targets), cut_of(weights))
+    cuts = [cut_of([weight]) for weight in weights]
     return {target.name: cut for target, cut in zip(targets, cuts, strict=True)}
 
 

@@ -25,6 +25,7 @@ from engine.compress.targets import patterns_of, targets_by_recipe
 from engine.compress.trainable import TrainableLinear, trainable, twins
 from engine.compress.training_run import BatchStream, Settings, TrainingRun
 from engine.nn import CompressedConv2d, CompressedLinear
+from engine.nn._replace import check_not_wrapped
 from engine.nn.compressed import _Compressed
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,7 @@ def _check(
     expect(steps >= 1 and accumulate >= 1, "steps and accumulate: expected at least 1")
     expect(dtype in (None, torch.bfloat16), f"dtype: expected None or torch.bfloat16, got {dtype}")
     expect(not isinstance(student, nn.parallel.DistributedDataParallel), "give the bare student and wrap=")
+    check_not_wrapped(student, "distill")
     expect(0 <= gradual <= steps, f"gradual: expected 0 to steps, got {gradual}")
     prunes = [each.prune for each in recipes if each.prune is not None]
     plain = all(p.sparsity is not None and p.pattern == "unstructured" and p.scope != "model" for p in prunes)

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from engine import ops
 from engine.compress.calibrate import InputStatistics
 from engine.compress.recipe import Prune
-from engine.ops._block import BLOCK_SHAPE, block_norms
+from engine.ops._block import BLOCK_SHAPE, block_areas, block_norms
 from engine.ops._prune import as_threshold, keep_mask
 from engine.ops._semi_structured import spread
 from engine.ops.int8_quantize import SMALLEST_AMAX
@@ -69,6 +70,33 @@ def limit_and_ties(scores: list[Tensor], sparsity: float, by_row: bool = False) 
     if not bool(split.any()):
         return limit, None
     return limit, torch.where(split, excess / counted(torch.eq).clamp_min(1), 0.0)
+
+
+def blocks_cut(norms: list[Tensor], shapes: list[tuple[int, int]], sparsity: float, by_row: bool = False) -> Cut:
+    """`limit_and_ties` for the norms of the blocks of matrices `[N, K]`, so that as near to `sparsity` of the *weights*
+    go as whole blocks allow: those at an end may have few.
+    """
+    areas = [block_areas(*shape, device=norm.device) for norm, shape in zip(norms, shapes, strict=True)]
+    if by_row and shapes[0][1] % BLOCK_SHAPE[1]:
+        cuts = [_cut_by_area([norm], [area], sparsity) for norm, area in zip(norms[0].split(1), areas[0], strict=True)]
+        if not cuts:
+            return limit_and_ties(norms, sparsity, by_row)
+        limit = torch.stack([limit for limit, _ in cuts]).unsqueeze(1)
+        none = torch.zeros((), dtype=torch.float64, device=limit.device)
+        stays = torch.stack([none if stays is None else stays for _, stays in cuts]).unsqueeze(1)
+        return limit, stays if bool(stays.any()) else None
+    return limit_and_ties(norms, sparsity, by_row) if by_row else _cut_by_area(norms, areas, sparsity)
+
+
+def _cut_by_area(norms: list[Tensor], areas: list[Tensor], sparsity: float) -> Cut:
+    """Of all blocks together the smallest norms, until their areas are nearest to `sparsity` of all."""
+    area = torch.cat([each.reshape(-1) for each in areas])
+    if not len(area) or bool((area == area[0]).all()):
+        return limit_and_ties(norms, sparsity)
+    order = torch.cat([norm.reshape(-1) for norm in norms]).argsort(stable=True)
+    gone = pad(area[order].cumsum(0), (1, 0)).double()  # by how many blocks go
+    count = int((gone - sparsity * gone[-1]).abs().argmin())
+    return limit_and_ties(norms, max(0.0, count - 0.25) / len(area))  # rounds to the count, and is below 1
 
 
 def most_beyond(count: int, wanted: int) -> float:
@@ -145,7 +173,7 @@ def block(weight: Tensor, score: Tensor, prune: Prune, cut: Cut | None = None) -
     norms = block_norms(score)
     if cut is None:
         assert prune.sparsity is not None
-        cut = limit_and_ties([norms], prune.sparsity, prune.scope == "row")
+        cut = blocks_cut([norms], [(weight.shape[0], weight.shape[1])], prune.sparsity, prune.scope == "row")
     keep = keep_mask(norms, as_threshold("prune_to_block", norms, among_ties(norms, *cut)))
     inside = keep.repeat_interleave(BLOCK_SHAPE[0], 0).repeat_interleave(BLOCK_SHAPE[1], 1)
     return torch.where(inside[: weight.shape[0], : weight.shape[1]], weight.detach(), 0)

@@ -1,6 +1,7 @@
 """Runs the model on the example inputs: what each layer sees, how long each takes, dense and compressed in turn."""
 
 import contextlib
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,36 @@ LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 8, 32, 15.0
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
-    """Calls `model` with a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    """Calls `model` with a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    What it may change as it runs, a cache say, is a copy, so that the next run is of the same.
+    """
+    return _call(model, _fresh(model, inputs))
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _fresh(model: nn.Module, inputs: Any) -> Any:
+    """`inputs` with copies of what is no tensor; of containers of tensors only the containers are new."""
+    memo: dict[int, Any] = {id(module): module for module in model.modules()}  # a method of one stays its own
+    return _copied(dict(inputs) if isinstance(inputs, Mapping) else inputs, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (torch.Tensor, nn.Module)):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, memo) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item, memo) for key, item in value.items()}
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # it can't be copied, as a generator can't
+        return value
 
 
 @contextlib.contextmanager
@@ -190,9 +217,10 @@ def _order(i: int, count: int) -> list[int]:
 
 def _timed_pass(model: nn.Module, inputs: Any, modules: Mapping[str, nn.Module]) -> Pass:
     clock = _Clock(modules)
+    inputs = _fresh(model, inputs)  # copying is not timed
     try:
         start = clock.now()
-        run(model, inputs)
+        _call(model, inputs)
         return clock.seconds, clock.now() - start
     finally:
         clock.remove()

@@ -36,14 +36,15 @@ def compress_(
             :func:`engine.search`, say), whose own targets and ignore are not read; all others are left alone.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`. Needed for the speed
             guard and for static activations; with them the report tells times and output errors. Their shapes are the
-            ones that the model is made fast for.
+            ones that the model is made fast for. What is no tensor, a cache say, is copied for each run, and stays as
+            it was.
         calibration: of :func:`engine.calibrate`, for static activations and importances that look at inputs. Without
             it, the example inputs are the one batch that is calibrated on.
 
     Raises:
         TypeError: `recipe` is no Recipe and no mapping of names to such, or `calibration` no Calibration.
-        ValueError: the model is compressed already, a target matches nothing that can be compressed, a weight holds a
-            NaN or an infinity, example inputs are missing, or the calibration is of another model.
+        ValueError: the model is compressed already or wrapped by DistributedDataParallel or FSDP, a
+            target matches nothing that can be compressed, a weight holds a NaN or an infinity, example inputs are missing, or the calibration is of another model.
     """
     recipes = check_recipes(recipe, "compress_")
     check_calibration("compress_", calibration)

@@ -28,7 +28,7 @@ class Layer:
     `seconds_*` are medians inside whole forward passes on the example inputs, None where none were given. `error` is
     the relative error (L2) of the layer's output on them, or of its weight where none were given, None where the
     inputs never reach the layer. `names` has every module that shares the weight. `note` says what the recipe asked for
-    and was not done, and why.
+    and was not done, and why, and whether the model reads the weight past the layer.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Report:
         lines += ["", self.summary()]
         noted = [layer for layer in self.layers if layer.note]
         if noted:
-            lines += ["", f"done in part ({len(noted)}):"]
+            lines += ["", f"notes ({len(noted)}):"]
             lines += [f"  {layer.name}: {layer.note}" for layer in noted]
         if self.left_alone:
             lines += ["", f"left alone ({len(self.left_alone)}):"]
@@ -141,6 +141,9 @@ class Report:
         axes = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
         names = _short_names([layer.name for layer in shown])
         _bars(axes[0], names, [(y.bytes_before / 1e6, y.bytes_after / 1e6) for y in shown], "MB")
+        if not shown:
+            axes[0].text(0.5, 0.5, "no layer was compressed", ha="center", va="center")
+            axes[0].set_axis_off()
         if timed:
             seconds = [(y.seconds_before or 0, y.seconds_after or 0) for y in shown]
             unit, scale = ("ms", 1e3) if max(map(max, seconds)) >= 0.01 else ("µs", 1e6)
@@ -159,7 +162,7 @@ class Report:
     def _page(self) -> str:
         header = ("layer", "shape", "format", "sparsity", "bytes", "µs", "error")
         body = "".join(_html_row("td", _cells(layer)) for layer in self.layers)
-        noted = _html_reasons("Done in part", {layer.name: layer.note for layer in self.layers if layer.note})
+        noted = _html_reasons("Notes", {layer.name: layer.note for layer in self.layers if layer.note})
         left = _html_reasons("Left alone", self.left_alone)
         if others := self._others():
             left += f"<p>{html.escape(others)}</p>"

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from engine.compress.recipe import DEFAULT_TARGETS, Recipe
-from engine.nn._replace import hooks_of, is_as_made, is_conv1d
+from engine.nn._replace import check_not_wrapped, hooks_of, is_as_made, is_conv1d
 from engine.nn.compressed import _Compressed
 from engine.nn.conv2d import as_matrix, as_weight, why_not
 from engine.ops._check import FLOAT_DTYPES
@@ -253,9 +253,11 @@ def targets_by_recipe(
     """The targets of each recipe, each recipe's in the order of the model, and what `find_targets` left out.
 
     Raises:
-        ValueError: as `find_targets`; tied layers are to differ; or a name is no layer's and no block's.
+        ValueError: as `find_targets`; the model is wrapped for training by several processes; tied layers are to
+            differ; or a name is no layer's and no block's.
     """
     targets, left = find_targets(model, *patterns_of(recipe), owner)
+    check_not_wrapped(model, owner)
     if not recipe:  # as a search gives it where nothing pays
         named = model.named_modules(remove_duplicate=False)
         left = {name: "the recipes name no layer" for name, module in named if compressible(module)}

@@ -72,9 +72,11 @@ class TrainableLinear(nn.Module):
         self._aside |= {name: given[name] for name in give_attributes(self, given)}
         self.train(compressed.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`input` `[..., K]` to `[..., N]`."""
-        x, dtype = input, input.dtype
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+        """`input`, or `x` as Conv1D calls it, `[..., K]` to `[..., N]`."""
+        x = x if input is None else input
+        assert x is not None
+        dtype = x.dtype
         weight = self.weight if self.mask is None else self.weight * self.mask
         scale = self.input_scale
         if scale is not None and scale.dim():  # one for each channel: x in units of them, and the weight times them

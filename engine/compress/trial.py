@@ -18,6 +18,7 @@ from engine.nn.compressed import weights_read
 # A layer that costs this share of a forward pass more than before, or less, can't be told from one that costs the same:
 # then its bytes decide. Without it an embedding, whose look-up takes microseconds, would never be compressed.
 SAME_TIME = 0.001
+READ = "the model reads its weight itself"
 NOT_FASTER = "not faster"  # how the reason begins for a layer that loses time
 
 
@@ -110,10 +111,18 @@ def _guard(
 
 
 def guard_whole(model: nn.Module, guard: str, inputs: Any, chosen: dict[str, Compressed], report: Report) -> None:
-    """Times the model with all that is chosen; under the speed guard, gives everything up where that isn't faster."""
+    """Times the model with all that is chosen, and notes of which layers it reads the weight itself: that is made anew
+    at each pass, outside of any call that was timed. Under the speed guard leaves those alone, if it is the faster
+    without them, and gives everything up where the whole isn't faster.
+    """
     report.seconds_before, report.seconds_after = measure.time_model(model, inputs, chosen)
-    if guard == "speed":
-        _leave_what_is_read(model, inputs, chosen, report)
+    with measure.replaced(model, chosen), measure.evaluating(model), weights_read() as seen:
+        measure.run(model, inputs)
+    read = [row for row in report.layers if any(id(chosen[name]) in seen for name in row.names)]
+    if guard == "speed" and 0 < len(read) < len(report.layers):
+        _leave_if_faster(model, inputs, read, chosen, report)
+    for row in read:
+        row.note = "; ".join(filter(None, [row.note, f"{READ}, which is made anew at each pass"]))
     if guard == "speed" and report.seconds_after > report.seconds_before:
         before, after = report.seconds_before * 1e3, report.seconds_after * 1e3
         reason = f"faster alone, but the whole model is not: {before:.2f} → {after:.2f} ms"
@@ -123,15 +132,10 @@ def guard_whole(model: nn.Module, guard: str, inputs: Any, chosen: dict[str, Com
         chosen.clear()
 
 
-def _leave_what_is_read(model: nn.Module, inputs: Any, chosen: dict[str, Compressed], report: Report) -> None:
-    """Leaves alone the layers whose weight the model reads itself, in place of calling them or besides, if it is the
-    faster without them: that weight is made anew at each pass, outside of any call that was timed.
-    """
-    with measure.replaced(model, chosen), measure.evaluating(model), weights_read() as seen:
-        measure.run(model, inputs)
-    read = [row for row in report.layers if any(id(chosen[name]) in seen for name in row.names)]
-    if not read or len(read) == len(report.layers):
-        return
+def _leave_if_faster(
+    model: nn.Module, inputs: Any, read: list[Layer], chosen: dict[str, Compressed], report: Report
+) -> None:
+    """Leaves alone the layers `read`, if the model is the faster without them."""
     names = {name for row in read for name in row.names}
     rest = {name: module for name, module in chosen.items() if name not in names}
     before, after = measure.time_model(model, inputs, rest)
@@ -139,9 +143,7 @@ def _leave_what_is_read(model: nn.Module, inputs: Any, chosen: dict[str, Compres
     if after / before >= report.seconds_after / report.seconds_before:
         return
     report.seconds_before, report.seconds_after = before, after
-    report.left_alone |= dict.fromkeys(
-        names, "the model reads its weight itself, which would be made anew at each pass"
-    )
+    report.left_alone |= dict.fromkeys(names, f"{READ}, which would be made anew at each pass")
     report.layers[:] = [row for row in report.layers if row not in read]
     for name in names:
         del chosen[name]

@@ -14,7 +14,14 @@ from engine.distributed._all_reduce import all_reduce
 from engine.distributed._parallel_linear import ColumnParallelLinear, RowParallelLinear, bounds
 from engine.formats._common import own
 from engine.nn import CompressedLinear
-from engine.nn._replace import give_attributes, given_attributes, hooks_of, is_as_made, switches_of_fused_paths
+from engine.nn._replace import (
+    check_not_wrapped,
+    give_attributes,
+    given_attributes,
+    hooks_of,
+    is_as_made,
+    switches_of_fused_paths,
+)
 
 STYLES = ("colwise", "rowwise", "colwise_rep", "rowwise_rep")
 WHERE = "engine.distributed.tensor_parallel_"
@@ -68,8 +75,8 @@ def tensor_parallel_(
 
     Raises:
         ValueError: a pattern matches nothing or what can't be sharded, two patterns disagree, a layer is too small,
-            shares its weight with another or has hooks, or another rank refused or has another plan or model. Nothing
-            is changed then.
+            shares its weight with another or has hooks, the model is wrapped by DDP or FSDP, or another rank refused or
+            has another plan or model. Nothing is changed then.
     """
     group = _group(mesh)
     found: list[_Target] = []
@@ -118,6 +125,7 @@ def _targets(model: nn.Module, plan: Mapping[str, str], group: dist.ProcessGroup
     """What to shard and how, once everything has been checked."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{WHERE}: model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_not_wrapped(model, "distributed.tensor_parallel_")
     modules = dict(model.named_modules(remove_duplicate=False))
     styles = _styles(modules, plan)
     by_module: dict[int, _Target] = {}

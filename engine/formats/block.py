@@ -19,7 +19,15 @@ from engine.formats._common import (
     taking_over,
 )
 from engine.ops import _check
-from engine.ops._block import BLOCK_SHAPE, block_norms, check_block, check_block_metadata, check_block_shape
+from engine.ops._block import (
+    BLOCK_SHAPE,
+    block_areas,
+    block_norms,
+    block_rows_of,
+    check_block,
+    check_block_metadata,
+    check_block_shape,
+)
 from engine.ops._prune import as_threshold, keep_mask
 from engine.ops.block_int8_linear import block_int8_linear_of_patches
 
@@ -152,6 +160,10 @@ class Block:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of blocks that are pruned."""
-        row_blocks, column_blocks = self.crow_indices.shape[0] - 1, -(-self.columns // self.values.shape[2])
-        return 1 - self.values.shape[0] / max(1, row_blocks * column_blocks)
+        """Fraction of weights that are pruned; of blocks where there is no data to look at."""
+        count, *block_shape = self.values.shape
+        areas = block_areas(self.rows, self.columns, block_shape, self.values.device)
+        if areas.is_meta:
+            return 1 - count / max(1, areas.numel())
+        kept = areas[block_rows_of(self.crow_indices, count), self.col_indices.long()]
+        return 1 - int(kept.sum()) / max(1, self.rows * self.columns)

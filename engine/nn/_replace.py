@@ -11,6 +11,7 @@ from engine.ops import _check
 
 GIVEN = "_given_attributes"  # of a replacement: the names that it has from the layer before
 REGISTRIES = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 SIZES: dict[type[nn.Module], tuple[int, ...]] = {nn.Linear: (1, 1), nn.Embedding: (1, 1), nn.Conv2d: (1, 1, 1)}
 
 
@@ -21,6 +22,21 @@ def is_conv1d(module: nn.Module) -> bool:
     """
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def check_not_wrapped(model: nn.Module, owner: str) -> None:
+    """Raises ValueError where something around layers has taken down their parameters, to average gradients.
+
+    Those of a replacement it wouldn't know, and each process would train its own. By name, as importing FSDP takes a
+    second.
+    """
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
+        if found := kinds & WRAPPERS:
+            raise ValueError(
+                f"engine.{owner}: {name or 'the model'} is a {min(found)}, which would not average the gradients of "
+                "layers that are replaced: wrap the model afterwards"
+            )
 
 
 def in_autocast(x: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from engine.nn._replace import has_tensor_hooks, hooks_of, is_as_made, set_item, switches_of_fused_paths
+from engine.nn._replace import (
+    check_not_wrapped,
+    has_tensor_hooks,
+    hooks_of,
+    is_as_made,
+    set_item,
+    switches_of_fused_paths,
+)
 
 SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 PARAMETERS = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", *SEPARATE_WEIGHTS}
@@ -198,13 +205,15 @@ def unfuse_attention_(model: nn.Module) -> list[str]:
         The names of what was replaced.
 
     Raises:
-        ValueError: `model` is itself a torch.nn.MultiheadAttention, which can't be replaced in place.
+        ValueError: `model` is itself a torch.nn.MultiheadAttention, which can't be replaced in place, or is wrapped by
+            DistributedDataParallel or FSDP.
     """
     if isinstance(model, nn.MultiheadAttention):
         raise ValueError(
             "engine.nn.unfuse_attention_: the model is itself a MultiheadAttention, which can't be replaced in place: "
             "use engine.nn.MultiheadAttention.from_fused"
         )
+    check_not_wrapped(model, "nn.unfuse_attention_")
     with attention_unfused(model) as names:
         return names
 

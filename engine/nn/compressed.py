@@ -219,9 +219,15 @@ class CompressedLinear(_Compressed):
             module.values.requires_grad_(linear.weight.requires_grad)
         return module.train(linear.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`input` `[..., in_features]` to `[..., out_features]`, in its dtype (under autocast, in autocast's)."""
-        x = input
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+        """`input` `[..., in_features]` to `[..., out_features]`, in its dtype (under autocast, in autocast's).
+
+        Where it stands for a Conv1D, whose argument is called `x`, that name does too.
+        """
+        if input is not None:
+            x = input
+        elif x is None or not self.transposed:
+            raise TypeError(f"engine.nn.CompressedLinear: {'x' if self.transposed else 'input'}: is missing")
         # Of a bitmap's columns an op knows only how many bytes they are. What is no tensor may be torch.fx's stand-in.
         if isinstance(x, Tensor):
             if x.is_nested:

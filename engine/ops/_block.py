@@ -20,6 +20,7 @@ from engine.ops import _check
 # are eight of VNNI's fours and a half cache line of int8. Larger blocks are a little faster and cost more accuracy.
 BLOCK_SHAPE = (32, 32)
 STEP, MOST = 16, 256
+DOUBLES_AT_ONCE = 1 << 20
 
 
 def check_block_shape(op: str, block_shape: Sequence[int]) -> None:
@@ -105,17 +106,28 @@ def collect_blocks(dense: Tensor, crow_indices: Tensor, col_indices: Tensor, sha
     return as_blocks(dense, block_rows, block_columns)[rows, col_indices.long()]
 
 
+def block_areas(
+    rows: int, columns: int, block_shape: Sequence[int] = BLOCK_SHAPE, device: torch.device | None = None
+) -> Tensor:
+    """How many weights of `[N, K]` each block has, padding left out: int64 `[ceil(N / R), ceil(K / C)]`."""
+    tall, broad = (
+        (size - block * torch.arange(-(-size // block), device=device)).clamp(max=block)
+        for size, block in zip((rows, columns), block_shape, strict=True)
+    )
+    return tall.unsqueeze(1) * broad
+
+
 def block_norms(weight: Tensor, block_shape: tuple[int, int] = BLOCK_SHAPE) -> Tensor:
     """The root mean square of each block's weights: float32 `[ceil(N / R), ceil(K / C)]`.
 
     Blocks at the end are not diluted by what they are padded with.
     """
-    rows, columns = weight.shape
-    block_rows, block_columns = block_shape
     blocks = as_blocks(weight, *block_shape)
-    # In float64: squares of numbers far from 1 leave float32's range.
-    norms = torch.linalg.vector_norm(blocks, dim=(2, 3), dtype=torch.float64).float()
-    row_blocks, column_blocks = norms.shape
-    tall = (rows - block_rows * torch.arange(row_blocks, device=weight.device)).clamp(max=block_rows)
-    broad = (columns - block_columns * torch.arange(column_blocks, device=weight.device)).clamp(max=block_columns)
-    return norms / (tall.unsqueeze(1) * broad).float().sqrt()
+    # In float64: squares of numbers far from 1 leave float32's range. On a CPU those of some blocks at a time, which stay
+    # in its cache.
+    whole = max(1, len(blocks))
+    step = max(1, DOUBLES_AT_ONCE * whole // max(1, weight.numel())) if weight.device.type == "cpu" else whole
+    norms = torch.cat(
+        [torch.linalg.vector_norm(some, dim=(2, 3), dtype=torch.float64).float() for some in blocks.split(step)]
+    )
+    return norms / block_areas(*weight.shape, block_shape, weight.device).float().sqrt()
