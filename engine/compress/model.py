@@ -43,8 +43,9 @@ def compress_(
 
     Raises:
         TypeError: `recipe` is no Recipe and no mapping of names to such, or `calibration` no Calibration.
-        ValueError: the model is compressed already or wrapped by DistributedDataParallel or FSDP, a
-            target matches nothing that can be compressed, a weight holds a NaN or an infinity, example inputs are missing, or the calibration is of another model.
+        ValueError: the model is compressed already or wrapped by DistributedDataParallel or FSDP, a target matches
+            nothing that can be compressed, a weight holds a NaN or an infinity, example inputs are missing, or the
+            calibration is of another model.
     """
     recipes = check_recipes(recipe, "compress_")
     check_calibration("compress_", calibration)

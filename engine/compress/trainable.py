@@ -187,7 +187,7 @@ class TrainableConv2d(TrainableLinear):
         for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
             setattr(self, name, getattr(compressed, name))
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """`input` `[B, C, H, W]` or `[C, H, W]` as nn.Conv2d takes it."""
         x = input
         if x.dim() == 3:
