@@ -123,7 +123,7 @@ def block_norms(weight: Tensor, block_shape: tuple[int, int] = BLOCK_SHAPE) -> T
     Blocks at the end are not diluted by what they are padded with.
     """
     blocks = as_blocks(weight, *block_shape)
-    # In float64: squares of numbers far from 1 leave float32's range. On a CPU some blocks at a time, which stay in cache.
+    # In float64: squares of numbers far from 1 leave float32's range. On a CPU some at a time, which stay in its cache.
     whole = max(1, len(blocks))
     step = max(1, DOUBLES_AT_ONCE * whole // max(1, weight.numel())) if weight.device.type == "cpu" else whole
     norms = torch.cat(
