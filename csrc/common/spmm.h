@@ -1,5 +1,5 @@
-// Products with the kept weights only, for many rows of activations: what a pruned weight saves in arithmetic, where
-// common/gemm_float.h multiplies by its zeros.
+// Products with the kept weights only, for many rows of activations, or fewer where little is kept: what a pruned weight
+// saves in arithmetic, where common/gemm_float.h multiplies by its zeros.
 //
 // Activations are packed once for all threads, in fp32 and transposed, in STRIPS of up to kWidth rows: [k][row of the
 // strip]. Each kept weight costs one broadcast and one FMA for each vector of the strip, whose activations come from

@@ -1,7 +1,7 @@
-// bitmap_linear: float activations times a bitmap's float weights, in fp32, read directly from the bitmap. For many
-// rows of activations products with the kept weights alone (common/spmm.h), or the panels of common/gemm_float.h where
-// most are kept; for a few, each row of weights is spread register by register and multiplied at once. Memory is safe
-// by the scheme of common/bitmap.h.
+// bitmap_linear: float activations times a bitmap's float weights, in fp32, read directly from the bitmap. For many rows
+// of activations, and fewer where little is kept, products with the kept weights alone (common/spmm.h), or the panels of
+// common/gemm_float.h where most are; for a few by AVX2 and AVX-512, each row of weights is spread register by register
+// and multiplied at once. Memory is safe by the scheme of common/bitmap.h.
 
 #include "common/bitmap.h"
 #include "common/bitmap_expand_float.h"

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from build_tools import CACHE, CXX, LINK, ROOT, cached, headers_text, run
 
-# Signed overflow wraps by -fwrapv elsewhere too; the rest of undefined behaviour stops the run.
+# Undefined behaviour stops the run, signed overflow too.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 
 
