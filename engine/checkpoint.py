@@ -50,8 +50,9 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
             whoever asks later.
 
     Raises:
-        CheckpointError: the state dict holds something that is no tensor, or a tensor that safetensors can't hold; or a
-            weight was not finite when it was quantised, which :func:`load_` would refuse.
+        CheckpointError: the state dict holds something that is no tensor, or a tensor that safetensors can't hold; a
+            weight was not finite when it was quantised, which :func:`load_` would refuse; or torch.nn.utils.prune has
+            taken over the values of one.
         OSError: the file can't be written.
     """
     if Path(path).is_dir():
@@ -67,6 +68,8 @@ def save(model: nn.Module, path: str | os.PathLike, recipe: Any = None) -> None:
         prefix = f"{module_name}." if module_name else ""
         name = f"{prefix}weight"
         format = module.format
+        if taken := set(format.TENSORS) - module._parameters.keys():
+            raise CheckpointError(f"{name}: {min(taken)} is made at each call: torch.nn.utils.prune.remove it first")
         kernel_size = getattr(module, "kernel_size", None)
         transposed = isinstance(module, CompressedLinear) and module.transposed
         key = (kernel_size, transposed, *(id(getattr(format, field)) for field in format.TENSORS))

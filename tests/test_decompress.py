@@ -76,6 +76,10 @@ def test_refusals():
     with pytest.raises(ValueError, match="1: has hooks"):
         engine.decompress_(model)
     assert_unchanged(model, before)
+    pruned = nn.Sequential(CompressedLinear.from_dense(nn.Linear(8, 8), Bitmap, threshold=0.1))
+    pruned[0].values.register_hook(lambda grad: grad)
+    with pytest.raises(ValueError, match="0: has hooks"):
+        engine.decompress_(pruned)
 
 
 EXPORT = """

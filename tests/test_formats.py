@@ -372,3 +372,13 @@ def test_column_shards_of_a_smoothed_weight_add_up(kind, columns):
 def test_a_shard_of_unsorted_csr():
     format = Csr(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 3, 4]), torch.tensor([4, 0, 4, 1]), 5)
     assert torch.equal(format.shard(1, 1, 5).to_dense(), format.to_dense()[:, 1:5])
+
+
+def test_sparsity_of_blocks_that_nobody_has_checked():
+    block = Block.from_dense(torch.randn(70, 100), 0.0)
+    assert block.sparsity == 0
+    block.col_indices += 100
+    assert block.sparsity == 0
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(t) for t in (block.values, block.crow_indices, block.col_indices)]
+        assert Block(*tensors, 70, 100).sparsity == 0

@@ -301,6 +301,8 @@ def test_values_may_be_pruned_further_by_torch(kind, how):
     twin.load_state_dict(linear.state_dict())
     assert torch.equal(twin(x), linear(x))
     torch.testing.assert_close(torch.compile(linear, fullgraph=True, backend="aot_eager")(x), linear(x))
+    with pytest.raises(engine.CheckpointError, match="weight: values is made at each call"):
+        engine.save(linear, "never.safetensors")
     prune.remove(linear, "values")
     assert torch.equal(linear.weight, fewer) and isinstance(linear.values, nn.Parameter)
 
@@ -334,6 +336,32 @@ def test_a_state_dict_of_another_format_is_refused():
         model = nn.Sequential(CompressedLinear.from_dense(nn.Linear(other_k, 4), other_kind, **other_how))
         with pytest.raises(RuntimeError, match=f"0: is .*{message}"):
             model.load_state_dict(torch.load(buffer))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_with_a_part_of_a_weight_is_refused(linear, strict):
+    other, before = copy.deepcopy(linear), {name: t.clone() for name, t in linear.state_dict().items()}
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.flatten().roll(1).view_as(parameter))
+    for name in set(before) - {"bias"} if len(before) > 2 else ():
+        state = {key: tensor for key, tensor in other.state_dict().items() if key != name}
+        with pytest.raises(RuntimeError, match=f"{name} is missing"):
+            linear.load_state_dict(state, strict=strict)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in linear.state_dict().items())
+
+
+def test_loading_by_assignment_leaves_nothing_on_meta(linear):
+    state = linear.state_dict()
+    empty = copy.deepcopy(linear).to("meta")
+    empty.load_state_dict(state, assign=True)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"cpu"}
+    assert torch.equal(empty.to("cpu").weight, linear.weight)
+
+
+def test_functionalize_takes_the_ops_as_they_are(linear):
+    x = torch.randn(3, 96)
+    assert torch.equal(torch.func.functionalize(linear)(x), linear(x))
 
 
 def test_inputs_of_another_width_are_refused(linear):
@@ -381,6 +409,16 @@ def test_nested_tensors(linear):
         linear(torch.nested.nested_tensor(parts, layout=torch.strided))
     with pytest.raises(ValueError, match=r"input: expected \[\.\.\., 96\], got"):
         linear(torch.nested.nested_tensor([torch.randn(2, 95)], layout=torch.jagged))
+    with pytest.raises(ValueError, match="another ragged dimension than the last"):
+        linear(
+            torch.nested.nested_tensor([torch.randn(3, 96), torch.randn(3, 96)], layout=torch.jagged).transpose(1, 2)
+        )
+    torch._dynamo.reset()
+    assert torch.compile(linear, fullgraph=True, backend="aot_eager")(x).shape == y.shape
+    calls = []
+    with linear.register_forward_hook(lambda *_: calls.append("hook")):
+        linear(x)
+    assert calls == ["hook"]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -254,7 +254,7 @@ struct CsrScratch;  // tag: x transposed and results as fp32, held by the callin
 
 template <class T, class V, class I>
 void linear(const FloatLinear<T>& call, const Csr<V, I>& w) {
-    constexpr int64_t kLongestStrip = 32 << 10;  // of K: longer ones would take more than 2 MB a thread
+    constexpr int64_t kLongestStrip = 128 << 10;  // of K: longer ones would take more than 8 MB a thread
     const auto [x, scale, bias, y, m, n, k] = call;
     bool inside = true;
     if (m > kMostRows && k <= kLongestStrip) {

@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.compress import measure
 from engine.nn import CompressedConv2d, CompressedEmbedding
-from engine.nn._replace import give_attributes, given_attributes, hooks_of
+from engine.nn._replace import check_not_wrapped, give_attributes, given_attributes, has_tensor_hooks, hooks_of
 from engine.nn.compressed import _Compressed
 
 
@@ -15,18 +15,20 @@ from engine.nn.compressed import _Compressed
 def decompress_(model: nn.Module) -> nn.Module:
     """Replaces every compressed layer of `model` by the dense one that it stands for, in place.
 
-    For `torch.onnx.export`, `save_pretrained`, and whatever else knows dense layers alone. A weight is the one that the
-    kernels multiply by: what was pruned is zero, what was rounded stays so. Activations are quantised no longer.
-    Weights that are tied stay tied, and biases are the same parameters. What :func:`engine.nn.unfuse_attention_` or
-    :func:`engine.load_` made of an nn.MultiheadAttention stays. Both weights are in memory until the end, so that an
-    error leaves the model as it was.
+    For `torch.onnx.export`, `save_pretrained`, and whatever else knows dense layers alone. A weight is what the kernels
+    multiply by: what was pruned is zero, what was rounded stays so. One that was int8 can be trained, another
+    where its values could. Activations are quantised no more. Weights that are tied stay tied, and biases are the same
+    parameters. What :func:`engine.nn.unfuse_attention_` or :func:`engine.load_` made of an nn.MultiheadAttention stays.
+    Both weights are in memory until the end, so that an error leaves the model as it was.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: `model` has no compressed layer, is itself one, or has one with hooks.
+        ValueError: `model` has no compressed layer, is itself one, has one with hooks, or is wrapped by
+            DistributedDataParallel or FSDP.
     """
+    check_not_wrapped(model, "decompress_")
     modules = dict(model.named_modules(remove_duplicate=False))
     compressed = {name: module for name, module in modules.items() if isinstance(module, _Compressed)}
     if not compressed:
@@ -38,7 +40,7 @@ def decompress_(model: nn.Module) -> nn.Module:
     dense: dict[_Compressed, nn.Module] = {}
     for name, module in compressed.items():
         if module not in dense:
-            if hooks := hooks_of(module):
+            if hooks := hooks_of(module) or ("on its values" if has_tensor_hooks(module.values) else None):
                 raise ValueError(f"engine.decompress_: {name}: has hooks ({hooks}), which a replacement would lose")
             dense[module] = _dense(module, weights)
     measure.replace_(model, {name: dense[module] for name, module in compressed.items()})

@@ -32,21 +32,23 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 
 def _fresh(model: nn.Module, inputs: Any) -> Any:
-    """`inputs` with copies of what is no tensor; of containers of tensors only the containers are new."""
+    """`inputs` with copies of what is no tensor and nothing to call; of containers of these the containers are new."""
     memo: dict[int, Any] = {id(module): module for module in model.modules()}  # a method of one stays its own
     return _copied(dict(inputs) if isinstance(inputs, Mapping) else inputs, memo)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, (torch.Tensor, nn.Module)):
+    if isinstance(value, torch.Tensor) or callable(value):
         return value
     if type(value) in (list, tuple):
         return type(value)(_copied(item, memo) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
+        return type(value)(*(_copied(item, memo) for item in value))
     if type(value) is dict:
         return {key: _copied(item, memo) for key, item in value.items()}
     try:
         return copy.deepcopy(value, memo)
-    except Exception:  # it can't be copied, as a generator can't
+    except Exception:  # it can't be copied, as a generator can't, and a cache made with gradients
         return value
 
 

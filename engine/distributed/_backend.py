@@ -4,6 +4,7 @@ Importing :mod:`engine.distributed` registers it. All other collectives, and all
 for (other dtypes, products, sparse tensors, tensors on a GPU), go to gloo on the CPU and to NCCL on CUDA.
 """
 
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -37,13 +38,13 @@ class EngineProcessGroup(dist.ProcessGroup):
     # call gloo with the interpreter's lock held, while a thread of gloo, whose queue is locked, waits for it to let go
     # of a tensor: both for ever.
 
-    def allgather(self, outputs: Any, inputs: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+    def allgather(self, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         """Of the inner group."""
-        return self._of(inputs).allgather(outputs, inputs, *rest, **named)
+        return self._of(args, named).allgather(*args, **named)
 
-    def allreduce_coalesced(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+    def allreduce_coalesced(self, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         """Of the inner group."""
-        return self._of(tensors).allreduce_coalesced(tensors, *rest, **named)
+        return self._of(args, named).allreduce_coalesced(*args, **named)
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Any:  # type: ignore[override]
         """Of the inner group, and it waits for all-reduces before it, as gloo's does."""
@@ -58,38 +59,46 @@ class EngineProcessGroup(dist.ProcessGroup):
         work = self._get_backend(device).barrier(opts)  # type: ignore[attr-defined]  # in the caller's thread and order
         return work if member is None or waits else _C10dWork(member.worker.submit(lambda: _passed(work)), None)
 
-    def broadcast(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+    def broadcast(self, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         """Of the inner group."""
-        return self._of(tensors).broadcast(tensors, *rest, **named)
+        return self._of(args, named).broadcast(*args, **named)
 
-    def reduce_scatter(self, outputs: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+    def reduce_scatter(self, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         """Of the inner group."""
-        return self._of(outputs).reduce_scatter(outputs, *rest, **named)
+        return self._of(args, named).reduce_scatter(*args, **named)
 
-    def send(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+    def send(self, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         """Of the inner group."""
-        return self._of(tensors).send(tensors, *rest, **named)
+        return self._of(args, named).send(*args, **named)
 
-    def recv(self, tensors: Any, *rest: Any, **named: Any) -> Any:  # type: ignore[override]
+    def recv(self, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         """Of the inner group."""
-        return self._of(tensors).recv(tensors, *rest, **named)
+        return self._of(args, named).recv(*args, **named)
 
-    def _of(self, tensors: Any) -> Any:
-        """The inner group for a tensor's device, or that of the first of some."""
-        if not isinstance(tensors, torch.Tensor):
-            if not tensors:
+    def _of(self, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """The inner group for the device of the first tensor among the arguments."""
+        first: Any = (*args, *named.values())
+        while isinstance(first, (list, tuple)):
+            if not first:
                 return self.inner  # whose error is clear
-            tensors = tensors[0]
-        return self._get_backend(tensors.device)
+            first = first[0]
+        return self._get_backend(first.device if isinstance(first, torch.Tensor) else torch.device("cpu"))
 
     def getBackendName(self) -> str:
         """What `dist.get_backend` and log lines show."""
         return NAME
 
     def allreduce(  # type: ignore[override]
-        self, tensors: Any, opts: Any = None, timeout: timedelta | None = None, *, op: Any = None
+        self,
+        tensors: Any = None,
+        opts: Any = None,
+        timeout: timedelta | None = None,
+        *,
+        op: Any = None,
+        tensor: torch.Tensor | None = None,
     ) -> Any:
         """What `dist.all_reduce`, DDP and c10d's own ops call, with one tensor; c10d's other overloads go as well."""
+        tensors = [tensor] if tensors is None and tensor is not None else tensors
         if isinstance(tensors, torch.Tensor):
             tensors = [tensors]
         if not isinstance(opts, dist.AllreduceOptions):
@@ -98,8 +107,8 @@ class EngineProcessGroup(dist.ProcessGroup):
             opts.timeout = opts.timeout if timeout is None else timeout
         op = op_name(opts.reduceOp)
         t = tensors[0] if len(tensors) == 1 else None
-        if t is None or op not in OPS or t.device.type != "cpu" or t.dtype not in DTYPES or t.is_sparse:
-            return self._of(tensors).allreduce(tensors, opts)
+        if t is None or op not in OPS or t.device.type != "cpu" or t.dtype not in DTYPES or t.layout != torch.strided:
+            return self._of([tensors], {}).allreduce(tensors, opts)
         check_writable(t)
         if getattr(opts, "asyncOp", True):
             return _C10dWork(begin(t, op, self, async_op=True), t)

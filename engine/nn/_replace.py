@@ -53,8 +53,12 @@ def of_nested(layer: nn.Module, x: Any) -> Tensor:
     """What `layer` makes of each part of a nested tensor; of layout torch.jagged, the one that lies in one piece."""
     where, layout = f"nn.{type(layer).__name__}", "a dense tensor or a nested one of layout torch.jagged"
     _check.expect(x.layout == torch.jagged, where, "input", layout, f"a nested one of layout {x.layout}", TypeError)
-    ragged = next(i for i, size in enumerate(x.shape) if not isinstance(size, int))
-    return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets(), x.lengths(), ragged)
+    ragged: int = x._ragged_idx
+    if hasattr(layer, "in_features"):
+        _check.expect(ragged < x.dim() - 1, where, "input", "another ragged dimension than the last", "the last")
+    y = layer.forward(x.values())  # its hooks run around the whole
+    lengths = x._maybe_min_seqlen, x._maybe_max_seqlen
+    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), ragged, *lengths)
 
 
 def set_item(items: dict[str, Any], key: str, value: Any, undo: contextlib.ExitStack) -> None:

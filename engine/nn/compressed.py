@@ -154,12 +154,17 @@ class _Compressed(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if prefix + MARKER in missing:
             missing.remove(prefix + MARKER)
-        whole = all(tensor is not None or self._parameters.get(name) is None for name, tensor in found.items())
-        if whole and len(errors) == wrong_before and not self.values.is_meta:
+        lacking = [name for name, tensor in found.items() if tensor is None and self._parameters.get(name) is not None]
+        if lacking and any(tensor is not None for tensor in found.values()):
+            errors.append(f"{prefix.removesuffix('.') or 'the layer'}: of its weight {', '.join(lacking)} is missing")
+        if not lacking and len(errors) == wrong_before and not self.values.is_meta:
             try:
                 self.format.check()
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix.removesuffix('.')}: {error}")
+        marker = self._dtype_marker
+        if marker.is_meta and not self.values.is_meta:  # by assign=True
+            self._parameters[MARKER] = _Marker(torch.empty_like(marker, device=self.values.device), requires_grad=False)
         if len(errors) > wrong_before:  # tensors of two weights make no weight, and may even fit together
             self._parameters.update(parameters)
             for name, (data, values) in before.items():

@@ -36,7 +36,7 @@ def caller_of(
             if torch.is_inference_mode_enabled():
                 return direct(*args)
             if torch.is_grad_enabled():
-                return transformed(*args) if transforms_active() else direct(*args)
+                return transformed(*args) if transforms_active() and not functionalizes() else direct(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return direct(*args)
         except DevicesDiffer:
@@ -47,6 +47,12 @@ def caller_of(
             raise
 
     return call
+
+
+def functionalizes() -> bool:
+    """Whether the innermost transform is `functionalize`, which takes ops as they are."""
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return innermost is not None and innermost.key() == torch._C._functorch.TransformType.Functionalize
 
 
 def _for_transforms(op: torch._ops.OpOverload, setup_context: Callable | None, backward: Callable) -> Callable:

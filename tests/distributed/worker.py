@@ -605,6 +605,7 @@ def overloads():
         (lambda t: group.allreduce(t, most), world_size),
         (lambda t: group.allreduce([t], most, timedelta(seconds=9)), world_size),
         (lambda t: group.allreduce(tensors=[t], op=most, timeout=timedelta(seconds=9)), world_size),
+        (lambda t: group.allreduce(tensor=t, op=most), world_size),
     ]:
         t = torch.full((1, 3), rank + 1.0)
         assert call(t).result()[0] is t and t.tolist() == [[want] * 3]
