@@ -410,16 +410,23 @@ def forked():
     t = torch.full((3,), rank + 1.0)
     all_reduce(t.clone())
     all_reduce(t.clone(), "max", async_op=True).wait()
-    child = os.fork()
-    if child == 0:
-        try:
-            all_reduce(torch.full((3,), 100.0))
-        except RuntimeError as error:
-            if f"belongs to process {os.getppid()}" in str(error):
-                _member._close_all()  # as at its exit, which gloo itself does not survive
-                os._exit(0)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+    for _ in range(3):  # CPython 3.11's fork may never return in the child where another thread just began or ended
+        child = os.fork()
+        if child == 0:
+            try:
+                all_reduce(torch.full((3,), 100.0))
+            except RuntimeError as error:
+                if f"belongs to process {os.getppid()}" in str(error):
+                    _member._close_all()  # as at its exit, which gloo itself does not survive
+                    os._exit(0)
+            os._exit(1)
+        stuck = threading.Timer(15, os.kill, (child, signal.SIGKILL))
+        stuck.start()
+        status = os.waitpid(child, 0)[1]
+        stuck.cancel()
+        if status != signal.SIGKILL:
+            break
+    assert status == 0
     all_reduce(t)
     assert t.tolist() == [sum(of + 1 for of in RANKS)] * 3
 
